@@ -1,0 +1,131 @@
+#include "bind/bind.hpp"
+
+#include "engine/engine.hpp"
+#include "quant/reference.hpp"
+
+namespace {
+
+using FloatRows = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using RunRows = py::array_t<std::uint64_t, py::array::c_style | py::array::forcecast>;
+
+pgs::Job make_job(std::string name, std::int32_t source_type, std::int32_t target_type, std::uint64_t row_elements,
+                  std::uint64_t rows, std::uint64_t target_offset, const std::optional<RunRows>& runs,
+                  const std::optional<py::bytes>& literal, const std::optional<FloatRows>& importance,
+                  const std::optional<std::tuple<std::vector<std::int32_t>, std::vector<std::int32_t>, std::uint64_t>>& remap) {
+    pgs::Job job;
+    job.name = std::move(name);
+    job.source_type = source_type;
+    job.target_type = target_type;
+    job.row_elements = row_elements;
+    job.rows = rows;
+    job.target_offset = target_offset;
+    pgs::type_is_quantized(target_type);  // throws if there is no such type
+    if (__builtin_mul_overflow(rows, pgs::row_bytes(target_type, row_elements), &job.target_bytes))
+        throw pgs::Error(pgs::Kind::bad_plan, "size overflows").on(job.name);
+    if (runs) {
+        if (runs->ndim() != 2 || runs->shape(1) != 3) throw py::value_error("runs must have shape (n, 3)");
+        auto r = runs->unchecked<2>();
+        for (py::ssize_t i = 0; i < r.shape(0); ++i) {
+            if (r(i, 0) > UINT32_MAX) throw py::value_error("source index out of range");
+            job.runs.push_back({static_cast<std::uint32_t>(r(i, 0)), r(i, 1), r(i, 2)});
+        }
+    }
+    if (literal) job.literal = std::string(*literal);
+    if (importance) {
+        if (importance->ndim() != 2) throw py::value_error("importance must have two dimensions");
+        job.importance.assign(importance->data(), importance->data() + importance->size());
+        job.importance_rows = importance->shape(0);
+        if (static_cast<std::uint64_t>(importance->shape(1)) != row_elements)
+            throw pgs::Error(pgs::Kind::bad_plan, "importance does not fit the rows").on(job.name);
+        pgs::check_importance(job.importance.data(), job.importance_rows, row_elements);
+    }
+    if (remap) job.remap = pgs::Remap{std::get<0>(*remap), std::get<1>(*remap), std::get<2>(*remap)};
+    return job;
+}
+
+std::vector<std::shared_ptr<pgs::Source>> sources_of(const std::vector<PySource*>& sources) {
+    std::vector<std::shared_ptr<pgs::Source>> out;
+    for (const PySource* s : sources) {
+        s->get();
+        out.push_back(s->source);
+    }
+    return out;
+}
+
+std::vector<pgs::Job> jobs_of(const std::vector<pgs::Job*>& jobs) {
+    std::vector<pgs::Job> out;
+    for (const pgs::Job* job : jobs) out.push_back(*job);
+    return out;
+}
+
+// Ctrl-C and the caller's callable, from the thread that called; an exception of either cancels the run.
+std::function<void(std::uint64_t, std::uint64_t)> poller(const py::object& progress) {
+    return [&progress](std::uint64_t done, std::uint64_t total) {
+        py::gil_scoped_acquire acquire;
+        if (PyErr_CheckSignals()) throw py::error_already_set();
+        if (!progress.is_none()) progress(done, total);
+    };
+}
+
+py::dict run(const std::vector<PySource*>& py_sources, const std::string& output, const py::bytes& header,
+             std::uint64_t file_bytes, const std::vector<pgs::Job*>& py_jobs, std::uint64_t memory, int threads,
+             const std::string& io, bool overwrite, const py::object& progress) {
+    const auto sources = sources_of(py_sources);
+    const auto jobs = jobs_of(py_jobs);
+    const std::string header_bytes = header;
+    const pgs::RunOptions options{memory, threads, pgs::io_from_name(io), overwrite};
+    const auto poll = poller(progress);
+    pgs::Cancel cancel;
+    pgs::RunStats stats;
+    {
+        py::gil_scoped_release release;
+        stats = pgs::run(sources, output, header_bytes, file_bytes, jobs, options, cancel, poll);
+    }
+    py::dict d;
+    d["bytes_read"] = stats.bytes_read;
+    d["bytes_written"] = stats.bytes_written;
+    d["elements_encoded"] = stats.elements_encoded;
+    d["buffer_bytes"] = stats.buffer_bytes;
+    d["threads"] = stats.threads;
+    return d;
+}
+
+py::array_t<double> reduce_rows(const std::vector<PySource*>& py_sources, const pgs::Job& job, std::uint64_t rows_per_group,
+                                std::uint64_t memory, int threads, const std::string& io, const py::object& progress) {
+    const auto sources = sources_of(py_sources);
+    const pgs::RunOptions options{memory, threads, pgs::io_from_name(io), false};
+    const auto poll = poller(progress);
+    pgs::Cancel cancel;
+    std::vector<double> sums;
+    {
+        py::gil_scoped_release release;
+        sums = pgs::reduce_rows(sources, job, rows_per_group, options, cancel, poll);
+    }
+    py::array_t<double> out({static_cast<py::ssize_t>(sums.size() / 2), py::ssize_t{2}});
+    std::copy(sums.begin(), sums.end(), out.mutable_data());
+    return out;
+}
+
+}  // namespace
+
+void bind_engine(py::module_& m) {
+    py::class_<pgs::Job>(m, "Job")
+        .def(py::init(&make_job), py::arg("name"), py::kw_only(), py::arg("source_type"), py::arg("target_type"),
+             py::arg("row_elements"), py::arg("rows"), py::arg("target_offset"), py::arg("runs") = py::none(),
+             py::arg("literal") = py::none(), py::arg("importance") = py::none(), py::arg("remap") = py::none())
+        .def_readonly("name", &pgs::Job::name)
+        .def_readonly("target_offset", &pgs::Job::target_offset)
+        .def_readonly("target_bytes", &pgs::Job::target_bytes);
+    m.def("plan_budget", [](const std::vector<pgs::Job*>& jobs, std::uint64_t memory, int threads, const std::string& io) {
+        const auto b = pgs::plan_budget(jobs_of(jobs), {memory, threads, pgs::io_from_name(io), false});
+        py::dict d;
+        d["threads"] = b.threads;
+        d["tile_bytes"] = b.tile_bytes;
+        d["buffer_bytes"] = b.buffer_bytes;
+        return d;
+    }, py::arg("jobs"), py::kw_only(), py::arg("memory"), py::arg("threads"), py::arg("io"));
+    m.def("run", &run, py::arg("sources"), py::arg("output"), py::arg("header"), py::arg("file_bytes"), py::arg("jobs"),
+          py::kw_only(), py::arg("memory"), py::arg("threads"), py::arg("io"), py::arg("overwrite"), py::arg("progress"));
+    m.def("reduce_rows", &reduce_rows, py::arg("sources"), py::arg("job"), py::arg("rows_per_group"), py::kw_only(),
+          py::arg("memory"), py::arg("threads"), py::arg("io"), py::arg("progress") = py::none());
+}

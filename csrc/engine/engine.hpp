@@ -1,0 +1,75 @@
+// The engine: moves, decodes and encodes tensor bytes as a checked plan says. It decides nothing.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/parallel.hpp"
+#include "io/sink.hpp"
+#include "io/source.hpp"
+
+namespace pgs {
+
+// A run of whole rows in a source file.
+struct Run {
+    std::uint32_t source;
+    std::uint64_t offset, nbytes;
+};
+
+// Integer tensors whose values are expert ids, in columns of `column` values: id -> table[id]; where that is -1, the first
+// id of `substitutes` (already new ids, best first) that its column does not hold yet.
+struct Remap {
+    std::vector<std::int32_t> table, substitutes;
+    std::uint64_t column = 0;
+};
+
+// One output tensor. Its source bytes are the concatenation of `runs`, or `literal`.
+struct Job {
+    std::string name;
+    std::int32_t source_type = 0, target_type = 0;
+    std::uint64_t row_elements = 0, rows = 0;  // as encoded: both types have this shape
+    std::vector<Run> runs;
+    std::string literal;
+    std::uint64_t target_offset = 0, target_bytes = 0;  // without padding
+    std::vector<float> importance;                      // empty, or importance_rows x row_elements
+    std::uint64_t importance_rows = 0;                  // rows / importance_rows consecutive rows share one
+    std::optional<Remap> remap;
+};
+
+struct RunOptions {
+    std::uint64_t memory = 512ull << 20;  // bytes, bounds every buffer of the run
+    int threads = 0;                      // 0: thread_count
+    Io io = Io::automatic;
+    bool overwrite = false;
+};
+
+struct RunStats {
+    std::uint64_t bytes_read = 0, bytes_written = 0, elements_encoded = 0;
+    std::uint64_t buffer_bytes = 0;  // the most that all buffers of the run held
+    int threads = 0;
+};
+
+// Threads and tile size that fit `memory`; Error(bad_plan) names the tensor whose row does not fit with one thread.
+struct Budget {
+    int threads;
+    std::uint64_t tile_bytes;    // of source or target, whichever is larger
+    std::uint64_t buffer_bytes;  // all buffers of all threads
+};
+Budget plan_budget(const std::vector<Job>& jobs, const RunOptions& options);
+
+// Writes header, jobs and padding to a new file of exactly `file_bytes` at `output`. `poll(done, total)` runs on the
+// calling thread about every 20 ms, with bytes of output; an exception from it cancels the run and leaves nothing.
+RunStats run(const std::vector<std::shared_ptr<Source>>& sources, const std::string& output, const std::string& header,
+             std::uint64_t file_bytes, const std::vector<Job>& jobs, const RunOptions& options, Cancel& cancel,
+             const std::function<void(std::uint64_t done, std::uint64_t total)>& poll);
+
+// Streamed statistics of rows, in float64, with a fixed order of sums: for each group of rows_per_group consecutive rows
+// [sum |w|, sum w^2]. `result` is groups x 2.
+std::vector<double> reduce_rows(const std::vector<std::shared_ptr<Source>>& sources, const Job& job,
+                                std::uint64_t rows_per_group, const RunOptions& options, Cancel& cancel,
+                                const std::function<void(std::uint64_t, std::uint64_t)>& poll);
+
+}  // namespace pgs

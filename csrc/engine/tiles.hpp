@@ -1,0 +1,66 @@
+// How jobs become tiles, pieces of work that any thread can do in any order, and how their bytes are read.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "engine/engine.hpp"
+
+namespace pgs {
+
+enum class Work { move, encode, remap, literal };
+Work work_of(const Job& job);
+
+// Bytes [first, first + count) of the target for `move` and `literal`, rows for the others.
+struct Tile {
+    std::uint32_t job;
+    std::uint64_t first, count;
+};
+
+// Tiles of `job` whose source and target hold at most about tile_bytes each (one row at least).
+void append_tiles(const Job& job, std::uint32_t index, std::uint64_t tile_bytes, std::vector<Tile>& tiles);
+
+// The largest buffers that a tile of this job needs, in bytes.
+struct TileBuffers {
+    std::uint64_t source = 0, target = 0, floats = 0;
+    std::uint64_t total() const { return source + target + floats; }
+};
+TileBuffers tile_buffers(const Job& job, std::uint64_t tile_bytes);
+
+// Rows that are decoded and encoded at a time: a few ten thousand elements stay in the cache of a core, and even the
+// slowest encoder is through them in tens of milliseconds.
+std::uint64_t chunk_rows(std::uint64_t row_elements);
+
+// Checks that a job's numbers agree with each other and with its sources; Error(bad_plan) on the job's name.
+void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sources);
+
+// The same files, opened for bulk reading; Error(source_changed) if one is no longer what it was.
+std::vector<std::unique_ptr<Source>> reopen_sources(const std::vector<std::shared_ptr<Source>>& sources, Io io);
+
+// The concatenation of a job's runs, as one readable range of bytes.
+class RunReader {
+public:
+    RunReader(const Job& job, const std::vector<std::unique_ptr<Source>>& sources);
+    void read_at(std::uint64_t offset, std::span<std::byte> out) const;
+
+private:
+    const Job& job_;
+    const std::vector<std::unique_ptr<Source>>& sources_;
+    std::vector<std::uint64_t> starts_;  // of each run within the concatenation
+};
+
+// A 4 KiB-aligned buffer, so that direct I/O needs no copy.
+class AlignedBuffer {
+public:
+    explicit AlignedBuffer(std::uint64_t bytes);
+    ~AlignedBuffer();
+    AlignedBuffer(const AlignedBuffer&) = delete;
+    AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+    std::byte* data() const { return data_; }
+
+private:
+    std::byte* data_;
+};
+
+}  // namespace pgs

@@ -1,0 +1,37 @@
+#include "base/error.hpp"
+#include "io/readers.hpp"
+#include "io/residency.hpp"
+
+namespace pgs {
+
+PositionalSource::PositionalSource(OpenedFile file)
+    : Source(std::move(file.path), file.identity, file.fd.release()), dontcache_(has_dontcache(fd_, size())) {
+    // No read-ahead: it would bring in pages that no read here asked for and none would drop.
+    ::posix_fadvise(fd_, 0, 0, POSIX_FADV_RANDOM);
+}
+
+void PositionalSource::check_range(std::uint64_t offset, std::size_t nbytes) const {
+    if (nbytes > size() || offset > size() - nbytes)
+        throw Error(Kind::bad_file, "a read beyond the end of the file")
+            .in(path_)
+            .at(offset)
+            .got(std::to_string(size()) + " bytes")
+            .want("at least " + std::to_string(nbytes) + " bytes from there");
+}
+
+void PositionalSource::read_at(std::uint64_t offset, std::span<std::byte> out) {
+    check_range(offset, out.size());
+    const auto absent = dontcache_ ? std::vector<PageRun>{} : absent_pages(fd_, offset, out.size());
+    for (std::uint64_t at = offset; !out.empty();) {
+        iovec iv{out.data(), out.size()};
+        const ssize_t n =
+            retry([&] { return ::preadv2(fd_, &iv, 1, static_cast<off_t>(at), dontcache_ ? RWF_DONTCACHE : 0); });
+        if (n < 0) throw os_error(errno, "read", path_).at(at);
+        if (n == 0) throw truncated(path_, fd_, size()).at(at);
+        out = out.subspan(static_cast<std::size_t>(n));
+        at += static_cast<std::uint64_t>(n);
+    }
+    drop_pages(fd_, absent);
+}
+
+}  // namespace pgs

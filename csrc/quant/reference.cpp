@@ -1,0 +1,128 @@
+#include "quant/reference.hpp"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+#include "base/error.hpp"
+#include "ggml.h"
+
+// ggml is compiled with these names in place of printf and fprintf: a library inside a Python host must not print.
+extern "C" {
+int pgs_quiet_printf(const char*, ...) { return 0; }
+int pgs_quiet_fprintf(std::FILE*, const char*, ...) { return 0; }
+}
+
+namespace pgs {
+
+namespace {
+
+// The last net under the checks below. ggml's assertions call this instead of ending the process; ggml is compiled with
+// -fexceptions, so the exception passes through its frames (what the failed call had allocated is leaked).
+void on_ggml_abort(const char* message) {
+    Error e(Kind::bad_plan, "ggml cannot encode these values");
+    e.found = message;
+    e.hint = "values or importance of extreme size; another type may take them";
+    throw e;
+}
+
+void install_abort_net() {
+    static std::once_flag once;
+    std::call_once(once, [] { ggml_set_abort_callback(on_ggml_abort); });
+}
+
+bool all_finite(const float* x, std::uint64_t n) {
+    std::uint32_t bad = 0;  // branch-free, so that it vectorizes
+    for (std::uint64_t i = 0; i < n; ++i) {
+        std::uint32_t bits;
+        std::memcpy(&bits, x + i, sizeof bits);
+        bad |= static_cast<std::uint32_t>((bits & 0x7f800000u) == 0x7f800000u);
+    }
+    return bad == 0;
+}
+
+Error value_error(const char* problem, std::uint64_t row, std::uint64_t column, float value) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%g", static_cast<double>(value));
+    Error e(Kind::bad_plan, std::string(problem) + " in row " + std::to_string(row) + ", column " + std::to_string(column));
+    e.found = text;
+    return e;
+}
+
+// What ggml wrote but its own validation, and so llama.cpp, rejects: an infinite scale or half, an MXFP4 exponent of 255
+// (written where the largest value of a block lies in [2^-126, 2^-125)).
+Error invalid_error(std::int32_t type, const float* source, const std::byte* target, std::uint64_t rows,
+                    std::uint64_t row_elements, std::uint64_t first_row) {
+    const std::uint64_t bytes = row_bytes(type, row_elements);
+    const TypeFacts& facts = type_table()[type];
+    for (std::uint64_t row = 0; row < rows; ++row)
+        for (std::uint64_t block = 0; block < row_elements / facts.block; ++block) {
+            const std::byte* encoded = target + row * bytes + block * facts.block_bytes;
+            if (ggml_validate_row_data(static_cast<ggml_type>(type), encoded, facts.block_bytes)) continue;
+            const float* x = source + row * row_elements + block * facts.block;
+            const float* largest = std::max_element(x, x + facts.block, [](float a, float b) {
+                return (a < 0 ? -a : a) < (b < 0 ? -b : b);
+            });
+            return value_error((facts.name + " has no valid encoding of the block").c_str(), first_row + row,
+                               block * facts.block, *largest)
+                .advise("its largest value is out of range; choose another type for this tensor");
+        }
+    return Error(Kind::bad_plan, facts.name + " has no valid encoding of these values");
+}
+
+}  // namespace
+
+void decode_rows(std::int32_t type, const std::byte* source, float* target, std::uint64_t rows, std::uint64_t row_elements) {
+    if (!type_can_decode(type))
+        throw Error(Kind::unsupported, "no decoder for this type").got(type_table()[type].name);
+    const std::uint64_t elements = rows * row_elements;
+    if (elements == 0) return;
+    if (type == GGML_TYPE_F32) {
+        std::memcpy(target, source, elements * sizeof(float));
+        return;
+    }
+    std::vector<std::byte> aligned;
+    if (reinterpret_cast<std::uintptr_t>(source) % 4 != 0) {  // the block structs of ggml hold 16- and 32-bit members
+        aligned.assign(source, source + rows * row_bytes(type, row_elements));
+        source = aligned.data();
+    }
+    ggml_get_type_traits(static_cast<ggml_type>(type))->to_float(source, target, static_cast<std::int64_t>(elements));
+}
+
+void encode_rows(std::int32_t type, const float* source, std::byte* target, std::uint64_t rows, std::uint64_t row_elements,
+                 const float* importance, std::uint64_t first_row) {
+    if (!type_can_encode(type))
+        throw Error(Kind::unsupported, "no encoder for this type").got(type_table()[type].name);
+    const std::uint64_t elements = rows * row_elements;
+    if (elements == 0) return;
+    if (!all_finite(source, elements)) {
+        for (std::uint64_t i = 0; i < elements; ++i)
+            if (!all_finite(source + i, 1))
+                throw value_error("not a finite number", first_row + i / row_elements, i % row_elements, source[i]);
+    }
+    if (!importance && type_needs_importance(type))
+        throw Error(Kind::bad_plan, "this type needs an importance matrix").got(type_table()[type].name);
+    install_abort_net();
+    ggml_quantize_chunk(static_cast<ggml_type>(type), source, target, 0, static_cast<std::int64_t>(rows),
+                        static_cast<std::int64_t>(row_elements), type_uses_importance(type) ? importance : nullptr);
+    if (!ggml_validate_row_data(static_cast<ggml_type>(type), target, rows * row_bytes(type, row_elements)))
+        throw invalid_error(type, source, target, rows, row_elements, first_row);
+}
+
+void check_importance(const float* importance, std::uint64_t rows, std::uint64_t row_elements) {
+    for (std::uint64_t row = 0; row < rows; ++row) {
+        const float* x = importance + row * row_elements;
+        bool any = row_elements == 0;
+        for (std::uint64_t i = 0; i < row_elements; ++i) {
+            if (!all_finite(x + i, 1)) throw value_error("importance is not a finite number", row, i, x[i]);
+            if (x[i] < 0) throw value_error("importance is negative", row, i, x[i]);
+            any |= x[i] > 0;
+        }
+        if (!any) throw Error(Kind::bad_plan, "importance is all zero in row " + std::to_string(row));
+    }
+}
+
+}  // namespace pgs

@@ -1,0 +1,106 @@
+#include "quant/types.hpp"
+
+#include <algorithm>
+#include <cctype>
+#include <vector>
+
+#include "base/error.hpp"
+#include "ggml.h"
+
+namespace pgs {
+
+namespace {
+
+std::string upper(std::string text) {
+    for (char& c : text) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+    return text;
+}
+
+TypeTable ask_ggml() {
+    TypeTable table(GGML_TYPE_COUNT);
+    for (int id = 0; id < GGML_TYPE_COUNT; ++id) {
+        const ggml_type_traits* traits = ggml_get_type_traits(static_cast<ggml_type>(id));
+        // Removed types keep a slot ("DEPRECATED") with no size.
+        if (!traits->type_name || traits->blck_size <= 0 || traits->type_size == 0) continue;
+        table[id] = {upper(traits->type_name), static_cast<std::uint64_t>(traits->blck_size), traits->type_size};
+    }
+    return table;
+}
+
+const ggml_type_traits& traits(std::int32_t type) {
+    if (type < 0 || type >= GGML_TYPE_COUNT || type_table()[type].name.empty())
+        throw Error(Kind::unsupported, "unknown tensor type").got(std::to_string(type));
+    return *ggml_get_type_traits(static_cast<ggml_type>(type));
+}
+
+std::size_t edit_distance(const std::string& a, const std::string& b) {
+    std::vector<std::size_t> row(b.size() + 1);
+    for (std::size_t j = 0; j <= b.size(); ++j) row[j] = j;
+    for (std::size_t i = 1; i <= a.size(); ++i) {
+        std::size_t diagonal = row[0];
+        row[0] = i;
+        for (std::size_t j = 1; j <= b.size(); ++j) {
+            const std::size_t cost = std::min({row[j] + 1, row[j - 1] + 1, diagonal + (a[i - 1] != b[j - 1])});
+            diagonal = row[j];
+            row[j] = cost;
+        }
+    }
+    return row[b.size()];
+}
+
+}  // namespace
+
+const TypeTable& type_table() {
+    static const TypeTable table = ask_ggml();
+    return table;
+}
+
+std::int32_t type_from_name(const std::string& name) {
+    const std::string wanted = upper(name);
+    const TypeTable& table = type_table();
+    std::vector<std::pair<std::size_t, std::string>> near;
+    for (std::size_t id = 0; id < table.size(); ++id) {
+        if (table[id].name.empty()) continue;
+        if (table[id].name == wanted) return static_cast<std::int32_t>(id);
+        near.emplace_back(edit_distance(wanted, table[id].name), table[id].name);
+    }
+    std::stable_sort(near.begin(), near.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+    std::string hint = "nearest:";
+    for (std::size_t i = 0; i < 3; ++i) hint += (i ? ", " : " ") + near[i].second;
+    throw Error(Kind::unsupported, "unknown tensor type").got(name).advise(hint);
+}
+
+bool type_is_quantized(std::int32_t type) { return traits(type).is_quantized; }
+
+bool type_can_decode(std::int32_t type) { return type == GGML_TYPE_F32 || traits(type).to_float != nullptr; }
+
+// ggml_quantize_chunk takes exactly the types that ggml can also decode (Q8_1 and Q8_K, which exist only inside dot
+// products, have no to_float).
+bool type_can_encode(std::int32_t type) { return type_can_decode(type); }
+
+bool type_needs_importance(std::int32_t type) {
+    traits(type);
+    return ggml_quantize_requires_imatrix(static_cast<ggml_type>(type));
+}
+
+// ggml cannot be asked this; tests/test_quant.py proves the list against its output.
+bool type_uses_importance(std::int32_t type) {
+    if (!traits(type).is_quantized || !type_can_encode(type)) return false;
+    switch (type) {
+        case GGML_TYPE_Q8_0: case GGML_TYPE_MXFP4: case GGML_TYPE_NVFP4: case GGML_TYPE_TQ1_0: case GGML_TYPE_TQ2_0:
+        case GGML_TYPE_Q1_0: case GGML_TYPE_Q2_0:
+            return false;
+        default:
+            return true;
+    }
+}
+
+std::uint64_t row_bytes(std::int32_t type, std::uint64_t elements) {
+    traits(type);
+    const TypeFacts& facts = type_table()[type];
+    return elements / facts.block * facts.block_bytes;
+}
+
+const char* ggml_version_text() { return ggml_version(); }
+
+}  // namespace pgs
