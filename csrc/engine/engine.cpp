@@ -7,6 +7,7 @@
 #include "base/checked.hpp"
 #include "base/error.hpp"
 #include "engine/tiles.hpp"
+#include "io/sys.hpp"
 #include "quant/reference.hpp"
 
 namespace pgs {
@@ -31,8 +32,9 @@ TileBuffers largest_buffers(const std::vector<Job>& jobs, std::uint64_t tile_byt
 }
 
 struct Buffers {
-    AlignedBuffer source, target, floats;
-    explicit Buffers(const TileBuffers& b) : source(b.source), target(b.target), floats(b.floats) {}
+    PageBuffer source, target, floats;
+    explicit Buffers(const TileBuffers& b)
+        : source(page_buffer(b.source)), target(page_buffer(b.target)), floats(page_buffer(b.floats)) {}
 };
 
 // The buffers of each worker, made by the worker itself, so that memory is local to it.
@@ -180,14 +182,14 @@ RunStats run(const std::vector<std::shared_ptr<Source>>& inputs, const std::stri
             const std::uint64_t source_row = by_row ? row_bytes(job.source_type, job.row_elements) : 1;
             const std::uint64_t offset = job.target_offset + tile.first * target_row;
             // The place in the buffer agrees with the place in the file, so that direct I/O can write from here.
-            std::byte* target = b.target.data() + offset % 4096;
-            std::byte* source = by_row ? b.source.data() : target;
+            std::byte* target = b.target.get() + offset % 4096;
+            std::byte* source = by_row ? b.source.get() : target;
             const std::uint64_t nbytes = tile.count * source_row;
             reader.read_at(tile.first * source_row, {source, nbytes});
             read.fetch_add(nbytes, std::memory_order_relaxed);
             if (kind == Work::remap) remap_tile(job, source, target, nbytes);
             if (kind == Work::encode) {
-                encode_tile(job, tile.first, tile.count, source, reinterpret_cast<float*>(b.floats.data()), target, cancel);
+                encode_tile(job, tile.first, tile.count, source, reinterpret_cast<float*>(b.floats.get()), target, cancel);
                 encoded.fetch_add(tile.count * job.row_elements, std::memory_order_relaxed);
             }
             cancel.check();

@@ -3,6 +3,7 @@
 
 #include "base/error.hpp"
 #include "engine/tiles.hpp"
+#include "io/sys.hpp"
 #include "quant/reference.hpp"
 
 namespace pgs {
@@ -55,7 +56,7 @@ std::vector<double> reduce_rows(const std::vector<std::shared_ptr<Source>>& inpu
     const std::uint64_t piece = std::min({step, rows_per_group * batch, job.rows});
 
     struct Buffers {
-        AlignedBuffer source, floats;
+        PageBuffer source, floats;
     };
     std::vector<std::unique_ptr<Buffers>> pool(static_cast<std::size_t>(budget.threads));
     std::vector<double> result(groups * 2);
@@ -63,17 +64,18 @@ std::vector<double> reduce_rows(const std::vector<std::shared_ptr<Source>>& inpu
     auto work = [&](int worker, std::uint64_t item) {
         auto& b = pool[static_cast<std::size_t>(worker)];
         const std::uint64_t chunk = chunk_rows(job.row_elements);
-        if (!b) b.reset(new Buffers{AlignedBuffer(piece * source_row), AlignedBuffer(chunk * job.row_elements * sizeof(float))});
-        auto* floats = reinterpret_cast<float*>(b->floats.data());
+        if (!b) b.reset(new Buffers{page_buffer(piece * source_row),
+                                   page_buffer(chunk * job.row_elements * sizeof(float))});
+        auto* floats = reinterpret_cast<float*>(b->floats.get());
         const std::uint64_t begin = item * batch * rows_per_group;
         const std::uint64_t end = std::min(job.rows, begin + batch * rows_per_group);
         for (std::uint64_t at = begin; at < end; at += piece) {
             const std::uint64_t rows = std::min(piece, end - at);
-            reader.read_at(at * source_row, {b->source.data(), rows * source_row});
+            reader.read_at(at * source_row, {b->source.get(), rows * source_row});
             for (std::uint64_t row = 0; row < rows; row += chunk) {
                 cancel.check();
                 const std::uint64_t n = std::min(chunk, rows - row);
-                decode_rows(job.source_type, b->source.data() + row * source_row, floats, n, job.row_elements);
+                decode_rows(job.source_type, b->source.get() + row * source_row, floats, n, job.row_elements);
                 for (std::uint64_t i = 0; i < n; ++i) {
                     const Sums sums = row_sums(floats + i * job.row_elements, job.row_elements);
                     const std::uint64_t group = (at + row + i) / rows_per_group;

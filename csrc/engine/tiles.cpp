@@ -1,8 +1,6 @@
 #include "engine/tiles.hpp"
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
 #include "base/checked.hpp"
 #include "base/error.hpp"
@@ -130,12 +128,5 @@ void RunReader::read_at(std::uint64_t offset, std::span<std::byte> out) const {
         ++i;
     }
 }
-
-AlignedBuffer::AlignedBuffer(std::uint64_t bytes)
-    : data_(static_cast<std::byte*>(std::aligned_alloc(block, (std::max<std::uint64_t>(bytes, 1) + block - 1) / block * block))) {
-    if (!data_) throw std::bad_alloc();
-}
-
-AlignedBuffer::~AlignedBuffer() { std::free(data_); }
 
 }  // namespace pgs

@@ -50,17 +50,4 @@ private:
     std::vector<std::uint64_t> starts_;  // of each run within the concatenation
 };
 
-// A 4 KiB-aligned buffer, so that direct I/O needs no copy.
-class AlignedBuffer {
-public:
-    explicit AlignedBuffer(std::uint64_t bytes);
-    ~AlignedBuffer();
-    AlignedBuffer(const AlignedBuffer&) = delete;
-    AlignedBuffer& operator=(const AlignedBuffer&) = delete;
-    std::byte* data() const { return data_; }
-
-private:
-    std::byte* data_;
-};
-
 }  // namespace pgs

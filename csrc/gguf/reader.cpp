@@ -42,6 +42,17 @@ public:
     }
     const char* at(std::uint64_t offset) const { return bytes_.get() + offset; }
 
+    // The string at `pos`, which moves behind it, if all of it is here already.
+    bool string_at(std::uint64_t& pos, std::string_view& text) const {
+        std::uint64_t length;
+        if (have_ - pos < sizeof length) return false;
+        std::memcpy(&length, at(pos), sizeof length);
+        if (length > have_ - pos - sizeof length || length > max_string_bytes) return false;
+        text = {at(pos + sizeof length), length};
+        pos += sizeof length + length;
+        return true;
+    }
+
 private:
     struct Free {
         void operator()(char* p) const { std::free(p); }
@@ -286,14 +297,25 @@ private:
 
     void read_strings(Value& value, const std::string& object) {
         const std::uint64_t start = pos_;
-        std::uint64_t not_utf8 = 0, first_not_utf8 = 0;
+        bool all_short = true;
         for (std::uint64_t i = 0; i < value.count; ++i) {
-            const std::uint64_t at = pos_;
-            if (!is_utf8(take_string("string", object)) && not_utf8++ == 0) first_not_utf8 = at;
+            std::string_view text;
+            if (!window_.string_at(pos_, text)) text = take_string("string", object);
+            all_short &= text.size() < 0x80;
         }
         value.raw.assign(window_.at(start), pos_ - start);
-        if (not_utf8 > 0)
-            warn("array has " + std::to_string(not_utf8) + " strings that are not UTF-8", first_not_utf8, object);
+        // The eight bytes of a length below 128 are ASCII, so they end the text before and after them: one check of all
+        // bytes is a check of each string, and several times as fast.
+        if (all_short && is_utf8(value.raw)) return;
+        std::uint64_t bad_strings = 0, first = 0;
+        for (std::uint64_t at = start; at < pos_;) {
+            const std::uint64_t begin = at;
+            std::string_view text;
+            window_.string_at(at, text);
+            if (!is_utf8(text) && bad_strings++ == 0) first = begin;
+        }
+        if (bad_strings > 0)
+            warn("array has " + std::to_string(bad_strings) + " strings that are not UTF-8", first, object);
     }
 
     ValueType take_value_type(const std::string& object) {
@@ -323,7 +345,7 @@ private:
         std::uint32_t alignment;
         std::memcpy(&alignment, value.raw.data(), sizeof alignment);
         if (!std::has_single_bit(alignment) || alignment > max_alignment)
-            throw bad("unusable alignment", at, alignment_key)
+            throw bad("unusable alignment", at + 4, alignment_key)  // behind the type
                 .got(std::to_string(alignment))
                 .want("a power of two, at most 1048576");
         header_.alignment = alignment;

@@ -61,10 +61,12 @@ bool is_utf8(std::string_view text) {
         if (end - p >= 8) {  // most text is ASCII: eight bytes at once
             std::uint64_t word;
             std::memcpy(&word, p, 8);
-            if ((word & 0x8080808080808080u) == 0) {
+            word &= 0x8080808080808080u;
+            if (word == 0) {
                 p += 8;
                 continue;
             }
+            p += std::countr_zero(word) / 8;  // the first that is not
         }
         const std::size_t n = sequence_bytes(p, end);
         if (n == 0) return false;

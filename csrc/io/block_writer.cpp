@@ -44,7 +44,7 @@ void BlockWriter::gather(std::uint64_t offset, std::span<const std::byte> data) 
     {
         std::lock_guard lock(mutex_);
         Block& block = pending_[start];
-        if (!block.bytes) block.bytes = aligned_buffer(block_);
+        if (!block.bytes) block.bytes = page_buffer(block_);
         std::memcpy(block.bytes.get() + (offset - start), data.data(), data.size());
         block.filled += data.size();
         if (block.filled > length)
@@ -95,7 +95,7 @@ void BlockWriter::put(std::uint64_t offset, std::span<const std::byte> data) {
 // Starts writing a range back, and waits for older ones, so that at most `window` bytes of the output are in memory:
 // without it the kernel lets a fast writer fill a fifth of the memory with dirty pages.
 void BlockWriter::write_behind(std::uint64_t offset, std::uint64_t nbytes, bool drop) {
-    constexpr std::uint64_t window = 32u << 20;
+    constexpr std::uint64_t window = 64u << 20;
     auto sync = [&](const Range& range, unsigned flags) {
         const auto start = static_cast<off_t>(range.offset), length = static_cast<off_t>(range.nbytes);
         if (retry([&] { return ::sync_file_range(fd_, start, length, flags); }) == 0) return;

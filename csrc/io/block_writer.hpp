@@ -26,7 +26,7 @@ public:
 private:
     enum class Way { dontcache, direct, plain };
     struct Block {
-        AlignedBuffer bytes;
+        PageBuffer bytes;
         std::size_t filled = 0;
     };
     struct Range {

@@ -56,18 +56,18 @@ inline std::size_t page_bytes() {
 struct AlignedFree {
     void operator()(std::byte* p) const noexcept { std::free(p); }
 };
-using AlignedBuffer = std::unique_ptr<std::byte, AlignedFree>;
+using PageBuffer = std::unique_ptr<std::byte, AlignedFree>;
 
-inline AlignedBuffer aligned_buffer(std::size_t bytes) {
+inline PageBuffer page_buffer(std::size_t bytes) {
     void* p = nullptr;
     if (::posix_memalign(&p, page_bytes(), bytes) != 0) throw std::bad_alloc();
-    return AlignedBuffer(static_cast<std::byte*>(p));
+    return PageBuffer(static_cast<std::byte*>(p));
 }
 
 // One aligned buffer per thread, for O_DIRECT with memory that is not aligned.
 inline constexpr std::size_t bounce_bytes = std::size_t{1} << 20;
 inline std::byte* bounce_buffer() {
-    thread_local const AlignedBuffer buffer = aligned_buffer(bounce_bytes);
+    thread_local const PageBuffer buffer = page_buffer(bounce_bytes);
     return buffer.get();
 }
 

@@ -117,7 +117,7 @@ bool lock_named(int fd, const Target& target, const std::string& name) {
     // A file system without flock answers something else than EWOULDBLOCK; there nobody can lock, so nobody removes.
     if (::flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) return false;
     struct stat mine, named;
-    return ::fstat(fd, &mine) == 0 &&
+    return ::fstat(fd, &mine) == 0 && S_ISREG(mine.st_mode) &&
            ::fstatat(target.folder.get(), name.c_str(), &named, AT_SYMLINK_NOFOLLOW) == 0 &&
            mine.st_dev == named.st_dev && mine.st_ino == named.st_ino;
 }
