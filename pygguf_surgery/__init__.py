@@ -1,0 +1,36 @@
+"""Surgery on multi-gigabyte GGUF model files, in one streaming pass with bounded memory."""
+
+from __future__ import annotations
+
+from importlib import import_module as _import
+from typing import TYPE_CHECKING, Any
+
+from ._core import Value, __version__
+from .errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
+from .model import Metadata, Model, Tensor, open
+# Not lazy: the folder has the function's name, and importing it later would put the folder in the function's place.
+from .quantize import dequantize, quantize
+
+if TYPE_CHECKING:
+    from . import experts
+    from .plan import Plan
+    from .write import Receipt
+
+__all__ = [
+    "BadFile", "BadPlan", "Metadata", "Model", "OutOfSpace", "Plan", "Receipt", "SourceChanged", "SurgeryError",
+    "Tensor", "Unsupported", "Value", "__version__", "dequantize", "experts", "open", "quantize",
+]
+# Loaded when asked for, so that a program that only reads files starts at once.
+_LAZY = {"Plan": ".plan", "Receipt": ".write", "experts": ".experts"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _import(_LAZY[name], __name__)
+    globals()[name] = value = getattr(module, name, module)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,381 @@
+"""The gate: a plan becomes a CheckedPlan, with every type, shape, byte offset and the peak memory fixed, or blockers.
+
+Pure: reads no tensor data, raises only for a misuse of the call itself.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import _core, metadata as metadata_rules
+from ._core import Value
+from .errors import BadPlan, SurgeryError, Unsupported
+from .model import Model, merge_adjacent, row_bytes, type_facts
+from .plan_data import Copy, KeepExperts, OutputTensor, PlanData, Quantize, Remap, RemoveMetadata, SetMetadata, Stack, \
+    Take, plan_to_json
+from .quantize import recipe
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+MEMORY = "512MiB"          # default budget of a run's buffers: enough to keep 16 threads and the disk busy
+MEMORY_LEAST = 64 << 20
+NAME_BYTES = 63            # llama.cpp's limit of a tensor name
+ALIGNMENT_LEAST = 32       # llama.cpp aborts on 4, and always writes 32
+# What a run needs beside its buffers and the output's header: lists of jobs and runs, thread stacks, malloc's slack.
+FIXED_BYTES = 24 << 20
+LIST_LONGEST = 32          # printed JSON abbreviates longer arrays
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of 536870912, "512MiB" or "2GB" (KiB MiB GiB TiB are powers of 1024, kB MB GB TB of 1000)."""
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise BadPlan("not a size", object=repr(size), expected="bytes, or text such as 512MiB")
+    if isinstance(size, int):
+        return size
+    match = _SIZE.fullmatch(size)
+    if match is None or match[2] and size.strip()[-1] not in "bB":
+        raise BadPlan("not a size", object=size, expected="bytes, or text such as 512MiB or 2GB")
+    unit = (match[2] or "").lower()
+    power = " kmgt".index(unit[0]) if unit else 0
+    return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
+
+
+def parse_memory(memory: int | str) -> int:
+    """A budget in bytes; BadPlan below the least that works."""
+    nbytes = parse_size(memory)
+    if nbytes < MEMORY_LEAST:
+        raise BadPlan("too little memory for a run", object="memory", found=memory, expected="at least 64MiB")
+    return nbytes
+
+
+@dataclass
+class CheckedPlan:
+    """What a plan comes to. With blockers it can be described and not written; its numbers are then best guesses."""
+
+    data: PlanData
+    tensors: list[OutputTensor]
+    nbytes: list[int]           # of each tensor, without padding
+    offsets: list[int]          # of each tensor, from the start of the file; empty if no header can be made
+    metadata: dict[str, Value]
+    alignment: int
+    header: bytes               # up to the data, padding included; empty if none can be made
+    file_bytes: int
+    peak_memory_bytes: int      # over the interpreter's own: buffers, header, lists
+    blockers: list[SurgeryError]
+    warnings: list[str]
+    source_bytes: int           # of the input's tensors
+    architecture: str
+    experts: tuple[int | None, int | None]  # before, after
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    def actions(self) -> dict[str, int]:
+        """How many tensors are copied, taken, encoded, ..."""
+        return dict(Counter(action(tensor) for tensor in self.tensors))
+
+    def summary(self) -> str:
+        """The plan in words: sizes by role, types, bits per weight, experts, peak memory, warnings, blockers."""
+        lines = [f"{self.data.source}",
+                 f"{self.architecture or 'no architecture'}: {len(self.tensors)} tensors, "
+                 f"{human(self.source_bytes)} -> {human(sum(self.nbytes))} ({human(self.file_bytes)} file)"]
+        if self.experts[0] is not None:
+            lines.append(f"experts: {self.experts[0]} -> {self.experts[1]}"
+                         if self.experts[0] != self.experts[1] else f"experts: {self.experts[0]}")
+        if self.elements:
+            lines.append(f"{self.elements / 1e9:.3f} billion weights, "
+                         f"{8 * sum(self.nbytes) / self.elements:.3f} bits per weight")
+        lines.append("tensors: " + ", ".join(f"{count} {name}" for name, count in sorted(self.actions().items())))
+        lines.append(f"peak memory: {human(self.peak_memory_bytes)}")
+        lines += ["", f"{'role':<14} {'tensors':>7} {'size':>11} {'share':>6}  types"]
+        total = sum(self.nbytes) or 1
+        by_role: dict[str, list[int]] = {}
+        for i, tensor in enumerate(self.tensors):
+            by_role.setdefault(tensor.role, []).append(i)
+        for role, indices in sorted(by_role.items(), key=lambda item: -sum(self.nbytes[i] for i in item[1])):
+            size = sum(self.nbytes[i] for i in indices)
+            types = Counter(self.tensors[i].type for i in indices)
+            lines.append(f"{role:<14} {len(indices):>7} {human(size):>11} {100 * size / total:>5.1f}%  "
+                         + ", ".join(f"{type} x{count}" for type, count in types.most_common()))
+        if self.warnings:
+            lines += ["", "warnings:"] + [f"  {text}" for text in self.warnings]
+        if self.blockers:
+            lines += ["", "cannot be written:"] + [f"  {error}" for error in self.blockers]
+        return "\n".join(lines)
+
+    def to_json(self, full: bool = False) -> dict[str, Any]:
+        """JSON-ready. Without `full`, arrays over 32 elements in metadata and plan are {"type", "length", "head"}."""
+        shorten = (lambda x: x) if full else abbreviate
+        return {
+            "tensors": [
+                {"name": t.name, "role": t.role, "type": t.type, "shape": list(t.shape), "nbytes": n,
+                 "action": action(t), "source_type": t.source_type, **({"notes": t.notes} if t.notes else {})}
+                for t, n in zip(self.tensors, self.nbytes)],
+            "metadata": {key: value_for_json(value, full) for key, value in self.metadata.items()},
+            "file_bytes": self.file_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "blockers": [error_for_json(error) for error in self.blockers],
+            "warnings": list(self.warnings),
+            "plan": shorten(plan_to_json(self.data)),
+        }
+
+
+def action(tensor: OutputTensor) -> str:
+    if isinstance(tensor.expression, Remap):
+        return "remap"
+    if tensor.type != tensor.source_type:
+        return "encode"
+    return {Copy: "copy", Take: "take", Stack: "stack"}[type(tensor.expression)]
+
+
+def human(nbytes: int) -> str:
+    """1234567 -> "1.18 MiB"."""
+    size, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{nbytes} B" if units[0] == "B" else f"{size:.2f} {units[0]}"
+
+
+def value_for_json(value: Value, full: bool = False) -> Any:
+    """A metadata value for people and scripts (plan_data.value_to_json is the lossless form)."""
+    if value.type.endswith("[]") and not full and len(value) > LIST_LONGEST:
+        return {"type": value.type, "length": len(value), "head": _finite(value.head(LIST_LONGEST))}
+    return _finite(value.value)
+
+
+def _finite(x: Any) -> Any:
+    """JSON has no NaN and no infinity: they become text. Bytes that are no UTF-8 become U+FFFD."""
+    if isinstance(x, list):
+        return [_finite(element) for element in x]
+    if isinstance(x, float) and not math.isfinite(x):
+        return str(x)
+    if isinstance(x, str):
+        return x.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return x
+
+
+def abbreviate(data: Any) -> Any:
+    """Lists of over 32 plain elements as {"type", "length", "head"}, at any depth."""
+    if isinstance(data, dict):
+        return {key: abbreviate(value) for key, value in data.items()}
+    if isinstance(data, list):
+        if len(data) > LIST_LONGEST and not isinstance(data[0], (dict, list)):
+            return {"type": type(data[0]).__name__, "length": len(data), "head": data[:LIST_LONGEST]}
+        return [abbreviate(element) for element in data]
+    return data
+
+
+def error_for_json(error: SurgeryError) -> dict[str, Any]:
+    fields = {name: getattr(error, name) for name in ("path", "object", "offset", "found", "expected", "hint")}
+    return {"error": type(error).__name__, "message": str(error), "problem": error.problem,
+            **{name: value if isinstance(value, (int, str)) else str(value)
+               for name, value in fields.items() if value is not None}}
+
+
+# --- the check -------------------------------------------------------------------------------------------------------
+
+def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: int = 0,
+          io: str = "auto") -> CheckedPlan:
+    """Everything about the output, before a byte of it exists. What cannot be done is in .blockers."""
+    from .experts import roles
+
+    budget = parse_memory(memory)
+    blockers: list[SurgeryError] = []
+    warnings = [f"input: {text}" for text in model.warnings]
+    before = model.metadata.exact()
+    metadata = dict(before)
+    tensors = [OutputTensor(t.name, t.shape, t.type, t.type, Copy(t.name), roles.role_of(t.name))
+               for t in model.tensors.values()]
+    if model.metadata_only and tensors:
+        blockers.append(BadPlan("opened for its metadata only", path=model.path, hint="open it without metadata_only"))
+
+    metadata_edits = [edit for edit in data.edits if isinstance(edit, (SetMetadata, RemoveMetadata))]
+    expert_edits = [edit for edit in data.edits if isinstance(edit, KeepExperts)]
+    quantize_edits = [edit for edit in data.edits if isinstance(edit, Quantize)]
+    if len(quantize_edits) > 1:
+        blockers.append(BadPlan("a plan quantizes at most once", object="quantize", found=len(quantize_edits)))
+    # The architecture's own keys before the experts, so that their rules see the final numbers; all others after, so
+    # that the caller has the last word.
+    metadata = _edit_metadata(model.architecture, metadata, metadata_edits, True, blockers)
+    for edit in expert_edits:  # the ids of a second cut are those after the first
+        from .experts import prune
+
+        outcome = prune.apply(model, tensors, metadata, edit)
+        tensors, metadata = outcome.tensors, outcome.metadata
+        blockers += outcome.blockers
+        warnings += outcome.warnings
+    metadata = _edit_metadata(model.architecture, metadata, metadata_edits, False, blockers)
+    for quantize in quantize_edits[:1]:
+        quantized = recipe.apply(model.architecture, tensors, metadata, quantize)
+        tensors, metadata = quantized.tensors, quantized.metadata
+        blockers += quantized.blockers
+        warnings += quantized.warnings
+    metadata, alignment = _derived(model, metadata, warnings)
+    blockers += _check_tensors(model, tensors)
+    blockers += _check_metadata(model.architecture, before, metadata)
+
+    checked = CheckedPlan(
+        data=data, tensors=tensors, nbytes=[_target_bytes(t) for t in tensors], offsets=[], metadata=metadata,
+        alignment=alignment, header=b"", file_bytes=0, peak_memory_bytes=0, blockers=blockers, warnings=warnings,
+        source_bytes=sum(t.nbytes for t in model.tensors.values()), architecture=model.architecture,
+        experts=(_count(before, model.architecture), _count(metadata, model.architecture)))
+    _lay_out(checked)
+    _budget(model, checked, budget, threads, io)
+    return checked
+
+
+def _edit_metadata(architecture: str, metadata: dict[str, Value], edits: Sequence[SetMetadata | RemoveMetadata],
+                   own: bool, blockers: list[SurgeryError]) -> dict[str, Value]:
+    """The edits of the architecture's own keys, or of all others."""
+    prefix = f"{architecture}."
+    for edit in edits:
+        if isinstance(edit, SetMetadata):
+            part: SetMetadata | RemoveMetadata = SetMetadata(
+                tuple(item for item in edit.items if item[0].startswith(prefix) == own))
+        else:
+            part = RemoveMetadata(tuple(key for key in edit.keys if key.startswith(prefix) == own))
+        metadata = metadata_rules.apply(architecture, metadata, part, blockers)
+    return metadata
+
+
+def _derived(model: Model, metadata: dict[str, Value], warnings: list[str]) -> tuple[dict[str, Value], int]:
+    """Keys that follow from the rest, and the alignment: the output is one file that llama.cpp reads."""
+    metadata = {key: value for key, value in metadata.items() if not key.startswith("split.")}
+    alignment = model.alignment
+    if alignment < ALIGNMENT_LEAST:
+        warnings.append(f"alignment {alignment} becomes {ALIGNMENT_LEAST}, the least that llama.cpp reads")
+        alignment = ALIGNMENT_LEAST
+        metadata["general.alignment"] = Value(alignment, "u32")
+    return metadata, alignment
+
+
+def _check_tensors(model: Model, tensors: list[OutputTensor]) -> list[SurgeryError]:
+    """What llama.cpp could not load afterwards, and what ggml cannot do."""
+    found: list[SurgeryError] = []
+    facts = type_facts()
+    seen: set[str] = set()
+    if model.tensors and not tensors:
+        found.append(BadPlan("nothing is left of the model"))
+    for tensor in tensors:
+        if tensor.name in seen:
+            found.append(BadPlan("duplicate tensor", object=tensor.name))
+        seen.add(tensor.name)
+        nbytes = len(tensor.name.encode("utf-8", "surrogateescape"))
+        if nbytes == 0 or nbytes > NAME_BYTES:
+            found.append(BadPlan("a tensor name that llama.cpp cannot load", object=tensor.name,
+                                 found=f"{nbytes} bytes", expected=f"1..{NAME_BYTES}"))
+        row = tensor.shape[-1] if tensor.shape else 1
+        if row % facts[tensor.type]["block"]:
+            found.append(BadPlan("a row is no multiple of the block", object=tensor.name, found=f"{row} elements",
+                                 expected=f"a multiple of {facts[tensor.type]['block']} ({tensor.type})"))
+        if tensor.type != tensor.source_type:
+            if not facts[tensor.source_type]["decodes"]:
+                found.append(Unsupported("ggml cannot decode this type", object=tensor.name, found=tensor.source_type,
+                                         hint='override it with "copy"'))
+            if not facts[tensor.type]["encodes"]:
+                found.append(Unsupported("ggml cannot encode this type", object=tensor.name, found=tensor.type))
+    return found
+
+
+def _check_metadata(architecture: str, before: dict[str, Value], after: dict[str, Value]) -> list[SurgeryError]:
+    """Numbers of experts that llama.cpp refuses, where this plan changed them."""
+    keys = [f"{architecture}.{name}" for name in ("expert_count", "expert_used_count")]
+    if all(before.get(key) == after.get(key) for key in keys) or any(key not in after for key in keys):
+        return []
+    count, used = after[keys[0]].value, after[keys[1]].value
+    most = max(used, default=0) if isinstance(used, list) else used
+    if not isinstance(count, int) or most <= count:
+        return []
+    return [BadPlan("more experts used than there are", object=keys[1], found=most, expected=f"at most {count}")]
+
+
+def _count(metadata: dict[str, Value], architecture: str) -> int | None:
+    value = metadata.get(f"{architecture}.expert_count")
+    return value.value if value is not None and isinstance(value.value, int) else None
+
+
+def _target_bytes(tensor: OutputTensor) -> int:
+    facts = type_facts()[tensor.type]
+    elements = math.prod(tensor.shape)
+    return -(-elements // facts["block"]) * facts["block_bytes"]
+
+
+def _lay_out(checked: CheckedPlan) -> None:
+    infos = [_core.TensorInfo(t.name, t.shape[::-1], type_facts()[t.type]["id"]) for t in checked.tensors]
+    try:
+        checked.header, checked.offsets, checked.file_bytes = _core.encode_header(
+            list(checked.metadata.items()), infos, checked.alignment)
+    except SurgeryError as error:
+        if not checked.blockers:  # else it is one of them again
+            checked.blockers.append(error)
+        checked.file_bytes = sum(-(-n // checked.alignment) * checked.alignment for n in checked.nbytes)
+
+
+def _budget(model: Model, checked: CheckedPlan, memory: int, threads: int, io: str) -> None:
+    buffers = memory
+    if checked.header:
+        try:
+            jobs = build_jobs(model, checked)
+            buffers = _core.plan_budget(jobs, memory=memory, threads=threads, io=io)["buffer_bytes"]
+        except SurgeryError as error:
+            if not checked.blockers:
+                checked.blockers.append(error)
+    checked.peak_memory_bytes = buffers + 2 * len(checked.header) + FIXED_BYTES
+
+
+# --- jobs: the checked plan as the engine takes it ------------------------------------------------------------------
+
+def build_jobs(model: Model, checked: CheckedPlan) -> list[_core.Job]:
+    """One job per tensor that has bytes. BadPlan where an expression does not give the bytes that its shape needs."""
+    jobs = []
+    facts = type_facts()
+    for tensor, nbytes, offset in zip(checked.tensors, checked.nbytes, checked.offsets):
+        elements = math.prod(tensor.shape)
+        row = tensor.shape[-1] if tensor.shape else 1
+        if elements == 0:
+            continue
+        if len(tensor.shape) == 1 and isinstance(tensor.expression, Take):
+            if facts[tensor.source_type]["block"] != 1 or facts[tensor.type]["block"] != 1:
+                raise Unsupported("a vector of blocks cannot be cut", object=tensor.name, found=tensor.source_type)
+            row = 1  # runs are whole rows
+        runs = source_runs(model, tensor)
+        expected = elements // row * row_bytes(tensor.source_type, row)
+        if int(runs[:, 2].sum()) != expected:
+            raise BadPlan("an expression of another size than its shape", object=tensor.name,
+                          found=f"{int(runs[:, 2].sum())} bytes", expected=f"{expected}")
+        remap = None
+        if isinstance(tensor.expression, Remap):
+            remap = (tensor.expression.table, tensor.expression.substitutes, row)
+        jobs.append(_core.Job(
+            tensor.name, source_type=facts[tensor.source_type]["id"], target_type=facts[tensor.type]["id"],
+            row_elements=row, rows=elements // row, target_offset=offset, runs=runs, remap=remap))
+    return jobs
+
+
+def source_runs(model: Model, tensor: OutputTensor) -> NDArray[np.uint64]:
+    """[n, 3]: source, byte offset, bytes. Neighbouring slices that are kept are one run."""
+    import numpy as np
+
+    expression = tensor.expression
+    if isinstance(expression, Take):
+        ref = model.tensors[expression.ref]
+        if not expression.indices or not ref.shape or min(expression.indices) < 0 \
+                or max(expression.indices) >= ref.shape[0]:
+            raise BadPlan("slices out of range", object=tensor.name, expected=f"within {list(ref.shape)}")
+        step = ref.nbytes // ref.shape[0]
+        runs = [(ref.source, ref.offset + first * step, n * step) for first, n in merge_adjacent(expression.indices)]
+    else:
+        refs = expression.refs if isinstance(expression, Stack) else (expression.ref,)
+        runs = [(ref.source, ref.offset, ref.nbytes) for ref in (model.tensors[name] for name in refs)]
+    return np.array(runs, dtype=np.uint64).reshape(-1, 3)

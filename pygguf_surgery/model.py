@@ -1,0 +1,326 @@
+"""Model: the headers of one GGUF file, or of all shards of a split one. Opening reads no tensor data."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from . import _core
+from ._core import Value
+from .errors import BadFile, BadPlan, Unsupported
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+_UNKNOWN = object()
+
+
+@lru_cache(maxsize=None)
+def type_facts() -> dict[str, dict[str, Any]]:
+    """Facts of every ggml type, by its name: see _core.types."""
+    return {facts["name"]: facts for facts in _core.types()}
+
+
+@lru_cache(maxsize=None)
+def type_names() -> dict[int, str]:
+    return {facts["id"]: name for name, facts in type_facts().items()}
+
+
+def row_bytes(type: str, elements: int) -> int:
+    """Bytes of a row; `elements` is a multiple of the type's block."""
+    facts = type_facts()[type]
+    return elements // facts["block"] * facts["block_bytes"]
+
+
+class Metadata(Mapping[str, Any]):
+    """The keys and values of a header, in file order. A value is decoded when it is asked for: a vocabulary that nobody
+    reads costs nothing."""
+
+    def __init__(self, items: Mapping[str, Value]):
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key].value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._items
+
+    def __repr__(self) -> str:
+        return f"<Metadata of {len(self)} keys>"
+
+    def value(self, key: str) -> Value:
+        """The exact value with its GGUF type."""
+        return self._items[key]
+
+    def exact(self) -> dict[str, Value]:
+        """A fresh dict of all exact values, in file order."""
+        return dict(self._items)
+
+
+class Tensor:
+    """One tensor of a model: where its bytes are and what they mean.
+
+    shape is outermost first (numpy), ne fastest first (ggml); type is ggml's name ("BF16"); source is the index of the
+    shard in model.sources and offset is absolute in that file. Reading is safe from several threads.
+    """
+
+    __slots__ = ("_model", "name", "ne", "nbytes", "offset", "source", "type", "type_id")
+
+    def __init__(self, model: Model, info: _core.TensorInfo, source: int, data_offset: int):
+        self._model = model
+        self.name: str = info.name
+        self.ne: tuple[int, ...] = tuple(info.ne)
+        self.type_id: int = info.type
+        self.type: str = type_names()[info.type]
+        self.nbytes: int = info.nbytes
+        self.source = source
+        self.offset: int = data_offset + info.offset
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.ne[::-1]
+
+    @property
+    def elements(self) -> int:
+        n = 1
+        for length in self.ne:
+            n *= length
+        return n
+
+    def __repr__(self) -> str:
+        return f"<Tensor {self.name} {self.type} {list(self.shape)}>"
+
+    def bytes(self) -> NDArray[np.uint8]:
+        """The encoded bytes: a read-only uint8 view of the memory-mapped file, nothing is copied.
+
+        The view stays valid after model.close(). If another program truncates the file, touching the view kills the
+        process (SIGBUS), as with any mapping.
+        """
+        return self._model.sources[self.source].view(self.offset, self.nbytes)
+
+    def dequantize(self, rows: Any = None, experts: Any = None, *, threads: int = 0) -> NDArray[np.float32]:
+        """The values as float32; only what is asked for is read.
+
+        experts: an index or indices along the slowest axis; the result has shape [len(experts), *shape[1:]].
+        rows: an index or indices of rows, counted through the whole tensor; the result is [len(rows), shape[-1]].
+        Without either, the shape of the tensor. Unsupported for a type that ggml cannot decode (integers).
+        """
+        import numpy as np
+
+        facts = type_facts()[self.type]
+        if not facts["decodes"]:
+            raise Unsupported("ggml cannot decode this type", path=self._path, object=self.name, found=self.type)
+        if rows is not None and experts is not None:
+            raise BadPlan("give rows or experts, not both", object=self.name)
+        if rows is None and experts is None:
+            return self._decode([(0, self.nbytes)], threads).reshape(self.shape)
+        if not self.ne:
+            raise BadPlan("a scalar has no rows or experts", object=self.name)
+        if rows is not None:
+            wanted, slice_shape = rows, (self.ne[0],)
+            count = self.elements // max(1, self.ne[0])
+        else:
+            wanted, slice_shape = experts, self.shape[1:]
+            count = self.shape[0]
+        indices = [self._index(i, count) for i in (wanted if np.ndim(wanted) else [wanted])]
+        if not slice_shape:  # experts of a vector are single elements, maybe inside a block
+            return self._decode([(0, self.nbytes)], threads).reshape(self.shape)[indices]
+        if not indices or not self.nbytes:
+            return np.zeros((len(indices), *slice_shape), np.float32)
+        step = self.nbytes // count
+        parts = [(first * step, n * step) for first, n in merge_adjacent(indices)]
+        return self._decode(parts, threads).reshape(len(indices), *slice_shape)
+
+    @property
+    def _path(self) -> str:
+        return self._model.paths[self.source]
+
+    def _index(self, index: Any, count: int) -> int:
+        try:
+            i = index.__index__()
+        except AttributeError:
+            raise BadPlan("an index is a whole number", object=self.name, found=repr(index)) from None
+        if not 0 <= i < count:
+            raise BadPlan(f"index {i} out of range", object=self.name, expected=f"0..{count - 1}")
+        return i
+
+    def _decode(self, parts: Sequence[tuple[int, int]], threads: int) -> NDArray[np.float32]:
+        import numpy as np
+
+        source = self._model.sources[self.source]
+        pieces = [source.read(self.offset + offset, nbytes) for offset, nbytes in parts]
+        data = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        nbytes = row_bytes(self.type, self.ne[0] if self.ne else 1)
+        if data.size == 0 or nbytes == 0:
+            return np.zeros(0, np.float32)
+        return _core.dequantize(data.reshape(-1, nbytes), self.type_id, threads)
+
+
+def merge_adjacent(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, count) of each run of consecutive indices, in order."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and runs[-1][0] + runs[-1][1] == i:
+            runs[-1][1] += 1
+        else:
+            runs.append([i, 1])
+    return [(first, count) for first, count in runs]
+
+
+class Model:
+    """The headers of a model. It owns the open files; a context manager; may be shared by threads. Made by `open`."""
+
+    def __init__(self, sources: list[_core.Source], headers: list[_core.Header], *, metadata_only: bool = False):
+        self.sources = sources
+        self.paths: list[str] = [source.path for source in sources]
+        self.path: str = self.paths[0]
+        self.metadata_only = metadata_only
+        self.alignment: int = headers[0].alignment
+        self._data_offsets = [min(h.data_offset, s.size) for h, s in zip(headers, sources)]
+        self.header_bytes: int = sum(self._data_offsets)
+        self.file_bytes: int = sum(source.size for source in sources)
+        self.warnings: list[str] = [
+            text if len(sources) == 1 else f"{os.path.basename(path)}: {text}"
+            for path, header in zip(self.paths, headers) for text in header.warnings]
+        items = dict(headers[0].metadata)
+        if len(sources) > 1:
+            items = {key: value for key, value in items.items() if not key.startswith("split.")}
+        self.metadata = Metadata(items)
+        self.architecture: str = _text(items, "general.architecture", self.path)
+        self.name: str = _text(items, "general.name", self.path)
+        self.tensors: dict[str, Tensor] = {}
+        for i, header in enumerate(headers):
+            for info in header.tensors:
+                if info.name in self.tensors:
+                    first = self.tensors[info.name].source
+                    raise BadFile("duplicate tensor", path=self.paths[i], object=info.name,
+                                  hint=f"it is also in {os.path.basename(self.paths[first])}")
+                self.tensors[info.name] = Tensor(self, info, i, header.data_offset)
+        self._header_sha256: str | None = None
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Model {self.path} {self.architecture} of {len(self.tensors)} tensors>"
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files. Views from Tensor.bytes stay valid; later reads are a ValueError."""
+        for source in self.sources:
+            source.close()
+
+    @property
+    def header_sha256(self) -> str:
+        """SHA-256, in hex, of the header bytes (padding included, no tensor data) of all shards in order."""
+        with self._lock:
+            if self._header_sha256 is None:
+                digest = hashlib.sha256()
+                for source, nbytes in zip(self.sources, self._data_offsets):
+                    digest.update(source.read(0, nbytes))
+                self._header_sha256 = digest.hexdigest()
+            return self._header_sha256
+
+    def get(self, key_suffix: str, default: Any = None) -> Any:
+        """The value of the architecture's own key: get("expert_count") is metadata["qwen3next.expert_count"]."""
+        return self.metadata.get(f"{self.architecture}.{key_suffix}", default)
+
+
+def open(path: str | os.PathLike[str], *, strict: bool = False, metadata_only: bool = False) -> Model:
+    """Opens a GGUF file, read-only; for any shard of a split model, all its shards. No tensor data is read.
+
+    strict: what is only a warning by default (Model.warnings) is an error. metadata_only: accept a file whose tensor
+    data is missing. Errors: OSError (no such file, no permission), BadFile.
+    """
+    opened: list[_core.Source] = []
+
+    def read(shard: str) -> tuple[_core.Source, _core.Header]:
+        opened.append(_core.Source(shard))
+        return opened[-1], _core.read_header(opened[-1], strict=strict, metadata_only=metadata_only)
+
+    try:
+        path = os.fspath(path)
+        first = read(path)
+        count = _whole(dict(first[1].metadata), "split.count", path, default=0)
+        if count <= 1:
+            return Model([first[0]], [first[1]], metadata_only=metadata_only)
+        paths = _shard_paths(path, count)
+        shards = [first if shard == path else read(shard) for shard in paths]
+        headers = [header for _, header in shards]
+        _check_shards(paths, headers)
+        return Model([source for source, _ in shards], headers, metadata_only=metadata_only)
+    except BaseException:
+        for source in opened:
+            source.close()
+        raise
+
+
+def _text(items: dict[str, Value], key: str, path: str) -> str:
+    if key not in items:
+        return ""
+    if items[key].type != "str":
+        raise BadFile("not a string", path=path, object=key, found=items[key].type, expected="str")
+    return items[key].value
+
+
+def _whole(items: dict[str, Value], key: str, path: str, default: Any = _UNKNOWN) -> int:
+    if key not in items:
+        if default is _UNKNOWN:
+            raise BadFile("missing key of a shard", path=path, object=key)
+        return default
+    value = items[key].value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise BadFile("not a whole number", path=path, object=key, found=items[key].type)
+    return value
+
+
+def _shard_paths(path: str, count: int) -> list[str]:
+    folder, name = os.path.split(path)
+    match = _SHARD.match(name)
+    if match is None:
+        raise BadFile("a shard of a split model with an unusual name", path=path, object="split.count", found=count,
+                      expected="NAME-00001-of-00004.gguf", hint="rename the shards: the name says where the others are")
+    if int(match["count"]) != count:
+        raise BadFile("the number of shards in the name and in the file differ", path=path, object="split.count",
+                      found=count, expected=int(match["count"]))
+    paths = [os.path.join(folder, f"{match['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    missing = [shard for shard in paths if not os.path.exists(shard)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise BadFile(f"missing shard {os.path.basename(missing[0])}{more}", path=path, object="split.count",
+                      found=count - len(missing), expected=count)
+    return paths
+
+
+def _check_shards(paths: list[str], headers: list[_core.Header]) -> None:
+    total = sum(len(header.tensors) for header in headers)
+    architecture = None
+    for number, (path, header) in enumerate(zip(paths, headers)):
+        items = dict(header.metadata)
+        for key, expected in (("split.no", number), ("split.count", len(paths)), ("split.tensors.count", total)):
+            found = _whole(items, key, path)
+            if found != expected:
+                raise BadFile("shards that do not belong together", path=path, object=key, found=found,
+                              expected=expected)
+        name = _text(items, "general.architecture", path)
+        if number == 0:
+            architecture = name
+        elif name and name != architecture:
+            raise BadFile("shards of different architectures", path=path, object="general.architecture", found=name,
+                          expected=architecture)

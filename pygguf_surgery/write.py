@@ -1,0 +1,113 @@
+"""Run a checked plan: the engine writes the file, this reports progress and hands back a Receipt."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TextIO
+
+from . import _core
+from .check import MEMORY, CheckedPlan, build_jobs, human, parse_memory
+from .model import Model
+
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a run did. actions: how many tensors were copied, taken, encoded, ..."""
+
+    path: str
+    file_bytes: int
+    seconds: float
+    buffer_bytes: int      # the most that the run's buffers held
+    bytes_read: int
+    elements_encoded: int
+    threads: int
+    actions: dict[str, int]
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def write(model: Model, checked: CheckedPlan, path: str | os.PathLike[str], *, overwrite: bool = False,
+          memory: int | str = MEMORY, threads: int = 0, io: str = "auto",
+          progress: bool | Progress | None = False) -> Receipt:
+    """Writes the file at `path`, whole or not at all. Raises the first blocker.
+
+    progress: True shows a bar on stderr, a callable gets (done_bytes, total_bytes); what it raises cancels the run, as
+    Ctrl-C does, and leaves nothing behind.
+    """
+    if checked.blockers:
+        raise first_blocker(checked)
+    path = os.fspath(path)
+    start = time.monotonic()
+    bar = ProgressBar(os.path.basename(path)) if progress is True else None
+    try:
+        stats = _core.run(
+            model.sources, path, checked.header, checked.file_bytes, build_jobs(model, checked),
+            memory=parse_memory(memory), threads=threads, io=io, overwrite=overwrite,
+            progress=bar or progress or None)
+    finally:
+        if bar is not None:
+            bar.close()
+    return Receipt(
+        path=path, file_bytes=checked.file_bytes, seconds=time.monotonic() - start, buffer_bytes=stats["buffer_bytes"],
+        bytes_read=stats["bytes_read"], elements_encoded=stats["elements_encoded"], threads=stats["threads"],
+        actions=checked.actions(), warnings=list(checked.warnings))
+
+
+def first_blocker(checked: CheckedPlan) -> Exception:
+    """The first blocker; its hint counts the others."""
+    error = copy.copy(checked.blockers[0])
+    more = len(checked.blockers) - 1
+    if more:
+        error.hint = f"{error.hint}; " if error.hint else ""
+        error.hint += f"{more} more: see check().summary()"
+    return error
+
+
+class ProgressBar:
+    """Bytes, rate and remaining time: a bar that redraws itself on a terminal, elsewhere one line per 10 s."""
+
+    def __init__(self, label: str, stream: TextIO | None = None):
+        self._label = label
+        self._stream = sys.stderr if stream is None else stream
+        self._terminal = self._stream.isatty()
+        self._start = self._last = time.monotonic()
+        self._width = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last < (0.1 if self._terminal else 10) and not (self._terminal and done == total):
+            return
+        self._last = now
+        rate = done / max(now - self._start, 1e-9)
+        left = duration((total - done) / rate) if done else "?"
+        text = f"{human(done)} of {human(total)}, {human(int(rate))}/s, {left} left"
+        if not self._terminal:
+            print(f"{self._label}: {text}", file=self._stream, flush=True)
+            return
+        filled = int(24 * done / total) if total else 24
+        line = f"{self._label} [{'#' * filled}{'.' * (24 - filled)}] {text}"
+        self._stream.write("\r" + line.ljust(self._width))
+        self._stream.flush()
+        self._width = len(line)
+
+    def close(self) -> None:
+        """Ends the bar's line."""
+        if self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._width = 0
+
+
+def duration(seconds: float) -> str:
+    """75.3 -> "1:15"."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
