@@ -1,0 +1,363 @@
+"""Cutting experts: a pure function from output tensors and metadata to output tensors and metadata."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from .. import _core
+from .._core import Value
+from ..errors import BadFile, BadPlan, SurgeryError, Unsupported
+from ..plan_data import Copy, Expression, KeepExperts, OutputTensor, Remap, Stack, Take
+from . import roles
+from .rank import nearest
+from .roles import Layout
+
+if TYPE_CHECKING:
+    from ..model import Model
+
+MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
+Kept = dict[int, tuple[int, ...]]
+
+
+@dataclass
+class Outcome:
+    """What an edit comes to. With blockers the tensors are still the best description that can be given."""
+
+    tensors: list[OutputTensor]
+    metadata: dict[str, Value]
+    blockers: list[SurgeryError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value], edit: KeepExperts) -> Outcome:
+    """Keeps the experts that `edit` names in every MoE block. Reads no tensor data and changes nothing in place.
+
+    Ids are those of `tensors`, so a second cut counts in the experts that the first one left. What llama.cpp could not
+    load, and what would change routing silently, becomes a blocker; nothing is raised.
+    """
+    out = Outcome(list(tensors), dict(metadata))
+    architecture = model.architecture
+    try:
+        if edit.mtp not in ("keep", "drop"):
+            raise BadPlan("no such choice", object="mtp", found=repr(edit.mtp), expected='"keep" or "drop"')
+        dropped = _drop_mtp(architecture, out) if edit.mtp == "drop" else range(0)
+        found = roles.layout(architecture, [t.name for t in out.tensors], _getter(out.metadata))
+        if not found.layers:
+            raise BadPlan("the model has no experts", object=architecture or None)
+    except SurgeryError as error:
+        out.blockers.append(error)
+        return out
+    out.blockers += [error for t in out.tensors if (error := roles.check_shape(t.name, t.shape, found))]
+    kept = _check_kept(edit, found, dropped, out.blockers)
+    if out.blockers or all(len(ids) == found.experts for ids in kept.values()):
+        return out
+    _check_routing(architecture, found, kept, out)
+    if out.blockers:
+        return out
+    out.tensors = [_cut(t, found, kept, edit.order, out.blockers) for t in out.tensors]
+    try:
+        _set_metadata(model, architecture, kept, edit.metric, out)
+    except SurgeryError as error:
+        out.blockers.append(error)
+    return out
+
+
+# --- what was asked for ---------------------------------------------------------------------------------------------
+
+def _check_kept(edit: KeepExperts, found: Layout, dropped: range, blockers: list[SurgeryError]) -> Kept:
+    """The ids per MoE layer as plain ints; every fault is a blocker."""
+    kept: Kept = {}
+    for layer, ids in edit.kept.items():
+        if layer in found.layers:
+            kept[layer] = _check_ids(layer, ids, found.experts, blockers)
+        elif layer not in dropped:  # a ranking of the whole model names those too
+            blockers.append(BadPlan("experts named for a layer that has none", object=f"blk.{layer}",
+                                    hint=f"layers with experts: {ranges(found.layers)}"))
+    for layer in found.layers:
+        if layer not in kept:
+            mtp = layer in found.mtp
+            blockers.append(BadPlan("no experts named for this " + ("MTP block" if mtp else "layer"),
+                                    object=f"blk.{layer}", hint='or drop it with mtp="drop"' if mtp else None))
+    counts = sorted({len(ids) for ids in kept.values()})
+    if len(counts) > 1 and not blockers:
+        blockers.append(Unsupported(
+            "a different number of experts per layer", object="keep_experts",
+            found=", ".join(f"{n} in {ranges(k for k, v in kept.items() if len(v) == n)}" for n in counts),
+            hint="llama.cpp has one expert_count for all layers: keep the same number in each"))
+    return {layer: kept[layer] for layer in found.layers if layer in kept}
+
+
+def _check_ids(layer: int, ids: Iterable[Any], experts: int, blockers: list[SurgeryError]) -> tuple[int, ...]:
+    name = f"blk.{layer}.ffn_down_exps.weight"
+    try:
+        plain = tuple(operator.index(i) for i in ids)
+    except TypeError:
+        blockers.append(BadPlan("an expert id is a whole number", object=name, found=repr(ids)[:80]))
+        return ()
+    problem = None
+    if not plain:
+        problem = "no expert is kept"
+    elif outside := [i for i in plain if not 0 <= i < experts]:
+        problem = f"expert {outside[0]} out of range (the tensor has {experts}: 0..{experts - 1})"
+    elif twice := [i for i, n in Counter(plain).items() if n > 1]:
+        problem = f"expert {twice[0]} named twice"
+    elif list(plain) != sorted(plain):
+        problem = "experts not in ascending order"
+    if problem:
+        blockers.append(BadPlan(problem, object=name))
+    return plain
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] as "0..2, 5"."""
+    parts: list[list[int]] = []
+    for n in sorted(numbers):
+        if parts and parts[-1][1] == n - 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(f"{a}..{b}" if b > a else str(a) for a, b in parts)
+
+
+# --- what llama.cpp's loader and router need ------------------------------------------------------------------------
+
+def _check_routing(architecture: str, found: Layout, kept: Kept, out: Outcome) -> None:
+    n = len(kept[found.layers[0]])
+    get = _getter(out.metadata)
+    if n > MAX_EXPERTS:
+        out.blockers.append(Unsupported("more experts than llama.cpp loads", object=f"{architecture}.expert_count",
+                                        found=n, expected=f"at most {MAX_EXPERTS}"))
+    try:
+        used = _used(get, f"{architecture}.expert_used_count")
+        if n < used:
+            out.blockers.append(BadPlan(f"{n} experts kept and {used} used per token",
+                                        object=f"{architecture}.expert_used_count",
+                                        hint=f"keep at least {used}; the number used is never changed silently"))
+        if found.groups:
+            _check_groups(architecture, found, kept, n, used, out.blockers, get)
+    except SurgeryError as error:
+        out.blockers.append(error)
+    if found.chunk > 1:
+        _check_chunks(architecture, found, kept, out.blockers)
+    if not (n & (n - 1) == 0 and n <= 512 or n in (288, 576)):
+        out.warnings.append(f"{n} experts: CUDA's fused top-k router is lost; it runs only for a power of two up to "
+                            "512, for 288 and for 576")
+
+
+def _used(get: Callable[[str], Any], key: str) -> int:
+    """The most experts per token of any layer. The value is one number or one per block (0 in dense ones)."""
+    value = get(key)
+    numbers = value if isinstance(value, list) else [value]
+    used = max((roles.count(lambda _, x=x: x, key) for x in numbers), default=0)
+    if used < 1:
+        raise BadFile("no expert is used", object=key, found=value)
+    return used
+
+
+def _check_groups(architecture: str, found: Layout, kept: Kept, n: int, used: int, blockers: list[SurgeryError],
+                  get: Callable[[str], Any]) -> None:
+    """A group is a contiguous range of ids; the router first picks group_used groups, by their two best experts."""
+    key, groups = f"{architecture}.expert_group_count", found.groups
+    if groups == 1:
+        if n == 1:
+            blockers.append(BadPlan("as many groups as experts", object=key, found=1, expected="fewer groups"))
+        return
+    key_used = f"{architecture}.expert_group_used_count"
+    group_used = roles.count(get, key_used)
+    if not 0 < group_used < groups:
+        raise BadFile("llama.cpp does not load this number of groups", object=key_used, found=group_used,
+                      expected=f"1..{groups - 1}")
+    per_group = n // groups
+    if n % groups:
+        blockers.append(BadPlan(f"{n} experts do not divide into {groups} groups", object=key,
+                                hint=f"keep {nearest(n, groups, found.experts)}"))
+        return
+    if per_group < 2:
+        blockers.append(BadPlan(f"{per_group} expert per group", object=key,
+                                hint=f"a group is chosen by its two best experts: keep at least {2 * groups}"))
+    if group_used * per_group < used:
+        need = -(-used // group_used) * groups
+        blockers.append(BadPlan(f"{group_used} groups of {per_group} experts are fewer than the {used} used per token",
+                                object=key_used, hint=f"keep at least {need}"))
+    size = found.experts // groups
+    for layer, ids in kept.items():
+        counts = Counter(i // size for i in ids)
+        uneven = next((g for g in range(groups) if counts[g] != per_group), None)
+        if uneven is not None:
+            blockers.append(BadPlan(
+                f"{counts[uneven]} experts kept in group {uneven} (ids {uneven * size}..{uneven * size + size - 1})",
+                object=f"blk.{layer}.ffn_down_exps.weight", expected=per_group,
+                hint=f"keep the same number in each of the {groups} groups, or routing is re-partitioned"))
+
+
+def _check_chunks(architecture: str, found: Layout, kept: Kept, blockers: list[SurgeryError]) -> None:
+    for layer, ids in kept.items():
+        partial = next((g for g, n in Counter(i // found.chunk for i in ids).items() if n != found.chunk), None)
+        if partial is not None:
+            first = partial * found.chunk
+            blockers.append(BadPlan(
+                f"experts {first}..{first + found.chunk - 1} share one chunk expert and only some of them are kept",
+                object=f"blk.{layer}.ffn_down_chexps.weight", hint="keep or drop them together"))
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+def _cut(tensor: OutputTensor, found: Layout, kept: Kept, order: Kept, blockers: list[SurgeryError]) -> OutputTensor:
+    rule, layer = roles.expert_rule(tensor.name), roles.layer_of(tensor.name)
+    if rule is None or layer not in kept or rule.axis == "none":
+        return tensor
+    ids = kept[layer]
+    try:
+        if rule.axis == "values":
+            best_first = order.get(layer, ids)
+            return replace(tensor, expression=_remap(tensor, ids, best_first, found.experts), notes=list(tensor.notes))
+        if rule.axis == "groups":
+            ids = tuple(i // found.chunk for i in ids[::found.chunk])
+        if len(tensor.shape) == 1 and _block(tensor.source_type) != 1:
+            raise Unsupported("an expert is no whole block of this type", object=tensor.name, found=tensor.source_type)
+        shape = (len(ids), *tensor.shape[1:])
+        return replace(tensor, shape=shape, expression=_take(tensor, ids), notes=list(tensor.notes))
+    except SurgeryError as error:
+        blockers.append(error)
+        return tensor
+
+
+def _take(tensor: OutputTensor, ids: tuple[int, ...]) -> Expression:
+    match tensor.expression:
+        case Copy(ref):
+            return Take(ref, ids)
+        case Take(ref, indices):
+            return Take(ref, tuple(indices[i] for i in ids))
+        case Stack(refs):
+            return Stack(tuple(refs[i] for i in ids))
+    raise Unsupported("experts of a remapped tensor", object=tensor.name)
+
+
+def _remap(tensor: OutputTensor, ids: tuple[int, ...], best_first: tuple[int, ...], experts: int) -> Remap:
+    """An id that is gone becomes the best kept expert that its column lacks."""
+    if tensor.source_type != "I32":
+        raise BadFile("not a table of expert ids", object=tensor.name, found=tensor.source_type, expected="I32")
+    if sorted(best_first) != list(ids):
+        raise BadPlan("the order of the kept experts names others than those kept", object=tensor.name)
+    new = {old: i for i, old in enumerate(ids)}
+    table = tuple(new.get(old, -1) for old in range(experts))
+    substitutes = tuple(new[old] for old in best_first)
+    match tensor.expression:
+        case Copy(ref):
+            return Remap(ref, table, substitutes)
+        case Remap(ref, first, _):
+            return Remap(ref, tuple(-1 if i < 0 else table[i] for i in first), substitutes)
+    raise Unsupported("expert ids that are not copied", object=tensor.name)
+
+
+def _block(type: str) -> int:
+    return next(facts["block"] for facts in _core.types() if facts["name"] == type)
+
+
+# --- MTP blocks -----------------------------------------------------------------------------------------------------
+
+def _drop_mtp(architecture: str, out: Outcome) -> range:
+    """Removes the last nextn_predict_layers blocks as if the model had been converted without them."""
+    get = _getter(out.metadata)
+    key = f"{architecture}.nextn_predict_layers"
+    if architecture in roles.NOT_MTP:
+        raise Unsupported("this architecture has no MTP blocks", object=key)
+    nextn = roles.count(get, key, 0)
+    if not nextn:
+        out.warnings.append("the model has no MTP blocks to drop")
+        return range(0)
+    blocks = roles.count(get, f"{architecture}.block_count")
+    if nextn >= blocks:
+        raise BadPlan("nothing is left without the MTP blocks", object=key, found=nextn, expected=f"less than {blocks}")
+    dropped = range(blocks - nextn, blocks)
+    gone = {t.name for t in out.tensors if roles.layer_of(t.name) in dropped}
+    for layer in sorted({roles.layer_of(name) for name in gone}):
+        if not any(name.startswith(f"blk.{layer}.nextn.") for name in gone):
+            raise Unsupported("not an MTP block: it has no nextn tensors", object=f"blk.{layer}")
+    for name, value in list(out.metadata.items()):
+        word = name.removeprefix(f"{architecture}.")
+        if word == name or not value.type.endswith("[]") or len(value) != blocks or word in roles.OTHER_ARRAYS:
+            continue
+        if word not in roles.PER_BLOCK_KEYS:
+            raise Unsupported("unknown array: it may have one element per block", object=name,
+                              hint=f"it has {blocks} elements, as many as there are blocks")
+        out.metadata[name] = Value(value.value[:blocks - nextn], value.type)
+    out.metadata[f"{architecture}.block_count"] = _like(out.metadata[f"{architecture}.block_count"], blocks - nextn)
+    del out.metadata[key]
+    for name in [k for k in out.metadata if (m := _KEPT.fullmatch(k)) and int(m[1]) in dropped]:
+        del out.metadata[name]
+    out.tensors = [t for t in out.tensors if t.name not in gone]
+    return dropped
+
+
+# --- metadata -------------------------------------------------------------------------------------------------------
+
+_KEPT = re.compile(r"pgs\.experts\.([0-9]+)\.kept")
+_IDS = ("general.uuid", "general.doi", "general.source.uuid", "general.source.doi")  # of the original, not of this file
+_BASE_MODEL = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
+
+
+def _set_metadata(model: Model, architecture: str, kept: Kept, metric: str, out: Outcome) -> None:
+    metadata, old = out.metadata, roles.count(_getter(out.metadata), f"{architecture}.expert_count")
+    n = len(next(iter(kept.values())))
+    metadata[f"{architecture}.expert_count"] = _like(metadata[f"{architecture}.expert_count"], n)
+    digest = metadata.get("pgs.source.header_sha256")
+    again = digest is not None and digest.value == model.header_sha256  # a second cut in one plan
+    _set_size_label(metadata, old, n, out.warnings)
+    if not again:
+        for key in _IDS:
+            metadata.pop(key, None)
+        _add_base_model(model, metadata)
+    earlier = {layer: metadata[key].value for layer in kept
+               if again and (key := f"pgs.experts.{layer}.kept") in metadata}
+    if again and (first := metadata.get("pgs.experts.metric")) and first.value != metric:
+        metric = f"{first.value}, {metric}"
+    for key in [k for k in metadata if k.startswith("pgs.experts.")]:
+        del metadata[key]
+    metadata["pgs.version"] = Value(_core.__version__, "str")
+    metadata["pgs.source.header_sha256"] = Value(model.header_sha256, "str")
+    metadata["pgs.source.name"] = Value(model.name, "str")
+    metadata["pgs.experts.metric"] = Value(metric, "str")
+    for layer, ids in kept.items():
+        source = [earlier[layer][i] for i in ids] if layer in earlier else list(ids)
+        metadata[f"pgs.experts.{layer}.kept"] = Value(source, "u32[]")
+
+
+def _set_size_label(metadata: dict[str, Value], old: int, new: int, warnings: list[str]) -> None:
+    """In "512x2.5B" the size is that of the shared weights and one expert: a cut leaves it as it is."""
+    label = metadata.pop("general.size_label", None)
+    if label is None:
+        return
+    if match := re.fullmatch(rf"{old}(x.+)", str(label.value), re.DOTALL):
+        metadata["general.size_label"] = Value(f"{new}{match[1]}", "str")
+    else:
+        warnings.append(f"general.size_label {label.value!r} is no longer true and is dropped")
+
+
+def _add_base_model(model: Model, metadata: dict[str, Value]) -> None:
+    """Appends the source to the base models, with what it says about itself."""
+    source = model.metadata
+    known = {word: source[key] for word in _BASE_MODEL
+             if isinstance(source.get(key := f"general.{word}"), str) and source[key]}
+    if not known:
+        return
+    key = "general.base_model.count"
+    index = roles.count(_getter(metadata), key, 0)
+    while any(k.startswith(f"general.base_model.{index}.") for k in metadata):  # more than the count says
+        index += 1
+    metadata[key] = _like(metadata[key], index + 1) if key in metadata else Value(index + 1, "u32")
+    for word, text in known.items():
+        metadata[f"general.base_model.{index}.{word}"] = Value(text, "str")
+
+
+def _like(value: Value, new: int) -> Value:
+    return Value(new, value.type)
+
+
+def _getter(metadata: dict[str, Value]) -> Callable[[str], Any]:
+    return lambda key: metadata[key].value if key in metadata else None
