@@ -1,0 +1,73 @@
+"""The command line: `gguf-surgery`. Results go to stdout, words for people to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from .options import make_parser
+from .words import PROGRAM, say
+
+# What a script may rely on.
+DONE, FAILED, USAGE, BAD_INPUT, CANNOT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 ok, 2 usage, 3 bad input, 4 cannot be done as asked, 130 Ctrl-C,
+    1 anything else."""
+    try:
+        args = make_parser(PROGRAM).parse_args(argv)
+    except SystemExit as stop:  # argparse has printed help or what is wrong
+        return int(stop.code or 0)
+    try:
+        code = _run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader (head, less) has seen enough; nothing must be flushed at exit
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (OSError, ValueError):
+            pass
+        return FAILED
+    except KeyboardInterrupt:
+        say("interrupted; nothing was written")
+        return INTERRUPTED
+
+
+def _run(args) -> int:
+    from ..errors import SurgeryError
+    from . import commands
+
+    try:
+        return getattr(commands, args.command)(args)
+    except BrokenPipeError:
+        raise
+    except commands.Usage as error:
+        say(f"error: {error}")
+        return USAGE
+    except SurgeryError as error:
+        say(f"error: {error}")
+        return exit_code(error)
+    except OSError as error:
+        where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+        say(f"error: {where}{error.strerror or error}")
+        return exit_code(error, getattr(args, "output", None))
+
+
+def exit_code(error: Exception, output: str | None = None) -> int:
+    """The exit code for an error; `output` tells a folder that is missing for the output from a missing input."""
+    from ..errors import BadFile, BadPlan, OutOfSpace, SourceChanged, Unsupported
+
+    if isinstance(error, (BadFile, SourceChanged)):
+        return BAD_INPUT
+    if isinstance(error, (BadPlan, Unsupported, OutOfSpace, FileExistsError)):
+        return CANNOT
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
+        if output is not None and error.filename is not None:
+            output, name = os.path.abspath(output), os.path.abspath(os.fsdecode(error.filename))
+            if name in (output, os.path.dirname(output)):
+                return CANNOT
+        return BAD_INPUT
+    return FAILED
+

@@ -1,0 +1,434 @@
+"""Is a file whole, would llama.cpp load it, and is what was copied equal to the source? Streamed, bounded memory."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import _core
+from .errors import BadFile, SurgeryError
+from .experts.roles import PER_BLOCK_KEYS, check_shape, expert_rule, layer_of, layout
+from .model import Model, Tensor, open as open_model, row_bytes, type_facts
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .report.compare import Origin
+
+CHUNK_BYTES = 16 << 20
+SAMPLE_ROWS = 64          # of a re-encoded tensor, spread over it
+MAX_EXPERTS = 1024        # LLAMA_MAX_EXPERTS
+MAX_LAYERS = 512          # LLAMA_MAX_LAYERS
+MAX_NAME = 63             # GGML_MAX_NAME - 1
+F32_INFINITY = 3.4028235677973366e38  # from here on a float64 rounds to infinity
+LEAST_COSINE = 0.5        # below, a re-encoded tensor is not a coarse copy of its source but another tensor
+
+
+@dataclass
+class Report:
+    """What `verify` found. problems: the file is not good, or not what it claims to be; warnings: worth knowing."""
+
+    path: str
+    problems: list[SurgeryError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    compared: bool = False
+    tensors: int = 0
+    bytes_checked: int = 0
+    equal_tensors: int = 0                                      # byte-equal to the source, whole or by slices
+    equal_experts: int = 0                                      # slices among them
+    removed: list[str] = field(default_factory=list)            # tensors that only the source has
+    encoded: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        return not self.problems
+
+    def problem(self, text: str, **fields: Any) -> None:
+        self.problems.append(BadFile(text, path=self.path, **fields))
+
+    def summary(self) -> str:
+        parts = [f"{self.tensors} tensors", f"{self.bytes_checked} bytes of numbers checked"]
+        if self.compared:
+            parts.append(f"{self.equal_tensors} byte-equal to the source ({self.equal_experts} expert slices)")
+            parts.append(f"{len(self.encoded)} re-encoded, "
+                         f"{sum(e['reproduced'] for e in self.encoded)} of them reproduced in a sample")
+            if self.removed:
+                parts.append(f"{len(self.removed)} tensors of the source removed")
+        verdict = "good" if self.good else f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
+        return f"{self.path}: {verdict}; {', '.join(parts)}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": self.path, "good": self.good, "problems": [str(p) for p in self.problems],
+            "warnings": self.warnings, "tensors": self.tensors, "bytes_checked": self.bytes_checked,
+            "equal_tensors": self.equal_tensors, "equal_experts": self.equal_experts, "removed": self.removed,
+            "encoded": self.encoded,
+        }
+
+
+def verify(path: str | os.PathLike[str], against: str | os.PathLike[str] | None = None, *, data: bool = True) -> Report:
+    """Reads a file again and reports every problem; raises only OSError.
+
+    Always: the layout that `write` promises and that llama.cpp's reader demands (packed in order, aligned, zero padding),
+    and llama.cpp's loader checks (required keys, expert counts and shapes, blocks). data: every number too, as
+    llama.cpp's --check-tensors does: no NaN, no infinity, no invalid block scale. against: the file that this one was
+    made from; each tensor of the same type must be byte-equal to it, expert by expert, and each re-encoded one is
+    sampled. Memory: about 64 MiB, whatever the sizes.
+    """
+    report = Report(os.fspath(path))
+    try:
+        model = open_model(path)
+    except BadFile as error:
+        report.problems.append(error)
+        return report
+    with model:
+        report.tensors = len(model.tensors)
+        report.warnings += model.warnings
+        _check_layout(model, report)
+        _check_loader(model, report)
+        if data:
+            for tensor in model.tensors.values():
+                _check_data(model, tensor, report)
+        if against is not None:
+            report.compared = True
+            with open_model(against) as source:
+                _check_against(model, source, report)
+    return report
+
+
+# --- the file as bytes ---------------------------------------------------------------------------------------------
+
+def _check_layout(model: Model, report: Report) -> None:
+    if model.alignment < 32:
+        report.problem("alignment below 32: llama.cpp aborts on it", object="general.alignment", found=model.alignment)
+    ends: dict[int, int] = {}
+    for tensor in model.tensors.values():
+        if not 0 < len(tensor.name.encode(errors="surrogateescape")) <= MAX_NAME:
+            report.problem("a name that llama.cpp cannot hold", object=tensor.name, expected=f"1 to {MAX_NAME} bytes")
+        end = ends.get(tensor.source)
+        if end is not None:
+            expected = _aligned(end, model.alignment)
+            if tensor.offset != expected:
+                report.problem("not where the tensor before it ends", object=tensor.name, found=tensor.offset,
+                               expected=expected)
+            else:
+                _check_padding(model, tensor.source, end, expected, f"padding before {tensor.name}", report)
+        ends[tensor.source] = tensor.offset + tensor.nbytes
+    for number, end in ends.items():
+        size, expected = model.sources[number].size, _aligned(end, model.alignment)
+        if size != expected:
+            report.problem("the file does not end with its last tensor", object=model.paths[number], found=size,
+                           expected=expected)
+        elif end != size:
+            _check_padding(model, number, end, size, "padding at the end", report)
+
+
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
+def _check_padding(model: Model, source: int, begin: int, end: int, what: str, report: Report) -> None:
+    if begin < end and model.sources[source].read(begin, end - begin).any():
+        report.problem("padding is not zero", object=what, offset=begin)
+
+
+# --- what llama.cpp's loader asks (llama-model.cpp load_hparams, llama-model-loader.cpp check_tensor_dims) ----------
+
+def _check_loader(model: Model, report: Report) -> None:
+    if not model.architecture:
+        report.problem("missing key", object="general.architecture")
+        return
+    if "tokenizer.ggml.model" not in model.metadata:
+        report.warnings.append("tokenizer.ggml.model: missing; llama.cpp loads such a file only without its vocabulary")
+    for suffix in ("block_count", "context_length", "embedding_length"):
+        _u32(model, suffix, report, required=True)
+    _check_blocks(model, report)
+    _check_vocabulary(model, report)
+    _check_experts(model, report)
+
+
+def _u32(model: Model, suffix: str, report: Report, *, required: bool = False, array: bool = False) -> Any:
+    """A number as the loader takes it: of type u32 and, with `array`, one per block as an alternative; else None."""
+    key = f"{model.architecture}.{suffix}"
+    if key not in model.metadata:
+        if required:
+            report.problem("missing key", object=key, expected="u32")
+        return None
+    value = model.metadata.value(key)
+    if value.type == "u32" or (array and value.type in ("u32[]", "i32[]")):
+        return value.value
+    report.problem("wrong type for llama.cpp", object=key, found=value.type, expected="u32")
+    return None
+
+
+def _check_blocks(model: Model, report: Report) -> None:
+    blocks = _u32(model, "block_count", Report(report.path))
+    if blocks is None:
+        return
+    key = f"{model.architecture}.block_count"
+    if not 1 <= blocks <= MAX_LAYERS:
+        report.problem("out of llama.cpp's range", object=key, found=blocks, expected=f"1..{MAX_LAYERS}")
+        return
+    present = {layer_of(name) for name in model.tensors} - {None}
+    for layer in sorted(present - set(range(blocks))):
+        report.problem(f"tensors of block {layer}, which it does not count", object=key, found=blocks)
+    for layer in sorted(set(range(blocks)) - present):
+        report.problem(f"no tensor of block {layer}, which it counts", object=key, found=blocks)
+    nextn = _u32(model, "nextn_predict_layers", report)
+    if nextn is not None and nextn > blocks:
+        report.problem("more prediction blocks than blocks", object=f"{model.architecture}.nextn_predict_layers",
+                       found=nextn, expected=f"at most {blocks}")
+    for suffix in sorted(PER_BLOCK_KEYS):
+        key = f"{model.architecture}.{suffix}"
+        if key in model.metadata and model.metadata.value(key).type.endswith("[]"):
+            if (length := len(model.metadata.value(key))) != blocks:
+                report.problem("an array with not one entry per block", object=key, found=length, expected=blocks)
+
+
+def _check_vocabulary(model: Model, report: Report) -> None:
+    tensor = model.tensors.get("token_embd.weight")
+    if tensor is None:
+        return
+    width = model.get("embedding_length")
+    if isinstance(width, int) and tensor.ne and tensor.ne[0] != width:
+        report.problem("its rows do not have embedding_length elements", object=tensor.name, found=tensor.ne[0],
+                       expected=width)
+    if "tokenizer.ggml.tokens" in model.metadata:
+        tokens = len(model.metadata.value("tokenizer.ggml.tokens"))
+        if len(tensor.shape) == 2 and tensor.shape[0] != tokens:
+            report.problem("not one row per token", object=tensor.name, found=tensor.shape[0], expected=tokens)
+
+
+_SINGLE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
+
+
+def _check_experts(model: Model, report: Report) -> None:
+    key = f"{model.architecture}.expert_count"
+    count = _u32(model, "expert_count", report) or 0
+    for name in model.tensors:
+        if _SINGLE_EXPERT.fullmatch(name):
+            report.problem("a tensor per expert, as in old files: current llama.cpp loads none", object=name)
+    _check_counts(model, count, report)
+    try:
+        moe = layout(model.architecture, model.tensors, model.metadata.get)
+    except SurgeryError as error:
+        if not any(_SINGLE_EXPERT.fullmatch(name) for name in model.tensors):
+            report.problems.append(error)
+        return
+    for tensor in model.tensors.values():
+        if (error := check_shape(tensor.name, tensor.shape, moe)) is not None:
+            report.problems.append(error)
+    for layer in moe.layers:
+        _check_layer(model, f"blk.{layer}.", report)
+
+
+def _check_counts(model: Model, count: int, report: Report) -> None:
+    arch = model.architecture
+    if count > MAX_EXPERTS:
+        report.problem("more experts than llama.cpp allows", object=f"{arch}.expert_count", found=count,
+                       expected=f"at most {MAX_EXPERTS}")
+    used = _u32(model, "expert_used_count", report, array=True)
+    most = max(used, default=0) if isinstance(used, list) else used or 0
+    if most > count or (count and not most):
+        report.problem("not between 1 and the number of experts" if count else "experts used, and none there",
+                       object=f"{arch}.expert_used_count", found=most, expected=f"1..{count}" if count else 0)
+    groups = _u32(model, "expert_group_count", report) or 0
+    group_used = _u32(model, "expert_group_used_count", report) or 0
+    if groups > 1:
+        object = f"{arch}.expert_group_count"
+        if groups >= max(count, 1) or count % groups:
+            report.problem(f"{count} experts do not divide into these groups", object=object, found=groups)
+        elif count // groups < 2:
+            report.problem("groups of one expert: the router takes the two best of each", object=object, found=groups)
+        elif not 0 < group_used < groups:
+            report.problem("out of range", object=f"{arch}.expert_group_used_count", found=group_used,
+                           expected=f"1..{groups - 1}")
+        elif group_used * (count // groups) < most:
+            report.problem(f"{group_used} groups of {count // groups} hold fewer experts than are used", object=object,
+                           found=groups)
+
+
+def _check_layer(model: Model, block: str, report: Report) -> None:
+    """The matrices of one MoE layer fit each other: gate and up [E, n_ff, n], down [E, m, n_ff], router [E, n_embd]."""
+    down, router = model.tensors[block + "ffn_down_exps.weight"], model.tensors.get(block + "ffn_gate_inp.weight")
+    parts = {name: model.tensors.get(block + f"ffn_{name}_exps.weight") for name in ("gate", "up", "gate_up")}
+    if parts["up"] is None and parts["gate_up"] is None:
+        report.problem("missing expert matrix", object=block + "ffn_up_exps.weight")
+    for name, tensor in parts.items():
+        expected = down.ne[0] * (2 if name == "gate_up" else 1)
+        if tensor is not None and tensor.ne[1:2] != (expected,):
+            report.problem("its rows do not match the columns of ffn_down_exps", object=tensor.name,
+                           found=list(tensor.shape), expected=f"{expected} rows per expert")
+    width = model.get("embedding_length")
+    if router is None:
+        report.problem("missing router", object=block + "ffn_gate_inp.weight")
+    elif isinstance(width, int) and router.ne[0] != width:
+        report.problem("its rows do not have embedding_length elements", object=router.name, found=router.ne[0],
+                       expected=width)
+
+
+# --- the numbers (ggml-quants.c ggml_validate_row_data) -------------------------------------------------------------
+
+# Where a block keeps its float16 scales, in bytes from its start. MXFP4 has an exponent byte in which 255 is NaN, NVFP4
+# none that is invalid, IQ1_M spreads its scale over four words: these three are not in the table.
+_HALF_SCALES = {
+    "Q1_0": (0,), "Q2_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,),
+    "IQ1_S": (0,), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+}
+
+
+def _check_data(model: Model, tensor: Tensor, report: Report) -> None:
+    block = type_facts()[tensor.type]["block_bytes"]
+    step = CHUNK_BYTES // block * block
+    source = model.sources[tensor.source]
+    for begin in range(0, tensor.nbytes, step):
+        raw = source.read(tensor.offset + begin, min(step, tensor.nbytes - begin))
+        report.bytes_checked += len(raw)
+        bad = _invalid_blocks(tensor.type, raw, block)
+        if bad is not None and bad.any():
+            number = begin // block + int(bad.argmax())
+            word, what = ("block", "invalid scale") if type_facts()[tensor.type]["block"] > 1 else (
+                "element", "NaN or infinity")
+            report.problem(f"{what} in {word} {number}", object=tensor.name, offset=tensor.offset + number * block)
+            return
+
+
+def _invalid_blocks(type: str, raw: np.ndarray, block: int) -> np.ndarray | None:
+    """One bool per block (element, for types without blocks); None where every byte is valid."""
+    import numpy as np
+
+    if type == "F32":
+        return ~np.isfinite(raw.view("<f4"))
+    if type == "F64":
+        return ~(np.abs(raw.view("<f8")) < F32_INFINITY)  # ggml looks at them as float32
+    if type in ("F16", "BF16"):
+        exponent = np.uint16(0x7C00 if type == "F16" else 0x7F80)
+        return raw.view("<u2") & exponent == exponent
+    if type == "MXFP4":
+        return raw[0::block] == 255
+    blocks = raw.reshape(-1, block)
+    if type == "IQ1_M":
+        words = np.ascontiguousarray(blocks[:, 48:56]).view("<u2")
+        return _infinite_half((words[:, 3] & 0xF000) | (words[:, 2] >> 4 & 0x0F00))
+    if type in _HALF_SCALES:
+        bad = np.zeros(len(blocks), bool)
+        for at in _HALF_SCALES[type]:
+            bad |= _infinite_half(np.ascontiguousarray(blocks[:, at:at + 2]).view("<u2")[:, 0])
+        return bad
+    return None
+
+
+def _infinite_half(words: np.ndarray) -> np.ndarray:
+    return words & 0x7C00 == 0x7C00
+
+
+# --- the result against its source ---------------------------------------------------------------------------------
+
+def _check_against(model: Model, source: Model, report: Report) -> None:
+    from .report.compare import kept_experts, origin_of
+
+    if source.architecture != model.architecture:
+        report.problem("another architecture than its source", object="general.architecture", found=model.architecture,
+                       expected=source.architecture)
+    key = "pgs.source.header_sha256"
+    claimed = model.metadata.get(key)
+    if claimed not in (None, source.header_sha256, source.metadata.get(key)):  # the last: of an earlier cut
+        report.problem("made from another file, by its own account", object=key, found=claimed,
+                       expected=source.header_sha256)
+    kept = kept_experts(model, source)
+    for tensor in model.tensors.values():
+        origin = origin_of(tensor, source, kept)
+        if isinstance(origin, str):
+            report.problem(origin, object=tensor.name)
+            continue
+        rule = expert_rule(tensor.name)
+        if rule is not None and rule.axis == "values":
+            _check_remap(model, tensor, origin, kept.get(layer_of(tensor.name)), report)
+        elif tensor.type == origin.tensor.type:
+            _check_equal(model, tensor, origin, report)
+        else:
+            _check_encoded(model, tensor, origin, report)
+    blocks = model.get("block_count")
+    for name in source.tensors:
+        if name in model.tensors:
+            continue
+        report.removed.append(name)
+        layer = layer_of(name)
+        if layer is None or not isinstance(blocks, int) or layer < blocks:  # else a block that mtp="drop" removed
+            report.problem("in the source and not here", object=name)
+
+
+def _check_equal(model: Model, tensor: Tensor, origin: Origin, report: Report) -> None:
+    for begin in range(0, tensor.nbytes, CHUNK_BYTES):
+        n = min(CHUNK_BYTES, tensor.nbytes - begin)
+        here = model.sources[tensor.source].read(tensor.offset + begin, n)
+        different = here != origin.read(begin, n)
+        if different.any():
+            at = begin + int(different.argmax())
+            text = "differs from its source"
+            if origin.slices is not None:
+                number = at // (tensor.nbytes // len(origin.slices))
+                text = f"expert {number} differs from expert {origin.slices[number]} of the source"
+            report.problem(text, object=tensor.name, offset=tensor.offset + at)
+            return
+    report.equal_tensors += 1
+    report.equal_experts += len(origin.slices or ())
+
+
+def _check_remap(model: Model, tensor: Tensor, origin: Origin, kept: tuple[int, ...] | None, report: Report) -> None:
+    """Values are expert ids: a kept one has its new number, a dropped one any kept one that its token lacks."""
+    import numpy as np
+
+    width = tensor.ne[0]
+    old = origin.read(0, origin.nbytes).view("<i4").reshape(-1, width)
+    new = model.sources[tensor.source].read(tensor.offset, tensor.nbytes).view("<i4").reshape(-1, width)
+    if kept is None:
+        good = (old == new).all(axis=1)
+    else:
+        table = np.full(max(int(old.max(initial=0)), *kept) + 1, -1, np.int32)
+        table[list(kept)] = np.arange(len(kept), dtype=np.int32)
+        expected, ordered = table[old], np.sort(new, axis=1)
+        good = ((new == expected) | (expected < 0)).all(axis=1) & (ordered >= 0).all(axis=1)
+        good &= (ordered < len(kept)).all(axis=1) & (np.diff(ordered, axis=1) != 0).all(axis=1)
+    if good.all():
+        report.equal_tensors += 1
+    else:
+        report.problem(f"token {int(good.argmin())} names wrong experts", object=tensor.name)
+
+
+def _check_encoded(model: Model, tensor: Tensor, origin: Origin, report: Report) -> None:
+    """A sample of rows, spread over the tensor: its error, and whether encoding the source again gives these bytes
+    (without an importance matrix, or for types that ignore it, it must)."""
+    import numpy as np
+
+    from .report.compare import Sums, decode_rows, whole
+
+    entry: dict[str, Any] = {"name": tensor.name, "type": tensor.type, "source_type": origin.tensor.type,
+                             "reproduced": False}
+    report.encoded.append(entry)
+    facts = type_facts()
+    if not (facts[tensor.type]["decodes"] and facts[origin.tensor.type]["decodes"]):
+        report.problem(f"{origin.tensor.type} does not become {tensor.type}", object=tensor.name)
+        return
+    width = tensor.ne[0] if tensor.ne else 1
+    rows, size = tensor.elements // max(1, width), row_bytes(tensor.type, width)
+    sample = max(SAMPLE_ROWS, len(origin.slices or ()))  # at least a row of each expert
+    encodes = facts[tensor.type]["encodes"] and not facts[tensor.type]["needs_importance"]
+    total, same, target = Sums(), encodes, whole(model, tensor)
+    for row in sorted({int(i) for i in np.linspace(0, rows - 1, min(rows, sample))}):
+        x = decode_rows(origin, tensor, row, 1)
+        sums = Sums()
+        sums.add(x, decode_rows(target, tensor, row, 1))
+        total.pool(sums)
+        if encodes:
+            again = _core.quantize(x, tensor.type_id, None, 1)
+            same &= bool((again.ravel() == target.read(row * size, size)).all())
+        cosine = sums.to_json()["cosine"]
+        if cosine is not None and cosine < LEAST_COSINE:
+            report.problem(f"row {row} does not resemble its source", object=tensor.name, found=f"cosine {cosine:.3f}")
+            break
+    entry.update(total.to_json(), reproduced=same)

@@ -1,0 +1,364 @@
+"""The shell: exit codes, what goes to stdout and what to stderr, the JSON, and that each command does what it says."""
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from helpers import read_gguf
+
+from pygguf_surgery.cli import exit_code, main, options
+from pygguf_surgery.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
+from pygguf_surgery.report.demo_model import DemoShape, write_demo_model
+
+SMALL = DemoShape(layers=4, embedding=64, experts=8, used=2, feed_forward=32, heads=2, heads_kv=1, head=32, state=32,
+                  key_heads=1, value_heads=2, vocabulary=300)
+BEST = 4  # experts kept in most tests
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "small.gguf"
+    write_demo_model(path, shape=SMALL)
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys):
+    """run(*arguments) -> (exit code, stdout, stderr)"""
+    def call(*arguments):
+        code = main([str(a) for a in arguments])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+    return call
+
+
+def command(folder, *arguments):
+    """A process of its own, started in `folder`: in the checkout it would import the source tree, which has no core."""
+    return subprocess.run([sys.executable, "-m", "pygguf_surgery", *map(str, arguments)], capture_output=True, text=True,
+                          timeout=120, cwd=folder)
+
+
+def strongest(path, layer, n):
+    """Ids of the n router rows with the largest norm, by gguf-py and numpy."""
+    rows = read_gguf(path)[1][f"blk.{layer}.ffn_gate_inp.weight"][1].astype(np.float64)
+    return sorted(np.argsort(-np.linalg.norm(rows, axis=1), kind="stable")[:n].tolist())
+
+
+# --- usage ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments", [
+    [], ["nonsense"], ["info"], ["info", "x", "--nonsense"], ["prune", "x"], ["prune", "x", "y"],
+    ["prune", "x", "y", "--by", "aimer"], ["prune", "x", "y", "--keep", "many"], ["prune", "x", "y", "--keep", "1", "--io", "tape"],
+    ["prune", "x", "y", "--keep", "1", "--memory", "lots"], ["prune", "x", "y", "--keep", "1", "--override", "no-type"],
+    ["quantize", "x", "y"], ["verify"], ["prune", "x", "y", "--keep", "1", "--ratio", "0.5"], ["prune", "x", "y", "--kee", "1"],
+])
+def test_wrong_usage_is_2_and_says_why_on_stderr(run, arguments):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert "error: " in err and "Traceback" not in err
+
+
+def test_version_and_help_are_results(run):
+    code, out, err = run("--version")
+    assert code == 0 and out.startswith("gguf-surgery ") and "ggml" in out and err == ""
+    for name in ("", *options.COMMANDS):
+        code, out, err = run(*([name] if name else []), "--help")
+        assert code == 0 and "usage: gguf-surgery" in out and err == ""
+
+
+def test_every_option_belongs_to_a_command():
+    assert {o for _, _, given in options.COMMANDS.values() for o in given} == set(options.OPTIONS)
+
+
+@pytest.mark.parametrize("error, code", [
+    (BadFile("x"), 3), (SourceChanged("x"), 3), (BadPlan("x"), 4), (Unsupported("x"), 4), (OutOfSpace("x"), 4),
+    (SurgeryError("x"), 1), (FileExistsError(17, "x", "out.gguf"), 4), (FileNotFoundError(2, "x", "in.gguf"), 3),
+    (PermissionError(13, "x", "in.gguf"), 3), (OSError(5, "x", "in.gguf"), 1),
+    (FileNotFoundError(2, "x", "folder/out.gguf"), 4), (PermissionError(13, "x", os.path.abspath("folder")), 4),
+])
+def test_exit_code_of_an_error(error, code):
+    assert exit_code(error, "folder/out.gguf") == code
+
+
+# --- info ----------------------------------------------------------------------------------------------------------
+
+def test_info_json_agrees_with_gguf_py(run, model):
+    code, out, err = run("info", model, "--json")
+    assert (code, err) == (0, "")
+    info = json.loads(out)
+    metadata, tensors = read_gguf(model)
+    reader = gguf.GGUFReader(model)
+    assert info["architecture"] == "qwen3next"
+    assert info["parameters"] == sum(int(t.n_elements) for t in reader.tensors)
+    assert info["experts"] == {"count": 8, "used": 2, "layers": [0, 1, 2, 3]}
+    assert info["file_bytes"] == os.path.getsize(model)
+    assert {name: t["tensors"] for name, t in info["types"].items()} == {
+        name: sum(kind == name for kind, _ in tensors.values()) for name in ("BF16", "F32")}
+    assert list(info["metadata"]) == list(metadata)
+    tokens = info["metadata"].pop("tokenizer.ggml.tokens")
+    assert tokens == {"type": "str[]", "length": 300, "head": metadata["tokenizer.ggml.tokens"][:32]}
+    assert info["metadata"]["qwen3next.expert_count"] == metadata["qwen3next.expert_count"]
+
+
+def test_info_full_prints_whole_arrays(run, model):
+    _, out, _ = run("info", model, "--json", "--full")
+    assert json.loads(out)["metadata"]["tokenizer.ggml.tokens"] == read_gguf(model)[0]["tokenizer.ggml.tokens"]
+
+
+def test_info_for_people_names_what_matters(run, model):
+    code, out, err = run("info", model)
+    assert (code, err) == (0, "")
+    for text in ("qwen3next", "2 of 8 used, in 4 layers", "BF16", "general.name", "bits per weight"):
+        assert text in out
+
+
+def test_info_does_not_load_numpy(model):
+    script = ("import sys; from pygguf_surgery.cli import main; code = main(['info', sys.argv[1]]);"
+              "sys.exit(code or 'numpy' in sys.modules or 'gguf' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", script, model], capture_output=True, text=True,
+                          cwd=os.path.dirname(model))
+    assert done.returncode == 0, done.stderr
+
+
+# --- plan ----------------------------------------------------------------------------------------------------------
+
+def test_plan_json_is_the_documented_form(run, model):
+    code, out, err = run("plan", model, "--keep", BEST, "--type", "MXFP4_MOE", "--json")
+    assert (code, err) == (0, "")
+    plan = json.loads(out)
+    assert {"tensors", "metadata", "file_bytes", "peak_memory_bytes", "blockers", "warnings", "plan"} <= plan.keys()
+    by_name = {t["name"]: t for t in plan["tensors"]}
+    up = by_name["blk.1.ffn_up_exps.weight"]
+    assert {"name", "role", "type", "shape", "nbytes", "action"} <= up.keys()
+    assert (up["role"], up["type"], up["shape"], up["action"]) == ("expert", "MXFP4", [BEST, 32, 64], "encode")
+    assert by_name["blk.1.ffn_gate_inp.weight"]["action"] == "take"
+    assert by_name["output_norm.weight"]["action"] == "copy"
+    assert plan["blockers"] == [] and plan["metadata"]["qwen3next.expert_count"] == BEST
+
+
+def test_what_cannot_be_written_can_be_described(run, model, tmp_path):
+    out_path = tmp_path / "out.gguf"
+    code, out, _ = run("prune", model, out_path, "--keep", 1, "--dry-run", "--json")  # 2 are used per token
+    assert code == 0 and len(json.loads(out)["blockers"]) == 1
+    code, out, err = run("prune", model, out_path, "--keep", 1)
+    assert code == 4 and out == "" and "expert_used_count" in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_dry_run_is_the_plan_and_writes_nothing(run, model, tmp_path):
+    dry = run("prune", model, tmp_path / "out.gguf", "--keep", BEST, "--dry-run")
+    assert dry == run("plan", model, "--keep", BEST)
+    assert dry[0] == 0 and "experts: 8 -> 4" in dry[1]
+    assert os.listdir(tmp_path) == []
+
+
+# --- prune, quantize, edit -----------------------------------------------------------------------------------------
+
+def test_prune_keeps_the_strongest_experts_and_edits_in_one_pass(run, model, tmp_path):
+    out_path = tmp_path / "out.gguf"
+    code, out, err = run("prune", model, out_path, "--keep", BEST, "--by", "router-norm", "--set", "general.name=half",
+                         "--set", "my.number:u16=7", "--set", "qwen3next.context_length=128", "--remove", "general.type")
+    assert code == 0 and str(out_path) in out
+    before, source = read_gguf(model)
+    after, result = read_gguf(out_path)
+    assert after["general.name"] == "half" and after["my.number"] == 7 and "general.type" not in after
+    assert after["qwen3next.context_length"] == 128 and after["qwen3next.expert_count"] == BEST
+    assert gguf.GGUFReader(str(out_path)).get_field("my.number").types == [gguf.GGUFValueType.UINT16]
+    assert list(result) == list(source)
+    for name, (kind, data) in result.items():
+        original = source[name][1]
+        if "_exps" in name or name.endswith("ffn_gate_inp.weight"):
+            original = original[strongest(model, int(name.split(".")[1]), BEST)]
+        assert kind == source[name][0] and np.array_equal(data, original), name
+
+
+def test_prune_by_file(run, model, tmp_path):
+    kept = {str(layer): [0, 3, 5] for layer in range(4)}
+    (tmp_path / "kept.json").write_text(json.dumps({"kept": kept}))
+    code, _, _ = run("prune", model, tmp_path / "out.gguf", "--by", tmp_path / "kept.json", "--quiet")
+    assert code == 0
+    assert read_gguf(tmp_path / "out.gguf")[0]["pgs.experts.2.kept"] == [0, 3, 5]
+
+
+def test_prune_by_ratio(run, model, tmp_path):
+    assert run("prune", model, tmp_path / "out.gguf", "--ratio", 0.5, "--quiet")[0] == 0
+    assert read_gguf(tmp_path / "out.gguf")[0]["qwen3next.expert_count"] == 4
+
+
+def test_prune_prints_a_receipt_as_json(run, model, tmp_path):
+    code, out, err = run("prune", model, tmp_path / "out.gguf", "--keep", BEST, "--type", "Q8_0", "--json")
+    receipt = json.loads(out)
+    assert code == 0 and err == ""
+    assert receipt["file_bytes"] == os.path.getsize(tmp_path / "out.gguf")
+    assert sum(receipt["actions"].values()) == len(read_gguf(model)[1])
+
+
+def test_quantize_with_overrides(run, model, tmp_path):
+    out_path = tmp_path / "out.gguf"
+    code, _, _ = run("quantize", model, out_path, "Q8_0", "--override", "attn_k=F16", "--override", "shexp=copy")
+    assert code == 0
+    kinds = {name: kind for name, (kind, _) in read_gguf(out_path)[1].items()}
+    assert kinds["blk.3.attn_k.weight"] == "F16" and kinds["blk.0.ffn_up_shexp.weight"] == "BF16"
+    assert kinds["blk.0.ffn_up_exps.weight"] == "Q8_0" and kinds["blk.0.ffn_gate_inp.weight"] == "F32"
+
+
+def test_an_equals_sign_in_a_pattern_belongs_to_the_pattern():
+    assert options.override("a(?=b)c=Q8_0") == ("a(?=b)c", "Q8_0")
+
+
+def test_encoding_again_must_be_allowed(run, model, tmp_path):
+    once, twice = tmp_path / "once.gguf", tmp_path / "twice.gguf"
+    assert run("quantize", model, once, "Q8_0")[0] == 0
+    code, _, err = run("quantize", once, twice, "MXFP4_MOE")
+    assert code == 4 and not twice.exists()
+    assert run("quantize", once, twice, "MXFP4_MOE", "--allow-requantize")[0] == 0
+
+
+def test_edit_changes_only_metadata(run, model, tmp_path):
+    out_path = tmp_path / "out.gguf"
+    assert run("edit", model, out_path, "--set", "my.words:str[]=a,b", "--remove", "general.name")[0] == 0
+    before, source = read_gguf(model)
+    after, result = read_gguf(out_path)
+    assert after == {**{k: v for k, v in before.items() if k != "general.name"}, "my.words": ["a", "b"]}
+    assert all(kind == source[name][0] and np.array_equal(data, source[name][1]) for name, (kind, data) in result.items())
+
+
+def test_edit_of_nothing_gives_the_same_bytes(run, model, tmp_path):
+    assert run("edit", model, tmp_path / "out.gguf")[0] == 0
+    with open(model, "rb") as a, open(tmp_path / "out.gguf", "rb") as b:
+        assert a.read() == b.read()
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--set", "qwen3next.expert_count=4"], ["--set", "general.alignment=64"], ["--set", "qwen3next.context_length=lots"],
+    ["--set", "no-equals-sign"], ["--set", "my.key:u99=1"], ["--remove", "no.such.key"],
+])
+def test_an_edit_that_makes_no_sense_is_4(run, model, tmp_path, arguments):
+    code, out, err = run("edit", model, tmp_path / "out.gguf", *arguments)
+    assert code == 4 and out == "" and err.startswith("gguf-surgery: error: ") and err.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+# --- files that are not there, or in the way -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["info", "plan", "verify"])
+def test_a_missing_input_is_3(run, tmp_path, name):
+    code, out, err = run(name, tmp_path / "none.gguf")
+    assert code == 3 and out == "" and err.count("\n") == 1 and "none.gguf" in err
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"<html>not found</html>" * 10, b"GGUF" + b"\xff" * 60])
+def test_a_bad_input_is_3(run, tmp_path, content):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    code, out, err = run("info", path)
+    assert code == 3 and out == "" and err.count("\n") == 1 and "bad.gguf" in err
+
+
+def test_a_folder_as_input_is_3(run, tmp_path):
+    assert run("info", tmp_path)[0] == 3
+
+
+def test_an_existing_output_needs_force(run, model, tmp_path):
+    out_path = tmp_path / "out.gguf"
+    out_path.write_bytes(b"precious")
+    code, _, err = run("prune", model, out_path, "--keep", BEST)
+    assert code == 4 and "--force" in err and out_path.read_bytes() == b"precious"
+    assert run("prune", model, out_path, "--keep", BEST, "--force")[0] == 0
+    assert read_gguf(out_path)[0]["qwen3next.expert_count"] == BEST
+
+
+def test_the_input_as_output_is_4_even_with_force(run, model):
+    with open(model, "rb") as f:
+        before = f.read()
+    assert run("edit", model, model, "--force", "--set", "my.key=1")[0] == 4
+    with open(model, "rb") as f:
+        assert f.read() == before
+
+
+def test_a_missing_output_folder_is_4(run, model, tmp_path):
+    code, _, err = run("edit", model, tmp_path / "none" / "out.gguf")
+    assert code == 4 and err.count("\n") == 1
+
+
+def test_a_missing_file_of_scores_is_3(run, model, tmp_path):
+    assert run("prune", model, tmp_path / "out.gguf", "--keep", 4, "--by", tmp_path / "none.json")[0] == 3
+
+
+def test_an_unknown_metric_or_type_is_4(run, model, tmp_path):
+    assert run("prune", model, tmp_path / "out.gguf", "--keep", 4, "--by", "guess")[0] == 4
+    assert run("prune", model, tmp_path / "out.gguf", "--keep", 4, "--by", "reap")[0] == 4
+    assert run("quantize", model, tmp_path / "out.gguf", "Q4_Z")[0] == 4
+    assert run("quantize", model, tmp_path / "out.gguf", "Q4_K_M")[0] == 4
+    assert os.listdir(tmp_path) == []
+
+
+# --- manners -------------------------------------------------------------------------------------------------------
+
+def test_quiet_is_silent(run, model, tmp_path):
+    assert run("prune", model, tmp_path / "out.gguf", "--keep", BEST, "--type", "MXFP4_MOE", "--quiet") == (0, "", "")
+
+
+def test_ctrl_c_is_130(run, model, monkeypatch):
+    from pygguf_surgery.cli import commands
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(commands, "info", interrupted)
+    code, out, err = run("info", model)
+    assert code == 130 and out == "" and "interrupted" in err
+
+
+def test_as_a_process(model, tmp_path):
+    done = command(tmp_path, "prune", model, tmp_path / "out.gguf", "--keep", BEST)
+    assert done.returncode == 0 and "out.gguf" in done.stdout and done.stderr == ""
+    done = command(tmp_path, "prune", model, tmp_path / "out.gguf", "--keep", BEST)
+    assert (done.returncode, done.stdout) == (4, "") and done.stderr.startswith("gguf-surgery: error: ")
+    done = command(tmp_path, "info", tmp_path / "none")
+    assert (done.returncode, done.stdout) == (3, "") and "Traceback" not in done.stderr
+    assert command(tmp_path, "frobnicate").returncode == 2
+
+
+def test_a_reader_that_closes_early_gets_no_traceback(model):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "pygguf_surgery", "info", model, "--json", "--full"], stdout=write,
+                          stderr=subprocess.PIPE, text=True, timeout=120, cwd=os.path.dirname(model))
+    os.close(write)
+    assert done.returncode == 1 and done.stderr == ""
+
+
+# --- the README ----------------------------------------------------------------------------------------------------
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def test_the_readme_s_python_example_runs(model, tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    for written, here in (("Qwen3-Coder-Next-BF16-00001-of-00004.gguf", model), ("keep(256)", "keep(4)"),
+                          ("progress=True", "progress=False")):
+        assert written in code
+        code = code.replace(written, here)
+    names = {"array_f32": np.ones((2, 256), np.float32), "array_u8": np.zeros((2, 144), np.uint8)}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["receipt"].path == "out.gguf"
+    metadata, tensors = read_gguf("out.gguf")
+    assert metadata["general.name"] == "Qwen3-Coder-Next half" and tensors["blk.0.ffn_up_exps.weight"][0] == "MXFP4"
+
+
+def test_the_readme_s_shell_examples_run(run, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^    gguf-surgery (.*)$", README.read_text().replace("\\\n", " "), re.MULTILINE)
+    assert len(lines) == 6
+    for line in lines:
+        line = line.replace("model.gguf", model).replace("--keep 256", "--keep 4").replace("general.url", "general.type")
+        code, _, err = run(*shlex.split(line), *(["--force"] if "out.gguf" in line and "verify" not in line else []))
+        assert code == 0, (line, err)
