@@ -6,7 +6,6 @@ Pure: reads no tensor data, raises only for a misuse of the call itself.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,42 +18,17 @@ from .model import Model, merge_adjacent, row_bytes, type_facts
 from .plan_data import Copy, KeepExperts, OutputTensor, PlanData, Quantize, Remap, RemoveMetadata, SetMetadata, Stack, \
     Take, plan_to_json
 from .quantize import recipe
+from .units import MEMORY, human, parse_memory
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MEMORY = "512MiB"          # default budget of a run's buffers: enough to keep 16 threads and the disk busy
-MEMORY_LEAST = 64 << 20
 NAME_BYTES = 63            # llama.cpp's limit of a tensor name
 ALIGNMENT_LEAST = 32       # llama.cpp aborts on 4, and always writes 32
 # What a run needs beside its buffers and the output's header: lists of jobs and runs, thread stacks, malloc's slack.
 FIXED_BYTES = 24 << 20
 LIST_LONGEST = 32          # printed JSON abbreviates longer arrays
-
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes of 536870912, "512MiB" or "2GB" (KiB MiB GiB TiB are powers of 1024, kB MB GB TB of 1000)."""
-    if isinstance(size, bool) or not isinstance(size, (int, str)):
-        raise BadPlan("not a size", object=repr(size), expected="bytes, or text such as 512MiB")
-    if isinstance(size, int):
-        return size
-    match = _SIZE.fullmatch(size)
-    if match is None or match[2] and size.strip()[-1] not in "bB":
-        raise BadPlan("not a size", object=size, expected="bytes, or text such as 512MiB or 2GB")
-    unit = (match[2] or "").lower()
-    power = " kmgt".index(unit[0]) if unit else 0
-    return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
-
-
-def parse_memory(memory: int | str) -> int:
-    """A budget in bytes; BadPlan below the least that works."""
-    nbytes = parse_size(memory)
-    if nbytes < MEMORY_LEAST:
-        raise BadPlan("too little memory for a run", object="memory", found=memory, expected="at least 64MiB")
-    return nbytes
 
 
 @dataclass
@@ -136,15 +110,6 @@ def action(tensor: OutputTensor) -> str:
     if tensor.type != tensor.source_type:
         return "encode"
     return {Copy: "copy", Take: "take", Stack: "stack"}[type(tensor.expression)]
-
-
-def human(nbytes: int) -> str:
-    """1234567 -> "1.18 MiB"."""
-    size, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size /= 1024
-        units.pop(0)
-    return f"{nbytes} B" if units[0] == "B" else f"{size:.2f} {units[0]}"
 
 
 def value_for_json(value: Value, full: bool = False) -> Any:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import metadata as metadata_rules
 from ._core import Value
-from .check import MEMORY, CheckedPlan, check
+from .check import CheckedPlan, check
 from .errors import BadPlan, SourceChanged, Unsupported
 from .model import Model, open as open_model
 from .plan_data import Edit, KeepExperts, PlanData, Quantize, RemoveMetadata, SetMetadata, plan_from_json, plan_to_json
 from .quantize import mixes, recipe
+from .units import MEMORY
 from .write import Progress, Receipt, write
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
 from . import _core
-from .check import MEMORY, CheckedPlan, build_jobs, human, parse_memory
+from .check import CheckedPlan, build_jobs
 from .model import Model
+from .units import MEMORY, duration, human, parse_memory
 
 Progress = Callable[[int, int], object]
 
@@ -105,9 +106,3 @@ class ProgressBar:
             self._stream.write("\n")
             self._stream.flush()
             self._width = 0
-
-
-def duration(seconds: float) -> str:
-    """75.3 -> "1:15"."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -16,7 +16,7 @@ CSRC = ROOT / "csrc"
 LONGEST = 650
 
 # A module imports only from modules listed before it.
-ORDER = ["_core", "errors", "container", "model", "safetensors", "imatrix", "plan_data",
+ORDER = ["_core", "errors", "units", "container", "model", "safetensors", "imatrix", "plan_data",
          "experts.roles", "experts.rank", "experts.prune", "experts.merge", "experts.calibrate",
          "quantize", "quantize.mixes", "quantize.recipe", "metadata", "shards", "check", "write", "plan",
          "report", "report.compare", "report.demo_model", "report.memory", "report.plots", "verify", "distributed",

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
-from pygguf_surgery import BadPlan, Plan, SourceChanged, Unsupported, Value, check
+from pygguf_surgery import BadPlan, Plan, SourceChanged, Unsupported, Value, check, units
 from pygguf_surgery.plan_data import Copy, KeepExperts, OutputTensor, Take
 
 T = gguf.GGUFValueType
@@ -297,7 +297,7 @@ def test_sizes_that_are_refused(model, text):
 @pytest.mark.parametrize("threads", [1, 16])
 def test_the_stated_peak_is_within_the_promise(model, memory, threads):
     checked = full_plan(model).check(memory=memory, threads=threads)
-    assert 0 < checked.peak_memory_bytes <= check.parse_size(memory) + (64 << 20)
+    assert 0 < checked.peak_memory_bytes <= units.parse_size(memory) + (64 << 20)
 
 
 # --- law 2: the engine is what a slow oracle makes ------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Source: every way to read gives the same bytes, sees a file that changes, and leaves the page cache as it was."""
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -163,4 +164,21 @@ def test_reading_leaves_the_page_cache_as_it_was(big, io, data):
     step = data.draw(st.sampled_from([5000, 64 * 1024 + 1, 1 << 20, size]))
     for offset in range(0, size, step):
         source.read(offset, min(step, size - offset))
+    source.close()
     assert resident(big) == before
+
+
+@pytest.mark.parametrize("io", MODES)
+def test_threads_that_read_leave_the_page_cache_as_it_was(tmp_path, io):
+    path = random_file(tmp_path / "file", 100 << 20)
+    warm_only(path, 10 << 20, 50 << 20)
+    before = resident(path)
+    source = Source(str(path), io)
+    step = (1 << 20) + 32
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda offset: len(source.read(offset, min(step, source.size - offset))),
+                          range(0, source.size, step)):
+            pass
+    assert sum(resident(path)) - sum(before) <= (64 << 20) // PAGE
+    source.close()
+    assert resident(path) == before

@@ -1,4 +1,4 @@
-"""Writing. Law 1: an untouched plan changes nothing; law 3: threads, memory and I/O change no byte; progress, Receipt."""
+"""Writing. Law 1: an untouched plan changes nothing; law 3: threads, memory, I/O change no byte; progress, Receipt."""
 import io
 import json
 import os
@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
-from pygguf_surgery import BadPlan, Plan, Value, write
+from pygguf_surgery import BadPlan, Plan, Value, units, write
 
 T = gguf.GGUFValueType
 Q = gguf.GGMLQuantizationType
@@ -146,7 +146,7 @@ def expected(model, folder):
 def test_law_3_threads_memory_and_io_change_no_byte(model, folder, expected, name, threads, memory, io):
     receipt = plans(model)[name].write(folder / "law3.gguf", overwrite=True, threads=threads, memory=memory, io=io)
     assert (folder / "law3.gguf").read_bytes() == expected[name]
-    assert receipt.buffer_bytes <= pgs.check.parse_size(memory)
+    assert receipt.buffer_bytes <= units.parse_size(memory)
 
 
 @pytest.mark.parametrize("io, memory", [("fast", "512MiB"), ("auto", "1MiB")])

@@ -5,7 +5,6 @@
 
 #include "base/error.hpp"
 #include "io/readers.hpp"
-#include "io/residency.hpp"
 
 namespace pgs {
 
@@ -26,11 +25,10 @@ void MappedSource::read_at(std::uint64_t offset, std::span<std::byte> out) {
     const std::uint64_t begin = offset / page * page;
     auto* const pages = const_cast<std::byte*>(mapping_.bytes().data() + begin);
     const std::size_t length = offset + out.size() - begin;
-    const auto absent = absent_pages(fd_, offset, out.size());
+    guard_.touch(offset, out.size());
     ::madvise(pages, length, MADV_WILLNEED);
     std::memcpy(out.data(), mapping_.bytes().data() + offset, out.size());
-    ::madvise(pages, length, MADV_DONTNEED);  // a mapped page cannot leave the cache, and counts as ours in RSS
-    drop_pages(fd_, absent);
+    ::madvise(pages, length, MADV_DONTNEED);  // a mapped page counts as ours in RSS and cannot leave the cache
 }
 
 }  // namespace pgs

@@ -1,14 +1,12 @@
 #include "base/error.hpp"
 #include "io/readers.hpp"
-#include "io/residency.hpp"
 
 namespace pgs {
 
 PositionalSource::PositionalSource(OpenedFile file)
-    : Source(std::move(file.path), file.identity, file.fd.release()), dontcache_(has_dontcache(fd_, size())) {
-    // No read-ahead: it would bring in pages that no read here asked for and none would drop.
-    ::posix_fadvise(fd_, 0, 0, POSIX_FADV_RANDOM);
-}
+    : Source(std::move(file.path), file.identity, file.fd.release()),
+      dontcache_(has_dontcache(fd_, size())),
+      guard_(fd_, size()) {}
 
 void PositionalSource::check_range(std::uint64_t offset, std::size_t nbytes) const {
     if (nbytes > size() || offset > size() - nbytes)
@@ -21,7 +19,7 @@ void PositionalSource::check_range(std::uint64_t offset, std::size_t nbytes) con
 
 void PositionalSource::read_at(std::uint64_t offset, std::span<std::byte> out) {
     check_range(offset, out.size());
-    const auto absent = dontcache_ ? std::vector<PageRun>{} : absent_pages(fd_, offset, out.size());
+    guard_.touch(offset, out.size());
     for (std::uint64_t at = offset; !out.empty();) {
         iovec iv{out.data(), out.size()};
         const ssize_t n =
@@ -31,7 +29,6 @@ void PositionalSource::read_at(std::uint64_t offset, std::span<std::byte> out) {
         out = out.subspan(static_cast<std::size_t>(n));
         at += static_cast<std::uint64_t>(n);
     }
-    drop_pages(fd_, absent);
 }
 
 }  // namespace pgs

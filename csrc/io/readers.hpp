@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "base/error.hpp"
+#include "io/cache_guard.hpp"
 #include "io/source.hpp"
 #include "io/sys.hpp"
 
@@ -17,18 +18,17 @@ struct OpenedFile {
 
 Error truncated(const std::string& path, int fd, std::uint64_t size);
 
-// pread. With RWF_DONTCACHE the kernel drops what a read brought in; else this class does.
+// pread. With RWF_DONTCACHE the kernel drops most of what a read brought in; the guard does the rest.
 class PositionalSource : public Source {
 public:
     explicit PositionalSource(OpenedFile file);
     void read_at(std::uint64_t offset, std::span<std::byte> out) override;
-    bool dontcache() const { return dontcache_; }
 
 protected:
     void check_range(std::uint64_t offset, std::size_t nbytes) const;
 
-private:
-    bool dontcache_;
+    const bool dontcache_;
+    CacheGuard guard_;
 };
 
 // O_DIRECT through a second descriptor; whatever the file system refuses is read positionally.

@@ -25,7 +25,8 @@ struct Identity {
     bool operator==(const Identity&) const = default;
 };
 
-// Owns the descriptor. read_at may be called from many threads at once.
+// Owns the descriptor. read_at may be called from many threads at once. Until it is destroyed, up to about 64 MiB of
+// what it read may be in the page cache; then nothing that was not there before.
 class Source {
 public:
     virtual ~Source();

@@ -151,7 +151,7 @@ def _warn(warnings) -> None:
 
 
 def _receipt(receipt) -> str:
-    from ..check import human
+    from ..units import human
 
     rate = receipt.bytes_read / receipt.seconds if receipt.seconds else 0
     done = ", ".join(f"{n} {action}" for action, n in sorted(receipt.actions.items()))

@@ -11,7 +11,7 @@ from argparse import Namespace
 from contextlib import nullcontext
 from typing import Any
 
-from ..check import human
+from ..units import human
 from . import words
 from .info import bits_per_weight, experts, parameters
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..check import human, value_for_json
+from ..check import value_for_json
 from ..experts.roles import moe_layers
 from ..model import Model
+from ..units import human
 from . import words
 
 

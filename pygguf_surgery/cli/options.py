@@ -97,7 +97,7 @@ def override(text: str) -> tuple[str, str]:
 
 
 def size(text: str) -> int:
-    from ..check import parse_size
+    from ..units import parse_size
     from ..errors import SurgeryError
 
     try:

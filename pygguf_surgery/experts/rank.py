@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import _core
 from ..errors import BadFile, BadPlan, Unsupported
+from ..units import MEMORY, parse_memory
 from . import roles
 from .roles import Layout
 
@@ -136,7 +137,7 @@ def nearest(n: int, step: int, most: int) -> str:
     return " or ".join(str(x) for x in sorted({below, above}) if 0 < x <= most)
 
 
-def rank(model: Model, by: str | os.PathLike[str] | Mapping[str, Any] = "router-norm", *, memory: int | str = "512MiB",
+def rank(model: Model, by: str | os.PathLike[str] | Mapping[str, Any] = "router-norm", *, memory: int | str = MEMORY,
          threads: int = 0, io: str = "auto", progress: Progress | None = None) -> Ranking:
     """Scores every expert of every MoE block, MTP blocks included.
 
@@ -180,7 +181,7 @@ class _Reduce:
     def __init__(self, model: Model, found: Layout, *, memory: int | str, threads: int, io: str,
                  progress: Progress | None):
         self.model, self.layout = model, found
-        self.options = {"memory": _bytes(memory), "threads": threads, "io": io}
+        self.options = {"memory": parse_memory(memory), "threads": threads, "io": io}
         self.progress = progress
         self.done = self.total = 0
 
@@ -257,18 +258,6 @@ def _aimer(reduce: _Reduce) -> dict[int, NDArray[np.float64]]:
 
 
 _METRICS: dict[str, Callable[[_Reduce], dict[int, Any]]] = {"router-norm": _router_norm, "aimer": _aimer}
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def _bytes(size: int | str) -> int:
-    if isinstance(size, int):
-        return size
-    digits = size.strip().rstrip("BbIiKkMmGg ")
-    unit = size.strip()[len(digits):].strip().upper()
-    if not digits.isdecimal() or unit not in _UNITS:
-        raise BadPlan("not a size", object="memory", found=repr(size), expected='"512MiB"')
-    return int(digits) * _UNITS[unit]
 
 
 # --- from the user --------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import sys
 import tarfile
 import tempfile
 
-NEEDED = ("include/", "src/ggml.c", "src/ggml-quants.c", "src/ggml-quants.h", "src/ggml-common.h", "src/ggml-impl.h",
-          "src/ggml-backend-impl.h", "src/ggml-threading.cpp", "src/ggml-threading.h", "src/ggml-version.h.in", "src/ggml-feats.h",
-          "src/ggml-cpu/ggml-cpu-impl.h")
+NEEDED = ("include/ggml.h", "include/ggml-alloc.h", "include/ggml-backend.h", "include/ggml-cpu.h", "include/gguf.h",
+          "src/ggml.c", "src/ggml-quants.c", "src/ggml-quants.h", "src/ggml-common.h", "src/ggml-impl.h",
+          "src/ggml-threading.cpp", "src/ggml-threading.h", "src/ggml-version.h.in", "src/ggml-cpu/ggml-cpu-impl.h")
 
 
 def main(carrier: str, sha256: str, version: str, target: str) -> None:
@@ -35,7 +35,7 @@ def main(carrier: str, sha256: str, version: str, target: str) -> None:
                 for member in tar:
                     name = member.name.removeprefix(root)
                     inside = name.removeprefix("ggml/")
-                    if member.isfile() and (name == "LICENSE" or (inside != name and inside.startswith(NEEDED) and inside != "src/ggml.cpp")):
+                    if member.isfile() and (name == "LICENSE" or (inside != name and inside in NEEDED)):
                         path = os.path.join(staging, inside)
                         os.makedirs(os.path.dirname(path), exist_ok=True)
                         with tar.extractfile(member) as source, open(path, "wb") as out:
