@@ -71,8 +71,8 @@ class Report:
 def verify(path: str | os.PathLike[str], against: str | os.PathLike[str] | None = None, *, data: bool = True) -> Report:
     """Reads a file again and reports every problem; raises only OSError.
 
-    Always: the layout that `write` promises and that llama.cpp's reader demands (packed in order, aligned, zero padding),
-    and llama.cpp's loader checks (required keys, expert counts and shapes, blocks). data: every number too, as
+    Always: the layout that `write` promises and that llama.cpp's reader demands (packed in order, aligned, padded with
+    zeros), and llama.cpp's loader checks (required keys, expert counts and shapes, blocks). data: every number too, as
     llama.cpp's --check-tensors does: no NaN, no infinity, no invalid block scale. against: the file that this one was
     made from; each tensor of the same type must be byte-equal to it, expert by expert, and each re-encoded one is
     sampled. Memory: about 64 MiB, whatever the sizes.

@@ -40,8 +40,8 @@ def run(capsys):
 
 def command(folder, *arguments):
     """A process of its own, started in `folder`: in the checkout it would import the source tree, which has no core."""
-    return subprocess.run([sys.executable, "-m", "pygguf_surgery", *map(str, arguments)], capture_output=True, text=True,
-                          timeout=120, cwd=folder)
+    return subprocess.run([sys.executable, "-m", "pygguf_surgery", *map(str, arguments)], capture_output=True,
+                          text=True, timeout=120, cwd=folder)
 
 
 def strongest(path, layer, n):
@@ -54,9 +54,10 @@ def strongest(path, layer, n):
 
 @pytest.mark.parametrize("arguments", [
     [], ["nonsense"], ["info"], ["info", "x", "--nonsense"], ["prune", "x"], ["prune", "x", "y"],
-    ["prune", "x", "y", "--by", "aimer"], ["prune", "x", "y", "--keep", "many"], ["prune", "x", "y", "--keep", "1", "--io", "tape"],
+    ["prune", "x", "y", "--by", "aimer"], ["prune", "x", "y", "--keep", "many"],
+    ["prune", "x", "y", "--keep", "1", "--io", "tape"], ["prune", "x", "y", "--kee", "1"],
     ["prune", "x", "y", "--keep", "1", "--memory", "lots"], ["prune", "x", "y", "--keep", "1", "--override", "no-type"],
-    ["quantize", "x", "y"], ["verify"], ["prune", "x", "y", "--keep", "1", "--ratio", "0.5"], ["prune", "x", "y", "--kee", "1"],
+    ["quantize", "x", "y"], ["verify"], ["prune", "x", "y", "--keep", "1", "--ratio", "0.5"],
 ])
 def test_wrong_usage_is_2_and_says_why_on_stderr(run, arguments):
     code, out, err = run(*arguments)
@@ -119,6 +120,19 @@ def test_info_for_people_names_what_matters(run, model):
         assert text in out
 
 
+def test_info_shows_text_that_the_terminal_cannot(tmp_path):
+    from gguf_builder import gguf as build
+    from gguf_builder import kv
+
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(build([kv("general.architecture", "str", "x"), kv("general.name", "str", b"\xff\xfe")]))
+    for encoding in ("utf-8", "ascii"):
+        for form in ([], ["--json"]):
+            done = subprocess.run([sys.executable, "-m", "pygguf_surgery", "info", path, *form], capture_output=True,
+                                  cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=120)
+            assert done.returncode == 0 and b"Traceback" not in done.stderr and b"general.name" in done.stdout
+
+
 def test_info_does_not_load_numpy(model):
     script = ("import sys; from pygguf_surgery.cli import main; code = main(['info', sys.argv[1]]);"
               "sys.exit(code or 'numpy' in sys.modules or 'gguf' in sys.modules)")
@@ -164,7 +178,8 @@ def test_a_dry_run_is_the_plan_and_writes_nothing(run, model, tmp_path):
 def test_prune_keeps_the_strongest_experts_and_edits_in_one_pass(run, model, tmp_path):
     out_path = tmp_path / "out.gguf"
     code, out, err = run("prune", model, out_path, "--keep", BEST, "--by", "router-norm", "--set", "general.name=half",
-                         "--set", "my.number:u16=7", "--set", "qwen3next.context_length=128", "--remove", "general.type")
+                         "--set", "my.number:u16=7", "--set", "qwen3next.context_length=128",
+                         "--remove", "general.type")
     assert code == 0 and str(out_path) in out
     before, source = read_gguf(model)
     after, result = read_gguf(out_path)
@@ -227,7 +242,8 @@ def test_edit_changes_only_metadata(run, model, tmp_path):
     before, source = read_gguf(model)
     after, result = read_gguf(out_path)
     assert after == {**{k: v for k, v in before.items() if k != "general.name"}, "my.words": ["a", "b"]}
-    assert all(kind == source[name][0] and np.array_equal(data, source[name][1]) for name, (kind, data) in result.items())
+    for name, (kind, data) in result.items():
+        assert kind == source[name][0] and np.array_equal(data, source[name][1])
 
 
 def test_edit_of_nothing_gives_the_same_bytes(run, model, tmp_path):
@@ -237,8 +253,8 @@ def test_edit_of_nothing_gives_the_same_bytes(run, model, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--set", "qwen3next.expert_count=4"], ["--set", "general.alignment=64"], ["--set", "qwen3next.context_length=lots"],
-    ["--set", "no-equals-sign"], ["--set", "my.key:u99=1"], ["--remove", "no.such.key"],
+    ["--set", "qwen3next.expert_count=4"], ["--set", "general.alignment=64"],
+    ["--set", "qwen3next.context_length=lots"], ["--set", "no-equals-sign"], ["--set", "my.key:u99=1"], ["--remove", "no.such.key"],
 ])
 def test_an_edit_that_makes_no_sense_is_4(run, model, tmp_path, arguments):
     code, out, err = run("edit", model, tmp_path / "out.gguf", *arguments)
@@ -359,6 +375,7 @@ def test_the_readme_s_shell_examples_run(run, model, tmp_path, monkeypatch):
     lines = re.findall(r"^    gguf-surgery (.*)$", README.read_text().replace("\\\n", " "), re.MULTILINE)
     assert len(lines) == 6
     for line in lines:
-        line = line.replace("model.gguf", model).replace("--keep 256", "--keep 4").replace("general.url", "general.type")
+        for written, here in (("model.gguf", model), ("--keep 256", "--keep 4"), ("general.url", "general.type")):
+            line = line.replace(written, here)
         code, _, err = run(*shlex.split(line), *(["--force"] if "out.gguf" in line and "verify" not in line else []))
         assert code == 0, (line, err)

@@ -76,7 +76,8 @@ def test_kept_can_be_given(pair, tmp_path):
     with pgs.open(result_path) as model:
         keys = [key for key in model.metadata if key.startswith("pgs.")]
         pgs.Plan(model).remove_metadata(*keys).write(tmp_path / "anonymous.gguf")
-    with pgs.open(source_path) as source, pgs.open(tmp_path / "anonymous.gguf") as result, pgs.open(result_path) as named:
+    with (pgs.open(source_path) as source, pgs.open(tmp_path / "anonymous.gguf") as result,
+          pgs.open(result_path) as named):
         with pytest.raises(pgs.BadPlan) as error:
             compare(source, result)
         assert error.value.object == "blk.0.ffn_gate_inp.weight"

@@ -285,7 +285,8 @@ def test_metadata_only_accepts_a_file_without_its_data(tmp_path, data):
     assert [(t.name, t.ne, t.type, t.nbytes) for t in header.tensors] == [("t", (32,), F32, 128)]
 
 
-@pytest.mark.parametrize("case", ["overlap", "offset not aligned", "offset 2^64-32", "product overflows", "duplicate key"])
+@pytest.mark.parametrize("case", ["overlap", "offset not aligned", "offset 2^64-32", "product overflows",
+                                  "duplicate key"])
 def test_metadata_only_checks_the_header_all_the_same(tmp_path, case):
     with pytest.raises(BadFile):
         read(tmp_path, REFUSED[case][0], metadata_only=True)

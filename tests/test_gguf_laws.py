@@ -1,4 +1,4 @@
-"""Laws of the reader and the writer: inverse of each other, agreement with gguf-py, safe on any bytes, bounded memory."""
+"""Laws of reader and writer: inverse of each other, agreement with gguf-py, safe on any bytes, bounded memory."""
 import random
 import struct
 import subprocess
@@ -20,9 +20,10 @@ from pygguf_surgery.errors import BadFile
 FACTS = {fact["id"]: fact for fact in types()}
 
 
-# --- strategies: a canonical file ---------------------------------------------------------------------------------------
+# --- strategies: a canonical file -----------------------------------------------------------------------------------
 
-KEYS = st.from_regex(r"[a-z0-9_]{1,12}(\.[a-z0-9_]{1,12}){0,3}", fullmatch=True).filter(lambda k: k != "general.alignment")
+KEYS = st.from_regex(r"[a-z0-9_]{1,12}(\.[a-z0-9_]{1,12}){0,3}", fullmatch=True).filter(
+    lambda key: key != "general.alignment")
 UTF8 = st.text(st.characters(exclude_categories=["Cs"]))
 
 
@@ -73,7 +74,7 @@ def read_bytes(path, data, **options):
     return read_header(Source(str(path)), **options)
 
 
-# --- inverse ------------------------------------------------------------------------------------------------------------
+# --- inverse --------------------------------------------------------------------------------------------------------
 
 @given(canonical_headers())
 def test_what_is_written_is_read(path, case):
@@ -137,7 +138,7 @@ def test_we_read_what_gguf_py_writes(path, metadata, shapes):
         assert np.array_equal(ours, array.ravel())
 
 
-# --- any bytes ----------------------------------------------------------------------------------------------------------
+# --- any bytes ------------------------------------------------------------------------------------------------------
 
 def read_or_refuse(path, data):
     """Reads in every mode. What is accepted keeps the promises that the rest of the package builds on."""
@@ -190,8 +191,8 @@ def test_flipped_bits(path, flips):
     read_or_refuse(path, bytes(data))
 
 
-EXTREMES = [0, 1, 7, 2**16, 2**20, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**60, 2**61, 2**62, 2**63 - 64, 2**63 - 1,
-            2**63, 2**64 - 64, 2**64 - 32, 2**64 - 1]
+EXTREMES = [0, 1, 7, 2**16, 2**20, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**60, 2**61, 2**62, 2**63 - 64,
+            2**63 - 1, 2**63, 2**64 - 64, 2**64 - 32, 2**64 - 1]
 
 
 @pytest.mark.parametrize("extreme", EXTREMES)
@@ -245,7 +246,7 @@ def test_keys_are_utf8_exactly_when_python_says_so(path, raw):
     assert (read_or_refuse(path, b.gguf([b.kv(raw, "u8", 1)])) is not None) == valid
 
 
-# --- memory: C++ allocations are invisible to tracemalloc, so a process of its own and its peak ----------------------------
+# --- memory: C++ allocations are invisible to tracemalloc, so a process of its own and its peak ---------------------
 
 PEAK = """
 import resource, sys
@@ -274,7 +275,8 @@ BOMBS = {
     "10^9 tensors in a sparse file": (b.header(n_tensors=10**9), 2**36, "refused"),
     "10^9 keys in a sparse file": (b.header(n_kv=10**9), 2**36, "refused"),
     "u8 array of 10^9": (bomb_array(), None, "refused"),
-    "u8 array of 2^40 in a sparse file": (b.header([b.string("k") + b.u32(9) + b.u32(0) + b.u64(2**40)]), 2**41, "refused"),
+    "u8 array of 2^40 in a sparse file": (b.header([b.string("k") + b.u32(9) + b.u32(0) + b.u64(2**40)]), 2**41,
+                                          "refused"),
     "string array of 2^36 in a sparse file": (b.header([b.string("k") + b.u32(9) + b.u32(8) + b.u64(2**36)]), 2**41,
                                               "refused"),
     "string of 2^35 bytes in a sparse file": (b.header([b.string("k") + b.u32(8) + b.u64(2**35)]), 2**36, "refused"),
@@ -301,8 +303,8 @@ def test_memory_is_bounded_by_the_header(tmp_path, case):
             except OSError:
                 pytest.skip("the file system has no sparse file of this size")
     header_bytes = min(len(data), 2**23 + 100)
-    done = subprocess.run([sys.executable, "-c", PEAK, str(plain), str(bomb)], capture_output=True, text=True, check=True,
-                          timeout=120)
+    done = subprocess.run([sys.executable, "-c", PEAK, str(plain), str(bomb)], capture_output=True, text=True,
+                          check=True, timeout=120)
     outcome, grown = done.stdout.split()
     assert outcome == result
     assert int(grown) <= 16 * 2**20 + 8 * header_bytes

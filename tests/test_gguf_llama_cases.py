@@ -1,4 +1,4 @@
-"""llama.cpp's hand-crafted files (tests/test-gguf.cpp), each by its name, built the same way from another random stream.
+"""llama.cpp's hand-crafted files (tests/test-gguf.cpp), each by its name, built alike from another random stream.
 
 Two rules are ours and differ (see the two marks `ours` below): a tensor name over 63 bytes is a warning when reading,
 because other programs write and read such files and a rename repairs them; and a file that lacks only the padding after

@@ -45,8 +45,11 @@ def test_a_value_is_what_was_given(case):
 @given(python_values())
 def test_raw_is_the_encoding_in_a_file(case):
     kind, given_value = case
-    encode = lambda element: b.scalar(kind.removesuffix("[]"),  # noqa: E731
-                                      element.encode("utf-8", "surrogateescape") if isinstance(element, str) else element)
+    def encode(element):
+        if isinstance(element, str):
+            element = element.encode("utf-8", "surrogateescape")
+        return b.scalar(kind.removesuffix("[]"), element)
+
     if kind == "str":
         expected = given_value.encode("utf-8", "surrogateescape")
     elif kind.endswith("[]"):
@@ -189,7 +192,8 @@ def test_negative_dimension():
 
 
 def test_encode_header_fills_the_tensors():
-    tensors = [TensorInfo("a", (3,), 0), TensorInfo("b", (), 1), TensorInfo("z", (0, 5), 0), TensorInfo("c", (32, 2), 2)]
+    tensors = [TensorInfo("a", (3,), 0), TensorInfo("b", (), 1), TensorInfo("z", (0, 5), 0),
+               TensorInfo("c", (32, 2), 2)]
     header, offsets, file_bytes = encode_header([("general.alignment", Value(64, "u32"))], tensors, 64)
     assert [(t.offset, t.nbytes) for t in tensors] == [(0, 12), (64, 2), (128, 0), (128, 36)]
     assert offsets == [len(header) + t.offset for t in tensors]

@@ -254,7 +254,8 @@ def test_no_list_of_kept_experts(files, tmp_path):
 
 
 def test_ids_out_of_range(files, tmp_path):
-    bad = rewrite(files["cut"], tmp_path / "bad.gguf", metadata={"pgs.experts.1.kept": pgs.Value([0, 2, 3, 8], "u32[]")})
+    kept = pgs.Value([0, 2, 3, 8], "u32[]")
+    bad = rewrite(files["cut"], tmp_path / "bad.gguf", metadata={"pgs.experts.1.kept": kept})
     assert len(verify(bad, files["source"]).problems) == 4
 
 

@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = make_parser(PROGRAM).parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or what is wrong
         return int(stop.code or 0)
+    if hasattr(sys.stdout, "reconfigure"):  # a value that the terminal's encoding lacks is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _run(args)
         sys.stdout.flush()

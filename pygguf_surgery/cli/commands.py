@@ -1,4 +1,4 @@
-"""One function per command: arguments in, exit code out. Each makes a plan and describes or writes it, or reads a file."""
+"""One function per command, arguments in, exit code out: each describes or writes a plan, or only reads a file."""
 
 from __future__ import annotations
 

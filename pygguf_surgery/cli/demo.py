@@ -50,7 +50,8 @@ def _demo(args: Namespace, folder: str) -> dict[str, Any]:
         keep, type, by = args.keep or moe["count"] // 2, args.type or TYPE, args.by or "router-norm"
         start = time.perf_counter()
         kept = pgs.experts.rank(source, by=by, **limits).keep(keep)
-        receipt = pgs.Plan(source).keep_experts(kept).quantize(type).write(output, overwrite=bool(args.folder), **limits)
+        plan = pgs.Plan(source).keep_experts(kept).quantize(type)
+        receipt = plan.write(output, overwrite=bool(args.folder), **limits)
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         with pgs.open(output) as result:

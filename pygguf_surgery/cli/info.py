@@ -48,7 +48,7 @@ def describe(model: Model) -> str:
         (name, str(t["tensors"]), human(t["nbytes"]), f"{100 * t['nbytes'] / max(1, model.file_bytes):.1f} %")
         for name, t in types(model).items()]
     metadata = [(key, words.short(model.metadata.value(key))) for key in model.metadata]
-    return "\n\n".join(words.table(part, left=left) for part, left in ((rows, 2), (histogram, 1), (metadata, 2)) if part)
+    return "\n\n".join(words.table(part, left) for part, left in ((rows, 2), (histogram, 1), (metadata, 2)) if part)
 
 
 def parameters(model: Model) -> int:

@@ -12,8 +12,8 @@ OPTIONS = {
                  '{"kept": {"0": [ids]}} or {"scores": {"0": [numbers]}}'),
     "--mtp": dict(choices=("keep", "drop"), default="keep", help="multi-token prediction blocks: cut them with the "
                   "rest (keep, the default) or remove them (drop)"),
-    "--type": dict(metavar="TYPE", help="quantize to this file type of llama-quantize: MXFP4_MOE, Q8_0, F16, BF16, F32, "
-                   "COPY; with --pure any ggml type"),
+    "--type": dict(metavar="TYPE", help="quantize to this file type of llama-quantize: MXFP4_MOE, Q8_0, F16, BF16, "
+                   "F32, COPY; with --pure any ggml type"),
     "--pure": dict(action="store_true", help="one ggml type for every tensor that may be quantized"),
     "--override": dict(action="append", default=[], metavar="REGEX=TYPE", type=lambda text: override(text),
                        help="type (or copy) of the tensors whose name matches; may be repeated, the first match wins"),

@@ -1,4 +1,4 @@
-"""How far a result is from its source: per tensor and per role, streamed, whatever was cut or re-encoded between them."""
+"""How far a result is from its source: per tensor and per role, streamed, whatever was cut or encoded in between."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Kept = Mapping[int, tuple[int, ...]]  # layer -> old expert ids, in the order of
 # --- where the rows of a result come from --------------------------------------------------------------------------
 
 def kept_experts(result: Model, source: Model) -> dict[int, tuple[int, ...]]:
-    """The lists that pruning left in the result's metadata (`pgs.experts.LAYER.kept`). Empty when there are none, or when
-    the source has the same ones: then they tell of an earlier cut."""
+    """The lists that pruning left in the result's metadata (`pgs.experts.LAYER.kept`). Empty when there are none, or
+    when the source has the same ones: then they tell of an earlier cut."""
     key = "pgs.source.header_sha256"
     if key in source.metadata and source.metadata[key] == result.metadata.get(key):
         return {}
@@ -40,7 +40,7 @@ def kept_experts(result: Model, source: Model) -> dict[int, tuple[int, ...]]:
 
 @dataclass
 class Origin:
-    """The source of one result tensor: byte ranges that, one after the other, hold the same rows in the source's type."""
+    """The source of one result tensor: byte ranges that together, in order, hold the same rows in the source's type."""
 
     model: Model
     tensor: Tensor
