@@ -82,6 +82,9 @@ def quantize(rows: NDArray[np.float32], type: int, importance: NDArray[np.float3
 def dequantize(rows: NDArray[np.uint8], type: int, threads: int) -> NDArray[np.float32]:
     """rows [n, bytes of a row] -> [n, k]."""
 
+def first_invalid_block(data: NDArray[np.uint8], type: int) -> int | None:
+    """Index of the first block (element, for types without blocks) with NaN, infinity or an invalid scale: ggml's rules."""
+
 def ggml_version() -> str: ...
 
 class Job:

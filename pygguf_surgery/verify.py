@@ -13,8 +13,6 @@ from .experts.roles import PER_BLOCK_KEYS, check_shape, expert_rule, layer_of, l
 from .model import Model, Tensor, open as open_model, row_bytes, type_facts
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from .report.compare import Origin
 
 CHUNK_BYTES = 16 << 20
@@ -22,7 +20,6 @@ SAMPLE_ROWS = 64          # of a re-encoded tensor, spread over it
 MAX_EXPERTS = 1024        # LLAMA_MAX_EXPERTS
 MAX_LAYERS = 512          # LLAMA_MAX_LAYERS
 MAX_NAME = 63             # GGML_MAX_NAME - 1
-F32_INFINITY = 3.4028235677973366e38  # from here on a float64 rounds to infinity
 LEAST_COSINE = 0.5        # below, a re-encoded tensor is not a coarse copy of its source but another tensor
 
 
@@ -205,7 +202,6 @@ _SINGLE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 
 
 def _check_experts(model: Model, report: Report) -> None:
-    key = f"{model.architecture}.expert_count"
     count = _u32(model, "expert_count", report) or 0
     for name in model.tensors:
         if _SINGLE_EXPERT.fullmatch(name):
@@ -271,16 +267,6 @@ def _check_layer(model: Model, block: str, report: Report) -> None:
 
 # --- the numbers (ggml-quants.c ggml_validate_row_data) -------------------------------------------------------------
 
-# Where a block keeps its float16 scales, in bytes from its start. MXFP4 has an exponent byte in which 255 is NaN, NVFP4
-# none that is invalid, IQ1_M spreads its scale over four words: these three are not in the table.
-_HALF_SCALES = {
-    "Q1_0": (0,), "Q2_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
-    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,),
-    "IQ1_S": (0,), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ4_NL": (0,),
-    "IQ4_XS": (0,),
-}
-
-
 def _check_data(model: Model, tensor: Tensor, report: Report) -> None:
     block = type_facts()[tensor.type]["block_bytes"]
     step = CHUNK_BYTES // block * block
@@ -288,42 +274,13 @@ def _check_data(model: Model, tensor: Tensor, report: Report) -> None:
     for begin in range(0, tensor.nbytes, step):
         raw = source.read(tensor.offset + begin, min(step, tensor.nbytes - begin))
         report.bytes_checked += len(raw)
-        bad = _invalid_blocks(tensor.type, raw, block)
-        if bad is not None and bad.any():
-            number = begin // block + int(bad.argmax())
+        bad = _core.first_invalid_block(raw, tensor.type_id)
+        if bad is not None:
+            number = begin // block + bad
             word, what = ("block", "invalid scale") if type_facts()[tensor.type]["block"] > 1 else (
                 "element", "NaN or infinity")
             report.problem(f"{what} in {word} {number}", object=tensor.name, offset=tensor.offset + number * block)
             return
-
-
-def _invalid_blocks(type: str, raw: np.ndarray, block: int) -> np.ndarray | None:
-    """One bool per block (element, for types without blocks); None where every byte is valid."""
-    import numpy as np
-
-    if type == "F32":
-        return ~np.isfinite(raw.view("<f4"))
-    if type == "F64":
-        return ~(np.abs(raw.view("<f8")) < F32_INFINITY)  # ggml looks at them as float32
-    if type in ("F16", "BF16"):
-        exponent = np.uint16(0x7C00 if type == "F16" else 0x7F80)
-        return raw.view("<u2") & exponent == exponent
-    if type == "MXFP4":
-        return raw[0::block] == 255
-    blocks = raw.reshape(-1, block)
-    if type == "IQ1_M":
-        words = np.ascontiguousarray(blocks[:, 48:56]).view("<u2")
-        return _infinite_half((words[:, 3] & 0xF000) | (words[:, 2] >> 4 & 0x0F00))
-    if type in _HALF_SCALES:
-        bad = np.zeros(len(blocks), bool)
-        for at in _HALF_SCALES[type]:
-            bad |= _infinite_half(np.ascontiguousarray(blocks[:, at:at + 2]).view("<u2")[:, 0])
-        return bad
-    return None
-
-
-def _infinite_half(words: np.ndarray) -> np.ndarray:
-    return words & 0x7C00 == 0x7C00
 
 
 # --- the result against its source ---------------------------------------------------------------------------------

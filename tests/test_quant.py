@@ -154,3 +154,18 @@ def test_any_reasonable_row_is_encoded_or_refused(x, name):
 @given(floats)
 def test_copy_types_are_exact(x):
     assert np.array_equal(_core.dequantize(encode(x, "F32"), TYPES["F32"]["id"], 1).view(np.uint32), x.view(np.uint32))
+
+
+@pytest.mark.parametrize("block", [0, 4095, 4096, 9999])
+def test_first_invalid_block(block):
+    data = np.zeros((10000, TYPES["MXFP4"]["block_bytes"]), np.uint8)
+    assert _core.first_invalid_block(data, TYPES["MXFP4"]["id"]) is None
+    data[block:, 0] = 255  # the exponent that means NaN
+    assert _core.first_invalid_block(data, TYPES["MXFP4"]["id"]) == block
+
+
+def test_first_invalid_element_of_floats():
+    x = np.ones(9000, np.float32)
+    x[8999] = np.nan
+    assert _core.first_invalid_block(x.view(np.uint8), TYPES["F32"]["id"]) == 8999
+    assert _core.first_invalid_block(x[:8999].astype(np.float16).view(np.uint8), TYPES["F16"]["id"]) is None

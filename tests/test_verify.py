@@ -1,18 +1,14 @@
 """verify: a good file has no problem; each fault put into one is named, with the tensor or key it is in."""
-import ctypes
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import pygguf_surgery as pgs
-from pygguf_surgery import _core
 from pygguf_surgery.cli import main
 from pygguf_surgery.container import write_gguf
 from pygguf_surgery.report.demo_model import DemoShape, write_demo_model
-from pygguf_surgery.verify import _invalid_blocks, verify
+from pygguf_surgery.verify import verify
 
 SMALL = DemoShape(layers=4, embedding=64, experts=8, used=2, feed_forward=32, heads=2, heads_kv=1, head=32, state=32,
                   key_heads=1, value_heads=2, vocabulary=300)
@@ -307,29 +303,3 @@ def test_command(files, tmp_path, capsys):
     assert main(["verify", str(bad), "--against", str(files["source"])]) == 3
     assert "problem: " in capsys.readouterr().out
     assert main(["verify", str(bad), "--against", str(tmp_path / "none")]) == 3
-
-
-@pytest.mark.parity
-def test_block_checks_are_those_of_ggml():
-    """Random bytes of every type: ggml_validate_row_data, block by block, against ours."""
-    llama_cpp = pytest.importorskip("llama_cpp")
-    library = next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.so*"))
-    validate = ctypes.CDLL(os.fspath(library)).ggml_validate_row_data
-    validate.restype, validate.argtypes = ctypes.c_bool, [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
-    random = np.random.default_rng(0)
-    silence = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)  # ggml names each bad block on stderr
-    try:
-        for kind in _core.types():
-            if not (kind["decodes"] or kind["name"] == "F64"):
-                continue
-            blocks = random.integers(0, 256, (4000, kind["block_bytes"]), np.uint8)
-            expected = np.array([not validate(kind["id"], b.ctypes.data, b.nbytes) for b in blocks])
-            found = _invalid_blocks(kind["name"], blocks.ravel(), kind["block_bytes"])
-            found = np.zeros(len(blocks), bool) if found is None else found
-            assert np.array_equal(found, expected), kind["name"]
-    finally:
-        os.dup2(silence, 2)
-        os.close(silence)
-        os.close(null)

@@ -117,6 +117,13 @@ void bind_quant(py::module_& m) {
     m.def("quantize", [](const py::array_t<float, array_style>& rows, std::int32_t type, const py::object& importance, int threads) {
         return quantize(rows, checked_type(type), importance, threads);
     }, py::arg("rows"), py::arg("type"), py::arg("importance"), py::arg("threads"));
+    m.def("first_invalid_block", [](const py::array_t<std::uint8_t, array_style>& data, std::int32_t type) {
+        const auto* bytes = reinterpret_cast<const std::byte*>(data.data());
+        const std::uint64_t n = data.nbytes();
+        if (n % pgs::type_table()[checked_type(type)].block_bytes) throw py::value_error("not whole blocks");
+        py::gil_scoped_release release;
+        return pgs::first_invalid_block(type, bytes, n);
+    }, py::arg("data"), py::arg("type"));
     m.def("dequantize", [](const py::array_t<std::uint8_t, array_style>& rows, std::int32_t type, int threads) {
         return dequantize(rows, checked_type(type), threads);
     }, py::arg("rows"), py::arg("type"), py::arg("threads"));

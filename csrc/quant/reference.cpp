@@ -56,20 +56,17 @@ Error value_error(const char* problem, std::uint64_t row, std::uint64_t column, 
 // (written where the largest value of a block lies in [2^-126, 2^-125)).
 Error invalid_error(std::int32_t type, const float* source, const std::byte* target, std::uint64_t rows,
                     std::uint64_t row_elements, std::uint64_t first_row) {
-    const std::uint64_t bytes = row_bytes(type, row_elements);
     const TypeFacts& facts = type_table()[type];
-    for (std::uint64_t row = 0; row < rows; ++row)
-        for (std::uint64_t block = 0; block < row_elements / facts.block; ++block) {
-            const std::byte* encoded = target + row * bytes + block * facts.block_bytes;
-            if (ggml_validate_row_data(static_cast<ggml_type>(type), encoded, facts.block_bytes)) continue;
-            const float* x = source + row * row_elements + block * facts.block;
-            const float* largest = std::max_element(x, x + facts.block, [](float a, float b) {
-                return (a < 0 ? -a : a) < (b < 0 ? -b : b);
-            });
-            return value_error((facts.name + " has no valid encoding of the block").c_str(), first_row + row,
-                               block * facts.block, *largest)
-                .advise("its largest value is out of range; choose another type for this tensor");
-        }
+    if (const auto bad = first_invalid_block(type, target, rows * row_bytes(type, row_elements))) {
+        const std::uint64_t at = *bad * facts.block;
+        const float* x = source + at;
+        const float* largest = std::max_element(x, x + facts.block, [](float a, float b) {
+            return (a < 0 ? -a : a) < (b < 0 ? -b : b);
+        });
+        return value_error((facts.name + " has no valid encoding of the block").c_str(), first_row + at / row_elements,
+                           at % row_elements, *largest)
+            .advise("its largest value is out of range; choose another type for this tensor");
+    }
     return Error(Kind::bad_plan, facts.name + " has no valid encoding of these values");
 }
 
@@ -110,6 +107,19 @@ void encode_rows(std::int32_t type, const float* source, std::byte* target, std:
                         static_cast<std::int64_t>(row_elements), type_uses_importance(type) ? importance : nullptr);
     if (!ggml_validate_row_data(static_cast<ggml_type>(type), target, rows * row_bytes(type, row_elements)))
         throw invalid_error(type, source, target, rows, row_elements, first_row);
+}
+
+std::optional<std::uint64_t> first_invalid_block(std::int32_t type, const std::byte* data, std::uint64_t nbytes) {
+    const std::uint64_t bytes = row_bytes(type, type_table().at(static_cast<std::size_t>(type)).block);
+    const auto id = static_cast<ggml_type>(type);
+    constexpr std::uint64_t step = 4096;  // blocks: look at single ones only where some are bad
+    for (std::uint64_t block = 0; block < nbytes / bytes; block += step) {
+        const std::uint64_t n = std::min(step, nbytes / bytes - block);
+        if (ggml_validate_row_data(id, data + block * bytes, n * bytes)) continue;
+        for (std::uint64_t i = block; i < block + n; ++i)
+            if (!ggml_validate_row_data(id, data + i * bytes, bytes)) return i;
+    }
+    return std::nullopt;
 }
 
 void check_importance(const float* importance, std::uint64_t rows, std::uint64_t row_elements) {
