@@ -85,6 +85,7 @@ def dequantize(rows: NDArray[np.uint8], type: int, threads: int) -> NDArray[np.f
 def first_invalid_block(data: NDArray[np.uint8], type: int) -> int | None:
     """Index of the first block (element, for types without blocks) with NaN, infinity or an invalid scale: ggml's rules."""
 
+def kernels() -> str: ...  # the set that runs: avx512, avx2, scalar, or ggml; PGS_KERNELS forces one
 def ggml_version() -> str: ...
 
 class Job:

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/parallel.hpp"
+#include "quant/lanes/kernels.hpp"
 #include "quant/reference.hpp"
 
 namespace {
@@ -113,6 +114,7 @@ std::int32_t checked_type(std::int32_t type) {
 void bind_quant(py::module_& m) {
     m.def("types", &types);
     m.def("type_id", &pgs::type_from_name, py::arg("name"));
+    m.def("kernels", [] { return std::string(pgs::kernels().name); });
     m.def("ggml_version", &pgs::ggml_version_text);
     m.def("quantize", [](const py::array_t<float, array_style>& rows, std::int32_t type, const py::object& importance, int threads) {
         return quantize(rows, checked_type(type), importance, threads);

@@ -1,6 +1,7 @@
 #include "quant/reference.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -9,6 +10,7 @@
 
 #include "base/error.hpp"
 #include "ggml.h"
+#include "quant/lanes/kernels.hpp"
 
 // ggml is compiled with these names in place of printf and fprintf: a library inside a Python host must not print.
 extern "C" {
@@ -32,16 +34,6 @@ void on_ggml_abort(const char* message) {
 void install_abort_net() {
     static std::once_flag once;
     std::call_once(once, [] { ggml_set_abort_callback(on_ggml_abort); });
-}
-
-bool all_finite(const float* x, std::uint64_t n) {
-    std::uint32_t bad = 0;  // branch-free, so that it vectorizes
-    for (std::uint64_t i = 0; i < n; ++i) {
-        std::uint32_t bits;
-        std::memcpy(&bits, x + i, sizeof bits);
-        bad |= static_cast<std::uint32_t>((bits & 0x7f800000u) == 0x7f800000u);
-    }
-    return bad == 0;
 }
 
 Error value_error(const char* problem, std::uint64_t row, std::uint64_t column, float value) {
@@ -81,6 +73,9 @@ void decode_rows(std::int32_t type, const std::byte* source, float* target, std:
         std::memcpy(target, source, elements * sizeof(float));
         return;
     }
+    const Kernels& lanes = kernels();
+    if (type == GGML_TYPE_F16 && lanes.decode_f16 && reinterpret_cast<std::uintptr_t>(source) % 2 == 0)
+        return lanes.decode_f16(reinterpret_cast<const std::uint16_t*>(source), target, elements);
     std::vector<std::byte> aligned;
     if (reinterpret_cast<std::uintptr_t>(source) % 4 != 0) {  // the block structs of ggml hold 16- and 32-bit members
         aligned.assign(source, source + rows * row_bytes(type, row_elements));
@@ -95,15 +90,18 @@ void encode_rows(std::int32_t type, const float* source, std::byte* target, std:
         throw Error(Kind::unsupported, "no encoder for this type").got(type_table()[type].name);
     const std::uint64_t elements = rows * row_elements;
     if (elements == 0) return;
-    if (!all_finite(source, elements)) {
+    if (!kernels().all_finite(source, elements)) {
         for (std::uint64_t i = 0; i < elements; ++i)
-            if (!all_finite(source + i, 1))
+            if (!std::isfinite(source[i]))
                 throw value_error("not a finite number", first_row + i / row_elements, i % row_elements, source[i]);
     }
     if (!importance && type_needs_importance(type))
         throw Error(Kind::bad_plan, "this type needs an importance matrix").got(type_table()[type].name);
+    const Kernels& lanes = kernels();
+    const bool done = type == GGML_TYPE_MXFP4 && lanes.encode_mxfp4 &&
+                      lanes.encode_mxfp4(source, reinterpret_cast<unsigned char*>(target), elements);
     install_abort_net();
-    ggml_quantize_chunk(static_cast<ggml_type>(type), source, target, 0, static_cast<std::int64_t>(rows),
+    if (!done) ggml_quantize_chunk(static_cast<ggml_type>(type), source, target, 0, static_cast<std::int64_t>(rows),
                         static_cast<std::int64_t>(row_elements), type_uses_importance(type) ? importance : nullptr);
     if (!ggml_validate_row_data(static_cast<ggml_type>(type), target, rows * row_bytes(type, row_elements)))
         throw invalid_error(type, source, target, rows, row_elements, first_row);
@@ -127,7 +125,7 @@ void check_importance(const float* importance, std::uint64_t rows, std::uint64_t
         const float* x = importance + row * row_elements;
         bool any = row_elements == 0;
         for (std::uint64_t i = 0; i < row_elements; ++i) {
-            if (!all_finite(x + i, 1)) throw value_error("importance is not a finite number", row, i, x[i]);
+            if (!std::isfinite(x[i])) throw value_error("importance is not a finite number", row, i, x[i]);
             if (x[i] < 0) throw value_error("importance is negative", row, i, x[i]);
             any |= x[i] > 0;
         }

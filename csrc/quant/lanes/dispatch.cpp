@@ -1,0 +1,49 @@
+#include <cstdlib>
+#include <vector>
+
+#include "base/error.hpp"
+#include "quant/lanes/sets.hpp"
+
+namespace pgs {
+
+namespace {
+
+struct Choice {
+    const Kernels* set;
+    bool available;
+};
+
+const Kernels ggml_set{"ggml", nullptr, nullptr, lanes::scalar_set.all_finite};
+
+// Best first, those for testing last.
+std::vector<Choice> choices() {
+    std::vector<Choice> all;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    all.push_back({&lanes::avx512_set, avx512});
+    all.push_back({&lanes::avx2_set, __builtin_cpu_supports("avx2") != 0});
+#endif
+    all.push_back({&lanes::scalar_set, true});
+    all.push_back({&ggml_set, true});
+    return all;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+    static const std::vector<Choice> all = choices();
+    const char* forced = std::getenv("PGS_KERNELS");
+    const std::string name = forced ? forced : "";
+    for (const Choice& choice : all)
+        if (name.empty() ? choice.available : name == choice.set->name) {
+            if (choice.available) return *choice.set;
+            throw Error(Kind::unsupported, "this machine cannot run these kernels").on("PGS_KERNELS").got(name);
+        }
+    std::string names;
+    for (const Choice& choice : all) names += (names.empty() ? "" : ", ") + std::string(choice.set->name);
+    throw Error(Kind::unsupported, "no such kernels").on("PGS_KERNELS").got(name).want(names);
+}
+
+}  // namespace pgs
