@@ -5,7 +5,11 @@ from __future__ import annotations
 from importlib import import_module as _import
 from typing import TYPE_CHECKING, Any
 
-from ._core import Value, __version__
+try:
+    from ._core import Value, __version__
+except ModuleNotFoundError as _error:
+    raise ImportError(f"{__path__[0]} holds the sources of pygguf_surgery without its compiled core: start Python in "
+                      "another folder to use the installed package") from _error
 from .errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
 from .model import Metadata, Model, Tensor, open
 # Not lazy: the folder has the function's name, and importing it later would put the folder in the function's place.
