@@ -2,18 +2,26 @@
 
 #include <sched.h>
 
+#include <cfenv>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 #include "base/error.hpp"
 
 namespace pgs {
+
+namespace {
+thread_local const Cancel* worker_cancel = nullptr;
+}
+
+const Cancel* Cancel::of_this_thread() noexcept { return worker_cancel; }
 
 void Cancel::check() const {
     if (requested()) throw Error(Kind::cancelled, "cancelled");
@@ -47,6 +55,9 @@ void parallel_for(int threads, std::uint64_t items, Cancel& cancel,
     std::uint64_t error_item = UINT64_MAX;
 
     auto body = [&](int worker) {
+        worker_cancel = &cancel;
+        // A thread inherits the rounding mode and flush-to-zero of the one that made it; the bytes must not depend on them.
+        std::fesetenv(FE_DFL_ENV);
         while (!cancel.requested()) {
             const std::uint64_t item = next.fetch_add(1, std::memory_order_relaxed);
             if (item >= items) break;
@@ -54,12 +65,12 @@ void parallel_for(int threads, std::uint64_t items, Cancel& cancel,
                 work(worker, item);
             } catch (...) {
                 std::lock_guard lock(mutex);
-                // A cancelled worker only follows the error that caused it.
-                if (item < error_item && !cancel.requested()) {
+                // Those before it were handed out already and are finished, so that the error does not depend on luck.
+                next.store(items, std::memory_order_relaxed);
+                if (item < error_item) {
                     error = std::current_exception();
                     error_item = item;
                 }
-                cancel.request();
             }
         }
         std::lock_guard lock(mutex);
@@ -69,6 +80,7 @@ void parallel_for(int threads, std::uint64_t items, Cancel& cancel,
     std::vector<std::thread> pool;
     std::exception_ptr poll_error;
     try {
+        pool.reserve(static_cast<std::size_t>(threads));
         for (int i = 0; i < threads && static_cast<std::uint64_t>(i) < items; ++i) {
             {
                 std::lock_guard lock(mutex);
@@ -76,10 +88,11 @@ void parallel_for(int threads, std::uint64_t items, Cancel& cancel,
             }
             try {
                 pool.emplace_back(body, i);
-            } catch (...) {
+            } catch (const std::system_error&) {  // a limit on threads: fewer do it too
                 std::lock_guard lock(mutex);
                 --running;
-                throw;
+                if (i == 0) throw;
+                break;
             }
         }
         std::unique_lock lock(mutex);

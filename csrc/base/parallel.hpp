@@ -13,6 +13,9 @@ public:
     bool requested() const noexcept { return flag_.load(std::memory_order_relaxed); }
     void check() const;  // throws Error(Kind::cancelled)
 
+    // The one of the parallel_for that this thread works for, or null.
+    static const Cancel* of_this_thread() noexcept;
+
 private:
     std::atomic<bool> flag_{false};
 };
@@ -22,8 +25,8 @@ int thread_count(int asked);
 
 // Calls work(worker, item) for every item in [0, items), each once, from `threads` new threads. Items are handed out in
 // ascending order, so fast cores take more. While they run the calling thread calls poll() every `poll_ms` (and once at
-// the end); an exception from poll or from any worker cancels the rest, all threads are joined, and it is rethrown. Of
-// several workers' errors the one with the lowest item wins.
+// the end); an exception from poll cancels the rest. After one from a worker no item is handed out any more. All threads
+// are joined, then it is rethrown: of several workers' errors the one with the lowest item, the same in every run.
 void parallel_for(int threads, std::uint64_t items, Cancel& cancel,
                   const std::function<void(int worker, std::uint64_t item)>& work,
                   const std::function<void()>& poll = {}, int poll_ms = 20);

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <string>
 
 #include "base/error.hpp"
 #include "io/source.hpp"
@@ -21,6 +22,9 @@ struct PySource {
         return *source;
     }
 };
+
+// str, bytes or os.PathLike, as open() takes them.
+std::string path_bytes(const py::object& path);
 
 void bind_errors(py::module_& m);
 void bind_gguf(py::module_& m);    // Value, TensorInfo, Header, read_header, encode_header

@@ -1,6 +1,9 @@
 #include "bind/bind.hpp"
 
+#include <algorithm>
+
 #include "engine/engine.hpp"
+#include "quant/lanes/kernels.hpp"
 #include "quant/reference.hpp"
 
 namespace {
@@ -46,16 +49,17 @@ pgs::Job make_job(std::string name, std::int32_t source_type, std::int32_t targe
 std::vector<std::shared_ptr<pgs::Source>> sources_of(const std::vector<PySource*>& sources) {
     std::vector<std::shared_ptr<pgs::Source>> out;
     for (const PySource* s : sources) {
+        if (!s) throw py::type_error("a source is None");
         s->get();
         out.push_back(s->source);
     }
     return out;
 }
 
-std::vector<pgs::Job> jobs_of(const std::vector<pgs::Job*>& jobs) {
-    std::vector<pgs::Job> out;
-    for (const pgs::Job* job : jobs) out.push_back(*job);
-    return out;
+// Shared, not borrowed: the caller's list may lose them during the run.
+pgs::Jobs jobs_of(const std::vector<std::shared_ptr<pgs::Job>>& jobs) {
+    if (std::find(jobs.begin(), jobs.end(), nullptr) != jobs.end()) throw py::type_error("a job is None");
+    return {jobs.begin(), jobs.end()};
 }
 
 // Ctrl-C and the caller's callable, from the thread that called; an exception of either cancels the run.
@@ -67,16 +71,17 @@ std::function<void(std::uint64_t, std::uint64_t)> poller(const py::object& progr
     };
 }
 
-py::dict run(const std::vector<PySource*>& py_sources, const std::string& output, const py::bytes& header,
-             std::uint64_t file_bytes, const std::vector<pgs::Job*>& py_jobs, std::uint64_t memory, int threads,
+py::dict run(const std::vector<PySource*>& py_sources, const py::object& path, const py::bytes& header,
+             std::uint64_t file_bytes, const std::vector<std::shared_ptr<pgs::Job>>& py_jobs, std::uint64_t memory, int threads,
              const std::string& io, bool overwrite, const py::object& progress) {
     const auto sources = sources_of(py_sources);
     const auto jobs = jobs_of(py_jobs);
-    const std::string header_bytes = header;
+    const std::string output = path_bytes(path), header_bytes = header;
     const pgs::RunOptions options{memory, threads, pgs::io_from_name(io), overwrite};
     const auto poll = poller(progress);
     pgs::Cancel cancel;
     pgs::RunStats stats;
+    pgs::choose_kernels();
     {
         py::gil_scoped_release release;
         stats = pgs::run(sources, output, header_bytes, file_bytes, jobs, options, cancel, poll);
@@ -97,6 +102,7 @@ py::array_t<double> reduce_rows(const std::vector<PySource*>& py_sources, const 
     const auto poll = poller(progress);
     pgs::Cancel cancel;
     std::vector<double> sums;
+    pgs::choose_kernels();
     {
         py::gil_scoped_release release;
         sums = pgs::reduce_rows(sources, job, rows_per_group, options, cancel, poll);
@@ -109,14 +115,14 @@ py::array_t<double> reduce_rows(const std::vector<PySource*>& py_sources, const 
 }  // namespace
 
 void bind_engine(py::module_& m) {
-    py::class_<pgs::Job>(m, "Job")
+    py::class_<pgs::Job, std::shared_ptr<pgs::Job>>(m, "Job")
         .def(py::init(&make_job), py::arg("name"), py::kw_only(), py::arg("source_type"), py::arg("target_type"),
              py::arg("row_elements"), py::arg("rows"), py::arg("target_offset"), py::arg("runs") = py::none(),
              py::arg("literal") = py::none(), py::arg("importance") = py::none(), py::arg("remap") = py::none())
         .def_readonly("name", &pgs::Job::name)
         .def_readonly("target_offset", &pgs::Job::target_offset)
         .def_readonly("target_bytes", &pgs::Job::target_bytes);
-    m.def("plan_budget", [](const std::vector<pgs::Job*>& jobs, std::uint64_t memory, int threads, const std::string& io) {
+    m.def("plan_budget", [](const std::vector<std::shared_ptr<pgs::Job>>& jobs, std::uint64_t memory, int threads, const std::string& io) {
         const auto b = pgs::plan_budget(jobs_of(jobs), {memory, threads, pgs::io_from_name(io), false});
         py::dict d;
         d["threads"] = b.threads;

@@ -2,14 +2,13 @@
 #include "bind/bind.hpp"
 #include "io/sink.hpp"
 
-namespace {
-
-// str, bytes or os.PathLike, as open() takes them.
 std::string path_bytes(const py::object& path) {
     PyObject* encoded = nullptr;
     if (!PyUnicode_FSConverter(path.ptr(), &encoded)) throw py::error_already_set();
     return std::string(py::reinterpret_steal<py::bytes>(encoded));
 }
+
+namespace {
 
 py::object path_text(const std::string& path) {
     return py::reinterpret_steal<py::object>(
@@ -71,7 +70,10 @@ PySink create_py(const py::object& path, std::uint64_t size, bool overwrite, con
     pgs::SinkOptions options;
     options.overwrite = overwrite;
     options.io = pgs::io_from_name(io);
-    for (const PySource* input : inputs) options.inputs.push_back(input->get().identity());
+    for (const PySource* input : inputs) {
+        if (!input) throw py::type_error("an input is None");
+        options.inputs.push_back(input->get().identity());
+    }
     const std::string name = path_bytes(path);
     py::gil_scoped_release release;
     return {pgs::create_sink(name, size, options)};
@@ -95,8 +97,9 @@ void commit_sink(PySink& self) {
 }
 
 void abort_sink(PySink& self) {
+    auto sink = std::move(self.sink);
     py::gil_scoped_release release;
-    self.sink.reset();
+    sink.reset();
 }
 
 }  // namespace

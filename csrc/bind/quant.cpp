@@ -40,6 +40,7 @@ std::uint64_t chunk_rows(std::uint64_t row_elements) {
 template <typename Work>
 void over_rows(std::uint64_t rows, std::uint64_t chunk, int threads, Work work) {
     threads = pgs::thread_count(threads);
+    pgs::choose_kernels();
     py::gil_scoped_release release;
     pgs::Cancel cancel;
     pgs::parallel_for(threads, (rows + chunk - 1) / chunk, cancel,
@@ -114,7 +115,7 @@ std::int32_t checked_type(std::int32_t type) {
 void bind_quant(py::module_& m) {
     m.def("types", &types);
     m.def("type_id", &pgs::type_from_name, py::arg("name"));
-    m.def("kernels", [] { return std::string(pgs::kernels().name); });
+    m.def("kernels", [] { return std::string(pgs::choose_kernels().name); });
     m.def("ggml_version", &pgs::ggml_version_text);
     m.def("quantize", [](const py::array_t<float, array_style>& rows, std::int32_t type, const py::object& importance, int threads) {
         return quantize(rows, checked_type(type), importance, threads);

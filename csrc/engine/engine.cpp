@@ -14,16 +14,10 @@ namespace pgs {
 
 namespace {
 
-// 4 MiB keeps an NVMe queue busy from two threads and costs nothing in memory; more measured no faster.
-constexpr std::uint64_t largest_tile = 4ull << 20;
-constexpr std::uint64_t smallest_tile = 256ull << 10;
-// Bounce buffers of direct I/O and unfinished blocks of the sink, per thread.
-constexpr std::uint64_t io_bytes = 4ull << 20;
-
-TileBuffers largest_buffers(const std::vector<Job>& jobs, std::uint64_t tile_bytes) {
+TileBuffers largest_buffers(const Jobs& jobs, std::uint64_t tile_bytes) {
     TileBuffers most;
-    for (const Job& job : jobs) {
-        const TileBuffers b = tile_buffers(job, tile_bytes);
+    for (const auto& job : jobs) {
+        const TileBuffers b = tile_buffers(*job, tile_bytes);
         most.source = std::max(most.source, b.source);
         most.target = std::max(most.target, b.target);
         most.floats = std::max(most.floats, b.floats);
@@ -99,59 +93,56 @@ void remap_tile(const Job& job, const std::byte* source, std::byte* target, std:
     }
 }
 
+// A stretch of the output: a job, or padding. Padding is written where its turn comes, since the sink keeps every block
+// that is not complete yet.
+struct Part {
+    const Job* job;
+    std::optional<RunReader> reader;
+    std::uint64_t offset, nbytes;
+    std::uint64_t first_item;  // of parallel_for; a job has tile_count of them, padding one
+};
+
 }  // namespace
 
-Budget plan_budget(const std::vector<Job>& jobs, const RunOptions& options) {
-    int threads = thread_count(options.threads);
-    for (std::uint64_t tile = largest_tile;; tile /= 2) {
-        const std::uint64_t each = largest_buffers(jobs, tile).total() + io_bytes;
-        const auto all = checked_mul<std::uint64_t>(each, static_cast<std::uint64_t>(threads));
-        if (all && *all <= options.memory) return {threads, tile, *all};
-        if (tile > smallest_tile) continue;
-        threads = static_cast<int>(std::min<std::uint64_t>(options.memory / each, static_cast<std::uint64_t>(threads)));
-        if (threads) return {threads, tile, each * static_cast<std::uint64_t>(threads)};
-        const auto worst = std::max_element(jobs.begin(), jobs.end(), [&](const Job& a, const Job& b) {
-            return tile_buffers(a, tile).total() < tile_buffers(b, tile).total();
-        });
-        throw Error(Kind::bad_plan, "a row does not fit the memory budget").on(worst->name)
-            .got(std::to_string(options.memory) + " bytes").want("at least " + std::to_string(each))
-            .advise("raise memory");
-    }
+Budget plan_budget(const Jobs& jobs, const RunOptions& options) {
+    const auto longest_row = std::max_element(jobs.begin(), jobs.end(), [](const auto& a, const auto& b) {
+        return tile_buffers(*a, 0).total() < tile_buffers(*b, 0).total();
+    });
+    return fit_budget(options, longest_row == jobs.end() ? "" : (*longest_row)->name,
+                      [&](std::uint64_t tile_bytes) { return largest_buffers(jobs, tile_bytes).total(); });
 }
 
 RunStats run(const std::vector<std::shared_ptr<Source>>& inputs, const std::string& output, const std::string& header,
-             std::uint64_t file_bytes, const std::vector<Job>& jobs, const RunOptions& options, Cancel& cancel,
+             std::uint64_t file_bytes, const Jobs& jobs, const RunOptions& options, Cancel& cancel,
              const std::function<void(std::uint64_t, std::uint64_t)>& poll) {
     const Budget budget = plan_budget(jobs, options);
 
     // Everything that can be wrong is found before the first byte: each byte of the file has exactly one writer.
-    struct Gap {
-        std::uint64_t offset, nbytes;
-    };
-    std::vector<Gap> gaps;
+    if (file_bytes > INT64_MAX) throw Error(Kind::bad_plan, "size of the file overflows");
     std::vector<const Job*> by_offset;
-    for (const Job& job : jobs) {
-        check_job(job, inputs);
-        by_offset.push_back(&job);
+    for (const auto& job : jobs) {
+        check_job(*job, inputs);
+        by_offset.push_back(job.get());
     }
     std::stable_sort(by_offset.begin(), by_offset.end(), [](const Job* a, const Job* b) {
         return a->target_offset != b->target_offset ? a->target_offset < b->target_offset : a->target_bytes < b->target_bytes;
     });
-    std::uint64_t at = header.size();
+    const auto sources = reopen_sources(inputs, options.io);
+    std::vector<Part> parts;  // the file behind its header, in order
+    std::uint64_t at = header.size(), items = 0;
+    auto pad_to = [&](std::uint64_t end) {
+        if (end > at) parts.push_back({nullptr, std::nullopt, at, end - at, items++});
+    };
     for (const Job* job : by_offset) {
         if (job->target_offset < at) throw Error(Kind::bad_plan, "target overlaps what comes before it").on(job->name);
-        if (job->target_offset > at) gaps.push_back({at, job->target_offset - at});
+        pad_to(job->target_offset);
         at = job->target_offset + job->target_bytes;
+        if (at > file_bytes) throw Error(Kind::bad_plan, "tensors reach beyond the file").on(job->name);
+        if (job->target_bytes) parts.push_back({job, RunReader(*job, sources), job->target_offset, job->target_bytes, items});
+        items += tile_count(*job, budget.tile_bytes);
     }
-    if (at > file_bytes) throw Error(Kind::bad_plan, "tensors reach beyond the file");
-    if (at < file_bytes) gaps.push_back({at, file_bytes - at});
-
-    const auto sources = reopen_sources(inputs, options.io);
-    std::vector<RunReader> readers;
-    readers.reserve(jobs.size());
-    for (const Job& job : jobs) readers.emplace_back(job, sources);
-    std::vector<Tile> tiles;
-    for (const Job* job : by_offset) append_tiles(*job, static_cast<std::uint32_t>(job - jobs.data()), budget.tile_bytes, tiles);
+    if (at > file_bytes) throw Error(Kind::bad_plan, "the header reaches beyond the file");
+    pad_to(file_bytes);
 
     SinkOptions sink_options{options.overwrite, options.io, {}};
     for (const auto& s : inputs) sink_options.inputs.push_back(s->identity());
@@ -164,26 +155,32 @@ RunStats run(const std::vector<std::shared_ptr<Source>>& inputs, const std::stri
     };
     put(0, header.data(), header.size());
     const std::vector<char> zeros(4096);
-    for (Gap gap : gaps)
-        for (; gap.nbytes; gap.offset += std::min<std::uint64_t>(gap.nbytes, zeros.size()), gap.nbytes -= std::min<std::uint64_t>(gap.nbytes, zeros.size()))
-            put(gap.offset, zeros.data(), std::min<std::uint64_t>(gap.nbytes, zeros.size()));
-
     BufferPool pool(budget.threads, largest_buffers(jobs, budget.tile_bytes));
     auto work = [&](int worker, std::uint64_t item) {
-        const Tile& tile = tiles[item];
-        const Job& job = jobs[tile.job];
-        const RunReader& reader = readers[tile.job];
+        const Part& part = *std::prev(std::upper_bound(parts.begin(), parts.end(), item, [](std::uint64_t i, const Part& p) {
+            return i < p.first_item;
+        }));
+        if (!part.job) {
+            for (std::uint64_t done_here = 0, n; done_here < part.nbytes; done_here += n) {
+                cancel.check();
+                n = std::min<std::uint64_t>(part.nbytes - done_here, zeros.size());
+                put(part.offset + done_here, zeros.data(), n);
+            }
+            return;
+        }
+        const Job& job = *part.job;
+        const RunReader& reader = *part.reader;
+        const Tile tile = tile_at(job, budget.tile_bytes, item - part.first_item);
         try {
             const Work kind = work_of(job);
             if (kind == Work::literal) return put(job.target_offset + tile.first, job.literal.data() + tile.first, tile.count);
             Buffers& b = pool.of(worker);
-            const bool by_row = kind != Work::move;
-            const std::uint64_t target_row = by_row ? row_bytes(job.target_type, job.row_elements) : 1;
-            const std::uint64_t source_row = by_row ? row_bytes(job.source_type, job.row_elements) : 1;
+            const std::uint64_t target_row = by_row(job) ? row_bytes(job.target_type, job.row_elements) : 1;
+            const std::uint64_t source_row = by_row(job) ? row_bytes(job.source_type, job.row_elements) : 1;
             const std::uint64_t offset = job.target_offset + tile.first * target_row;
             // The place in the buffer agrees with the place in the file, so that direct I/O can write from here.
             std::byte* target = b.target.get() + offset % 4096;
-            std::byte* source = by_row ? b.source.get() : target;
+            std::byte* source = by_row(job) ? b.source.get() : target;
             const std::uint64_t nbytes = tile.count * source_row;
             reader.read_at(tile.first * source_row, {source, nbytes});
             read.fetch_add(nbytes, std::memory_order_relaxed);
@@ -199,7 +196,7 @@ RunStats run(const std::vector<std::shared_ptr<Source>>& inputs, const std::stri
             throw;
         }
     };
-    parallel_for(budget.threads, tiles.size(), cancel, work, [&] {
+    parallel_for(budget.threads, items, cancel, work, [&] {
         if (poll) poll(done.load(std::memory_order_relaxed), file_bytes);
     });
     for (const auto& s : sources) s->check_unchanged();

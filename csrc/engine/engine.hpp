@@ -39,6 +39,8 @@ struct Job {
     std::optional<Remap> remap;
 };
 
+using Jobs = std::vector<std::shared_ptr<const Job>>;
+
 struct RunOptions {
     std::uint64_t memory = 512ull << 20;  // bytes, bounds every buffer of the run
     int threads = 0;                      // 0: thread_count
@@ -58,12 +60,12 @@ struct Budget {
     std::uint64_t tile_bytes;    // of source or target, whichever is larger
     std::uint64_t buffer_bytes;  // all buffers of all threads
 };
-Budget plan_budget(const std::vector<Job>& jobs, const RunOptions& options);
+Budget plan_budget(const Jobs& jobs, const RunOptions& options);
 
 // Writes header, jobs and padding to a new file of exactly `file_bytes` at `output`. `poll(done, total)` runs on the
 // calling thread about every 20 ms, with bytes of output; an exception from it cancels the run and leaves nothing.
 RunStats run(const std::vector<std::shared_ptr<Source>>& sources, const std::string& output, const std::string& header,
-             std::uint64_t file_bytes, const std::vector<Job>& jobs, const RunOptions& options, Cancel& cancel,
+             std::uint64_t file_bytes, const Jobs& jobs, const RunOptions& options, Cancel& cancel,
              const std::function<void(std::uint64_t done, std::uint64_t total)>& poll);
 
 // Streamed statistics of rows, in float64, with a fixed order of sums: for each group of rows_per_group consecutive rows

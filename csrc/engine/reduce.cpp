@@ -48,10 +48,15 @@ std::vector<double> reduce_rows(const std::vector<std::shared_ptr<Source>>& inpu
     const std::uint64_t source_row = row_bytes(job.source_type, job.row_elements);
 
     // A group is summed by one worker, in order; small groups (router rows) are handed out many at a time.
-    Job as_floats = job;
-    as_floats.target_type = type_from_name("F32");
-    const Budget budget = plan_budget({as_floats}, options);
-    const std::uint64_t step = std::max<std::uint64_t>(1, budget.tile_bytes / std::max<std::uint64_t>(1, source_row));
+    const std::uint64_t chunk = std::min(job.rows, chunk_rows(job.row_elements));
+    const std::uint64_t floats_bytes = chunk * job.row_elements * sizeof(float);
+    auto rows_of = [&](std::uint64_t tile_bytes) {
+        return std::max<std::uint64_t>(1, tile_bytes / std::max<std::uint64_t>(1, source_row));
+    };
+    const Budget budget = fit_budget(options, job.name, [&](std::uint64_t tile_bytes) {
+        return std::min(job.rows, rows_of(tile_bytes)) * source_row + floats_bytes;
+    });
+    const std::uint64_t step = rows_of(budget.tile_bytes);
     const std::uint64_t batch = std::max<std::uint64_t>(1, step / rows_per_group);
     const std::uint64_t piece = std::min({step, rows_per_group * batch, job.rows});
 
@@ -63,9 +68,7 @@ std::vector<double> reduce_rows(const std::vector<std::shared_ptr<Source>>& inpu
     std::atomic<std::uint64_t> done{0};
     auto work = [&](int worker, std::uint64_t item) {
         auto& b = pool[static_cast<std::size_t>(worker)];
-        const std::uint64_t chunk = chunk_rows(job.row_elements);
-        if (!b) b.reset(new Buffers{page_buffer(piece * source_row),
-                                   page_buffer(chunk * job.row_elements * sizeof(float))});
+        if (!b) b.reset(new Buffers{page_buffer(piece * source_row), page_buffer(floats_bytes)});
         auto* floats = reinterpret_cast<float*>(b->floats.get());
         const std::uint64_t begin = item * batch * rows_per_group;
         const std::uint64_t end = std::min(job.rows, begin + batch * rows_per_group);

@@ -12,6 +12,11 @@ namespace {
 
 constexpr std::uint64_t block = 4096;
 constexpr std::uint64_t chunk_elements = 32768;
+// 4 MiB keeps an NVMe queue busy from two threads and costs nothing in memory; more measured no faster.
+constexpr std::uint64_t largest_tile = 4ull << 20;
+constexpr std::uint64_t smallest_tile = 256ull << 10;
+// Bounce buffers of direct I/O and unfinished blocks of the sink, per thread.
+constexpr std::uint64_t io_bytes = 4ull << 20;
 
 std::uint64_t rows_per_tile(const Job& job, std::uint64_t tile_bytes) {
     const std::uint64_t row = std::max(row_bytes(job.source_type, job.row_elements), row_bytes(job.target_type, job.row_elements));
@@ -19,6 +24,11 @@ std::uint64_t rows_per_tile(const Job& job, std::uint64_t tile_bytes) {
 }
 
 }  // namespace
+
+bool by_row(const Job& job) {
+    const Work work = work_of(job);
+    return work == Work::encode || work == Work::remap;
+}
 
 Work work_of(const Job& job) {
     if (job.remap) return Work::remap;
@@ -30,22 +40,22 @@ std::uint64_t chunk_rows(std::uint64_t row_elements) {
     return std::max<std::uint64_t>(1, chunk_elements / std::max<std::uint64_t>(1, row_elements));
 }
 
-void append_tiles(const Job& job, std::uint32_t index, std::uint64_t tile_bytes, std::vector<Tile>& tiles) {
-    const Work work = work_of(job);
-    if (work == Work::move || work == Work::literal) {
-        // Cut where the file offset is a multiple of the tile, so that whole blocks are written.
-        std::uint64_t at = job.target_offset;
-        const std::uint64_t end = job.target_offset + job.target_bytes;
-        while (at < end) {
-            const std::uint64_t next = std::min(end, at / tile_bytes * tile_bytes + tile_bytes);
-            tiles.push_back({index, at - job.target_offset, next - at});
-            at = next;
-        }
-        return;
+std::uint64_t tile_count(const Job& job, std::uint64_t tile_bytes) {
+    if (job.target_bytes == 0) return 0;  // though it may have rows: of no elements
+    if (by_row(job)) return (job.rows - 1) / rows_per_tile(job, tile_bytes) + 1;
+    return (job.target_offset + job.target_bytes - 1) / tile_bytes - job.target_offset / tile_bytes + 1;
+}
+
+Tile tile_at(const Job& job, std::uint64_t tile_bytes, std::uint64_t index) {
+    if (by_row(job)) {
+        const std::uint64_t step = rows_per_tile(job, tile_bytes);
+        return {index * step, std::min(step, job.rows - index * step)};
     }
-    const std::uint64_t step = rows_per_tile(job, tile_bytes);
-    for (std::uint64_t row = 0; row < job.rows; row += step)
-        tiles.push_back({index, row, std::min(step, job.rows - row)});
+    // Cut where the file offset is a multiple of the tile, so that whole blocks are written.
+    const std::uint64_t start = (job.target_offset / tile_bytes + index) * tile_bytes;
+    const std::uint64_t begin = std::max(start, job.target_offset);
+    const std::uint64_t end = std::min(start + tile_bytes, job.target_offset + job.target_bytes);
+    return {begin - job.target_offset, end - begin};
 }
 
 TileBuffers tile_buffers(const Job& job, std::uint64_t tile_bytes) {
@@ -61,6 +71,22 @@ TileBuffers tile_buffers(const Job& job, std::uint64_t tile_bytes) {
     return b;
 }
 
+Budget fit_budget(const RunOptions& options, const std::string& name,
+                  const std::function<std::uint64_t(std::uint64_t)>& bytes) {
+    int threads = thread_count(options.threads);
+    for (std::uint64_t tile = largest_tile;; tile /= 2) {
+        const std::uint64_t each = bytes(tile) + io_bytes;
+        const auto all = checked_mul<std::uint64_t>(each, static_cast<std::uint64_t>(threads));
+        if (all && *all <= options.memory) return {threads, tile, *all};
+        if (tile > smallest_tile) continue;
+        threads = static_cast<int>(std::min<std::uint64_t>(options.memory / each, static_cast<std::uint64_t>(threads)));
+        if (threads) return {threads, tile, each * static_cast<std::uint64_t>(threads)};
+        throw Error(Kind::bad_plan, "a row does not fit the memory budget").on(name)
+            .got(std::to_string(options.memory) + " bytes").want("at least " + std::to_string(each))
+            .advise("raise memory");
+    }
+}
+
 void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sources) {
     auto fail = [&](const char* problem) -> Error { return std::move(Error(Kind::bad_plan, problem).on(job.name)); };
     const auto& table = type_table();
@@ -68,6 +94,7 @@ void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sourc
         if (type < 0 || static_cast<std::size_t>(type) >= table.size() || table[type].name.empty()) throw fail("unknown tensor type");
         if (job.row_elements % table[type].block) throw fail("row length is no multiple of the block");
     }
+    if (job.rows > INT64_MAX) throw fail("size overflows");
     const auto source_bytes = checked_mul(job.rows, row_bytes(job.source_type, job.row_elements));
     const auto target_bytes = checked_mul(job.rows, row_bytes(job.target_type, job.row_elements));
     if (!source_bytes || !target_bytes || !checked_add(job.target_offset, *target_bytes)) throw fail("size overflows");

@@ -11,15 +11,17 @@ namespace pgs {
 
 enum class Work { move, encode, remap, literal };
 Work work_of(const Job& job);
+bool by_row(const Job& job);  // encode and remap
 
 // Bytes [first, first + count) of the target for `move` and `literal`, rows for the others.
 struct Tile {
-    std::uint32_t job;
     std::uint64_t first, count;
 };
 
-// Tiles of `job` whose source and target hold at most about tile_bytes each (one row at least).
-void append_tiles(const Job& job, std::uint32_t index, std::uint64_t tile_bytes, std::vector<Tile>& tiles);
+// Tiles of `job` whose source and target hold at most about tile_bytes each (one row at least). Computed, not listed: a
+// file of a terabyte has millions.
+std::uint64_t tile_count(const Job& job, std::uint64_t tile_bytes);
+Tile tile_at(const Job& job, std::uint64_t tile_bytes, std::uint64_t index);
 
 // The largest buffers that a tile of this job needs, in bytes.
 struct TileBuffers {
@@ -27,6 +29,10 @@ struct TileBuffers {
     std::uint64_t total() const { return source + target + floats; }
 };
 TileBuffers tile_buffers(const Job& job, std::uint64_t tile_bytes);
+
+// As many threads (at most those asked for) and then as large a tile as fit options.memory, where bytes(tile_bytes) are a
+// thread's buffers; Error(bad_plan) on `name` if not even one thread with the smallest tile does.
+Budget fit_budget(const RunOptions& options, const std::string& name, const std::function<std::uint64_t(std::uint64_t)>& bytes);
 
 // Rows that are decoded and encoded at a time: a few ten thousand elements stay in the cache of a core, and even the
 // slowest encoder is through them in tens of milliseconds.

@@ -10,6 +10,7 @@
 
 #include "base/error.hpp"
 #include "ggml.h"
+#include "quant/grids.hpp"
 #include "quant/lanes/kernels.hpp"
 
 // ggml is compiled with these names in place of printf and fprintf: a library inside a Python host must not print.
@@ -101,6 +102,7 @@ void encode_rows(std::int32_t type, const float* source, std::byte* target, std:
     const bool done = type == GGML_TYPE_MXFP4 && lanes.encode_mxfp4 &&
                       lanes.encode_mxfp4(source, reinterpret_cast<unsigned char*>(target), elements);
     install_abort_net();
+    make_grid(type);
     if (!done) ggml_quantize_chunk(static_cast<ggml_type>(type), source, target, 0, static_cast<std::int64_t>(rows),
                         static_cast<std::int64_t>(row_elements), type_uses_importance(type) ? importance : nullptr);
     if (!ggml_validate_row_data(static_cast<ggml_type>(type), target, rows * row_bytes(type, row_elements)))

@@ -97,6 +97,8 @@ bool type_uses_importance(std::int32_t type) {
 
 std::uint64_t row_bytes(std::int32_t type, std::uint64_t elements) {
     traits(type);
+    // No block has 128 bytes per element, so that sums and small multiples of the result do not overflow either.
+    if (elements > (std::uint64_t{1} << 56)) throw Error(Kind::bad_plan, "a row is too long").got(std::to_string(elements));
     const TypeFacts& facts = type_table()[type];
     return elements / facts.block * facts.block_bytes;
 }

@@ -18,7 +18,8 @@ bool type_can_decode(std::int32_t type);  // to float32
 bool type_needs_importance(std::int32_t type);
 bool type_uses_importance(std::int32_t type);
 
-std::uint64_t row_bytes(std::int32_t type, std::uint64_t elements);  // elements must be a multiple of the block
+// `elements` must be a multiple of the block; Error(bad_plan) above 2^56.
+std::uint64_t row_bytes(std::int32_t type, std::uint64_t elements);
 const char* ggml_version_text();
 
 }  // namespace pgs

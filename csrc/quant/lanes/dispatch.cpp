@@ -1,4 +1,6 @@
+#include <atomic>
 #include <cstdlib>
+#include <string>
 #include <vector>
 
 #include "base/error.hpp"
@@ -30,15 +32,25 @@ std::vector<Choice> choices() {
     return all;
 }
 
+std::atomic<const Kernels*> chosen{nullptr};
+
 }  // namespace
 
 const Kernels& kernels() {
+    const Kernels* set = chosen.load(std::memory_order_relaxed);
+    return set ? *set : choose_kernels();
+}
+
+const Kernels& choose_kernels() {
     static const std::vector<Choice> all = choices();
     const char* forced = std::getenv("PGS_KERNELS");
     const std::string name = forced ? forced : "";
     for (const Choice& choice : all)
         if (name.empty() ? choice.available : name == choice.set->name) {
-            if (choice.available) return *choice.set;
+            if (choice.available) {
+                chosen.store(choice.set, std::memory_order_relaxed);
+                return *choice.set;
+            }
             throw Error(Kind::unsupported, "this machine cannot run these kernels").on("PGS_KERNELS").got(name);
         }
     std::string names;

@@ -2,7 +2,6 @@
 // in lanes/generic.inl, and compiled for several instruction sets; PGS_KERNELS forces one.
 #pragma once
 #include <cstdint>
-#include <string>
 
 namespace pgs {
 
@@ -17,7 +16,11 @@ struct Kernels {
 };
 
 // The set that runs: the best one of this machine, or PGS_KERNELS=ggml|scalar|avx2|avx512; Error(unsupported) for a name that is
-// unknown or a set that this machine lacks. Read once per call, so that a test can switch.
+// unknown or a set that this machine lacks. Called where work starts, never from its threads: getenv may crash beside a
+// setenv of another thread.
+const Kernels& choose_kernels();
+
+// The set of the last choice.
 const Kernels& kernels();
 
 }  // namespace pgs

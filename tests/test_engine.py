@@ -1,0 +1,205 @@
+"""The engine by itself: hostile numbers, budgets, and results that depend on neither threads nor the host."""
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pygguf_surgery
+from pygguf_surgery import BadPlan, _core
+
+ID = {t["name"]: t["id"] for t in _core.types()}
+HOW = {"memory": 64 << 20, "threads": 2, "io": "auto"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("engine")
+
+
+def source_of(path, data):
+    path.write_bytes(data)
+    return _core.Source(str(path))
+
+
+def job(source="F32", target="F32", *, row, rows, runs=None, at=0, name="t", **more):
+    return _core.Job(name, source_type=ID[source], target_type=ID[target], row_elements=row, rows=rows, target_offset=at,
+                     runs=None if runs is None else np.array(runs, np.uint64), **more)
+
+
+def run(sources, path, jobs, nbytes, *, header=b"", progress=None, **how):
+    return _core.run(sources, path, header, nbytes, jobs, overwrite=True, progress=progress, **(HOW | how))
+
+
+# --- hostile numbers ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("elements", [2**56 + 32, 2**62, 2**63])
+def test_a_row_whose_bytes_would_wrap(elements):
+    with pytest.raises(BadPlan):
+        _core.plan_budget([job("F16", "F32", row=elements, rows=1)], **HOW)
+
+
+def test_rows_of_no_elements_are_no_work(folder):
+    empty = job("F16", "Q4_0", row=0, rows=2**62, at=5)
+    run([], str(folder / "out"), [empty], 5, header=b"12345")
+    assert (folder / "out").read_bytes() == b"12345"
+    with pytest.raises((BadPlan, ValueError, MemoryError)):
+        _core.reduce_rows([], job(row=0, rows=2**63), 1, **HOW)
+
+
+@pytest.mark.parametrize("at, nbytes", [(2**64 - 128, 2**64 - 1), (0, 2**63)])
+def test_a_file_longer_than_files_can_be(folder, at, nbytes):
+    source = source_of(folder / "in", bytes(128))
+    with pytest.raises(BadPlan):
+        run([source], str(folder / "none"), [job(row=32, rows=1, runs=[[0, 0, 128]], at=at)], nbytes)
+    assert not (folder / "none").exists()
+
+
+@pytest.mark.parametrize("runs", [[[0, 0, 127]], [[0, 1, 128]], [[1, 0, 128]], [[0, 2**64 - 64, 128]], [[0, 0, 2**64 - 1]]])
+def test_runs_that_do_not_fit(folder, runs):
+    source = source_of(folder / "in", bytes(128))
+    with pytest.raises(BadPlan):
+        run([source], str(folder / "none"), [job(row=32, rows=1, runs=runs)], 128)
+    assert not (folder / "none").exists()
+
+
+def test_none_among_jobs_or_sources(folder):
+    with pytest.raises(TypeError):
+        run([], str(folder / "none"), [None], 0)
+    with pytest.raises(TypeError):
+        run([None], str(folder / "none"), [], 0)
+
+
+def test_a_path_that_is_no_utf8(folder):
+    path = os.fsencode(folder) + b"/out-\xff"
+    run([], os.fsdecode(path), [], 3, header=b"abc")
+    with open(path, "rb") as f:
+        assert f.read() == b"abc"
+    with pytest.raises(ValueError):
+        run([], str(folder / "cut") + "\0off", [], 3, header=b"abc")
+
+
+def test_the_list_of_jobs_may_be_emptied_meanwhile(folder):
+    x = np.arange(1 << 20, dtype=np.float32)
+    source = source_of(folder / "in", x.tobytes())
+    jobs = [job(row=1024, rows=1024, runs=[[0, 0, x.nbytes]])]
+    run([source], str(folder / "out"), jobs, x.nbytes, progress=lambda done, total: jobs.clear())
+    assert (folder / "out").read_bytes() == x.tobytes()
+
+
+# --- budgets --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["F32", "F16"])
+def test_reduce_refuses_a_row_that_does_not_fit(folder, kind):
+    elements = 8 << 20
+    with open(folder / "wide", "wb") as f:
+        f.truncate(elements * 4)
+    source = _core.Source(str(folder / "wide"))
+    wide = job(kind, row=elements, rows=1, runs=[[0, 0, elements * (4 if kind == "F32" else 2)]])
+    with pytest.raises(BadPlan, match="does not fit"):
+        _core.reduce_rows([source], wide, 1, memory=32 << 20, threads=1, io="auto")
+    assert _core.reduce_rows([source], wide, 1, memory=80 << 20, threads=1, io="auto").tolist() == [[0, 0]]
+
+
+def status(field):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) << 10 for line in f if line.startswith(field))
+
+
+def test_padding_between_many_tensors_stays_within_memory(folder):
+    n, nbytes, step = 20_000, 4104, 8192
+    x = np.random.default_rng(0).integers(0, 256, nbytes, np.uint8)
+    source = source_of(folder / "in", x.tobytes())
+    jobs = [job("I8", "I8", row=nbytes, rows=1, runs=[[0, 0, nbytes]], at=i * step) for i in range(n)]
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # the peak starts again
+    before = status("VmRSS")
+    run([source], str(folder / "padded"), jobs, n * step, memory=16 << 20)
+    assert status("VmHWM") - before < (16 << 20) + (32 << 20)
+    found = np.fromfile(folder / "padded", np.uint8).reshape(n, step)
+    os.unlink(folder / "padded")
+    assert (found[:, :nbytes] == x).all() and not found[:, nbytes:].any()
+
+
+# --- the same result in every run -----------------------------------------------------------------------------------
+
+@given(st.sampled_from(["F32", "BF16", "Q8_0"]), st.sampled_from([1, 3, 35, 105]), st.integers(1, 5),
+       st.sampled_from([5 << 20, 20 << 20, 512 << 20]), st.sampled_from([(105, 64), (105, 1024), (105, 20_000 // 32 * 32)]))
+def test_sums_depend_on_neither_threads_nor_memory(folder, kind, rows_per_group, threads, memory, shape):
+    rows, row = shape
+    x = np.random.default_rng(row).standard_normal(shape, np.float32)
+    data = gguf.quants.quantize(x, gguf.GGMLQuantizationType[kind])
+    source = source_of(folder / "sums", data.tobytes())
+    tensor = job(kind, row=row, rows=rows, runs=[[0, 0, data.nbytes]])
+    one = _core.reduce_rows([source], tensor, rows_per_group, memory=1 << 30, threads=1, io="auto")
+    many = _core.reduce_rows([source], tensor, rows_per_group, memory=memory, threads=threads, io="auto")
+    assert one.tobytes() == many.tobytes()
+    y = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).astype(np.float64).reshape(-1, rows_per_group * row)
+    np.testing.assert_allclose(many, np.stack([abs(y).sum(1), (y * y).sum(1)], 1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 15])
+def test_each_group_of_rows_has_its_own_importance(folder, groups):
+    x = np.random.default_rng(0).standard_normal((15, 11 * 256), np.float32)
+    weights = np.random.default_rng(1).random((groups, x.shape[1]), np.float32) + np.float32(0.01)
+    source = source_of(folder / "in", x.tobytes())
+    encoded = job("F32", "Q4_K", row=x.shape[1], rows=15, runs=[[0, 0, x.nbytes]], importance=weights)
+    run([source], str(folder / "out"), [encoded], encoded.target_bytes, threads=3)
+    assert (folder / "out").read_bytes() == _core.quantize(x, ID["Q4_K"], weights, 1).tobytes()
+
+
+def test_the_error_is_the_first_in_the_data_not_in_time():
+    x = np.zeros((4, 1 << 20), np.float32)
+    x[0, -1] = np.nan  # found late in a long row
+    x[1:, 0] = np.nan
+    for _ in range(10):
+        with pytest.raises(BadPlan, match=f"row 0, column {x.shape[1] - 1}"):
+            _core.quantize(x, ID["Q8_0"], None, 4)
+
+
+UPWARD = {"x86_64": 0x800, "aarch64": 0x400000}.get(platform.machine())
+
+
+@pytest.mark.skipif(UPWARD is None, reason="FE_UPWARD of this machine is not known here")
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "F16"])
+def test_the_rounding_mode_of_the_host_changes_nothing(name):
+    x = np.random.default_rng(0).standard_normal((8, 256), np.float32)
+    expected = _core.quantize(x, ID[name], None, 1)
+    libm = ctypes.CDLL("libm.so.6")
+    assert libm.fesetround(UPWARD) == 0
+    try:
+        found = _core.quantize(x, ID[name], None, 1)
+    finally:
+        libm.fesetround(0)
+    assert np.array_equal(found, expected)
+
+
+def test_a_cancel_while_ggml_makes_a_grid():
+    """In a process of its own, since the grid is made once; IQ1_M's is the largest. Afterwards the type still works."""
+    code = """if True:
+        import os, signal, sys, threading
+        import numpy as np
+        from pygguf_surgery import _core
+        x, w = np.ones((64, 256), np.float32), np.ones((1, 256), np.float32)
+        x[:, ::3] = -2
+        threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            _core.quantize(x, _core.type_id("IQ1_M"), w, 3)
+        except KeyboardInterrupt:
+            print("cancelled", flush=True)
+        sys.stdout.buffer.write(_core.quantize(x, _core.type_id("IQ1_M"), w, 2).tobytes())
+    """
+    folder = str(Path(pygguf_surgery.__file__).parents[1])
+    out = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r})\n" + code], check=True,
+                         capture_output=True, timeout=120).stdout
+    x = np.ones((64, 256), np.float32)
+    x[:, ::3] = -2
+    expected = _core.quantize(x, ID["IQ1_M"], np.ones((1, 256), np.float32), 1).tobytes()
+    assert out == b"cancelled\n" + expected
