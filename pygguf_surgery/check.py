@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,9 @@ from ._core import Value
 from .errors import BadPlan, SurgeryError, Unsupported
 from .model import Model, merge_adjacent, row_bytes, type_facts
 from .plan_data import Copy, KeepExperts, OutputTensor, PlanData, Quantize, Remap, RemoveMetadata, SetMetadata, Stack, \
-    Take, plan_to_json
+    Take, expression_to_json, plan_to_json
 from .quantize import recipe
-from .units import MEMORY, human, parse_memory
+from .units import MEMORY, human, parse_memory, parse_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,7 @@ FIXED_BYTES = 24 << 20
 LIST_LONGEST = 32          # printed JSON abbreviates longer arrays
 
 
-@dataclass
+@dataclass(repr=False)  # it would show the whole header
 class CheckedPlan:
     """What a plan comes to. With blockers it can be described and not written; its numbers are then best guesses."""
 
@@ -49,6 +49,10 @@ class CheckedPlan:
     source_bytes: int           # of the input's tensors
     architecture: str
     experts: tuple[int | None, int | None]  # before, after
+
+    def __repr__(self) -> str:
+        return (f"<CheckedPlan of {len(self.tensors)} tensors, {human(self.file_bytes)}, {len(self.blockers)} blockers, "
+                f"{len(self.warnings)} warnings>")
 
     @property
     def elements(self) -> int:
@@ -88,12 +92,14 @@ class CheckedPlan:
         return "\n".join(lines)
 
     def to_json(self, full: bool = False) -> dict[str, Any]:
-        """JSON-ready. Without `full`, arrays over 32 elements in metadata and plan are {"type", "length", "head"}."""
+        """JSON-ready. Without `full`, arrays over 32 elements in metadata, expressions and plan are
+        {"type", "length", "head"}."""
         shorten = (lambda x: x) if full else abbreviate
         return {
             "tensors": [
                 {"name": t.name, "role": t.role, "type": t.type, "shape": list(t.shape), "nbytes": n,
-                 "action": action(t), "source_type": t.source_type, **({"notes": t.notes} if t.notes else {})}
+                 "action": action(t), "source_type": t.source_type,
+                 "expression": shorten(expression_to_json(t.expression)), **({"notes": t.notes} if t.notes else {})}
                 for t, n in zip(self.tensors, self.nbytes)],
             "metadata": {key: value_for_json(value, full) for key, value in self.metadata.items()},
             "file_bytes": self.file_bytes,
@@ -155,7 +161,7 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
     """Everything about the output, before a byte of it exists. What cannot be done is in .blockers."""
     from .experts import roles
 
-    budget = parse_memory(memory)
+    budget, threads = parse_memory(memory), parse_threads(threads)
     blockers: list[SurgeryError] = []
     warnings = [f"input: {text}" for text in model.warnings]
     before = model.metadata.exact()
@@ -173,6 +179,7 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
     # The architecture's own keys before the experts, so that their rules see the final numbers; all others after, so
     # that the caller has the last word.
     metadata = _edit_metadata(model.architecture, metadata, metadata_edits, True, blockers)
+    uncut = metadata
     for edit in expert_edits:  # the ids of a second cut are those after the first
         from .experts import prune
 
@@ -180,12 +187,14 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
         tensors, metadata = outcome.tensors, outcome.metadata
         blockers += outcome.blockers
         warnings += outcome.warnings
-    metadata = _edit_metadata(model.architecture, metadata, metadata_edits, False, blockers)
+    dropped = uncut.keys() - metadata.keys()  # with the experts: that the caller removes these too is no error
+    metadata = _edit_metadata(model.architecture, metadata, metadata_edits, False, blockers, dropped)
     for quantize in quantize_edits[:1]:
         quantized = recipe.apply(model.architecture, tensors, metadata, quantize)
         tensors, metadata = quantized.tensors, quantized.metadata
         blockers += quantized.blockers
         warnings += quantized.warnings
+    metadata = metadata_rules.drop_tensor_extra(metadata, model.tensors.keys() - {t.name for t in tensors})
     metadata, alignment = _derived(model, metadata, warnings)
     blockers += _check_tensors(model, tensors)
     blockers += _check_metadata(model.architecture, before, metadata)
@@ -201,15 +210,16 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
 
 
 def _edit_metadata(architecture: str, metadata: dict[str, Value], edits: Sequence[SetMetadata | RemoveMetadata],
-                   own: bool, blockers: list[SurgeryError]) -> dict[str, Value]:
-    """The edits of the architecture's own keys, or of all others."""
+                   own: bool, blockers: list[SurgeryError], dropped: Collection[str] = ()) -> dict[str, Value]:
+    """The edits of the architecture's own keys, or of all others. dropped: keys that are gone already."""
     prefix = f"{architecture}."
     for edit in edits:
         if isinstance(edit, SetMetadata):
             part: SetMetadata | RemoveMetadata = SetMetadata(
                 tuple(item for item in edit.items if item[0].startswith(prefix) == own))
         else:
-            part = RemoveMetadata(tuple(key for key in edit.keys if key.startswith(prefix) == own))
+            part = RemoveMetadata(tuple(key for key in edit.keys if key.startswith(prefix) == own
+                                        and not (key in dropped and key not in metadata)))
         metadata = metadata_rules.apply(architecture, metadata, part, blockers)
     return metadata
 
@@ -254,15 +264,15 @@ def _check_tensors(model: Model, tensors: list[OutputTensor]) -> list[SurgeryErr
 
 
 def _check_metadata(architecture: str, before: dict[str, Value], after: dict[str, Value]) -> list[SurgeryError]:
-    """Numbers of experts that llama.cpp refuses, where this plan changed them."""
-    keys = [f"{architecture}.{name}" for name in ("expert_count", "expert_used_count")]
-    if all(before.get(key) == after.get(key) for key in keys) or any(key not in after for key in keys):
-        return []
-    count, used = after[keys[0]].value, after[keys[1]].value
-    most = max(used, default=0) if isinstance(used, list) else used
-    if not isinstance(count, int) or most <= count:
-        return []
-    return [BadPlan("more experts used than there are", object=keys[1], found=most, expected=f"at most {count}")]
+    """What llama.cpp refuses of the keys that this plan changed: numbers of experts, lists of tensors."""
+    from .experts import prune
+
+    found: list[SurgeryError] = []
+    if any(before.get(key) != after.get(key) for key in (f"{architecture}.{name}" for name in prune.NUMBERS)):
+        found += prune.check_numbers(architecture, after)
+    if any(before.get(key) != after.get(key) for key in {*before, *after} if metadata_rules.is_tensor_extra(key)):
+        found += metadata_rules.check_tensor_extra(after)
+    return found + metadata_rules.check_required(architecture, before, after)
 
 
 def _count(metadata: dict[str, Value], architecture: str) -> int | None:

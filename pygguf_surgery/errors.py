@@ -37,7 +37,8 @@ class SurgeryError(Exception):
 
 def _rebuild(cls, fields):
     error = cls(fields["problem"])
-    error.__dict__.update(fields)
+    for name, value in fields.items():
+        setattr(error, name, value)
     return error
 
 
@@ -63,3 +64,6 @@ class OutOfSpace(SurgeryError, OSError):
     def __init__(self, problem: str, *, errno=None, **fields):
         SurgeryError.__init__(self, problem, **fields)
         self.errno = errno
+
+    def __reduce__(self):
+        return _rebuild, (type(self), {**self.__dict__, "errno": self.errno})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ._core import Value
@@ -15,6 +15,7 @@ SCALAR_TYPES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "u
 _INTEGERS = {"u8": (0, 2**8 - 1), "i8": (-2**7, 2**7 - 1), "u16": (0, 2**16 - 1), "i16": (-2**15, 2**15 - 1),
              "u32": (0, 2**32 - 1), "i32": (-2**31, 2**31 - 1), "u64": (0, 2**64 - 1), "i64": (-2**63, 2**63 - 1)}
 _NEW_INTEGER = ("u32", "i32", "u64", "i64")  # the first that holds the value
+_LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the rest of them stand for bytes that are no UTF-8
 _KEY = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
 # Keys that follow from the rest of the plan ({arch}: the architecture's own), and what to do instead.
@@ -26,6 +27,11 @@ DERIVED = {
     "general.file_type": "quantize changes it",
     "general.quantization_version": "quantize writes it",
 }
+
+
+# Without these llama.cpp's loader stops (llama-model.cpp load_hparams, llama-vocab.cpp load).
+REQUIRED = {"{arch}.context_length": "u32", "{arch}.embedding_length": "u32", "tokenizer.ggml.model": "str",
+            "tokenizer.ggml.tokens": "str[]"}
 
 
 def derived_reason(architecture: str, key: str) -> str | None:
@@ -67,7 +73,7 @@ def to_value(obj: Any, existing: Value | None = None, *, key: str | None = None)
     if isinstance(obj, Value):
         if existing is not None and obj.type != existing.type:
             raise BadPlan("an existing key keeps its type", object=key, found=obj.type, expected=existing.type,
-                          hint="remove_metadata it first to change its type")
+                          hint="remove it first (remove_metadata, --remove) to change its type")
         return obj
     obj = _plain(obj)
     type = existing.type if existing is not None else _new_type(obj, key)
@@ -87,7 +93,7 @@ def fits(obj: Any, type: str) -> bool:
     if type == "bool":
         return isinstance(obj, bool)
     if type == "str":
-        return isinstance(obj, str)
+        return isinstance(obj, str) and not _LONE_SURROGATE.search(obj)
     if isinstance(obj, bool) or not isinstance(obj, (int, float)):
         return False
     if type in _INTEGERS:
@@ -172,7 +178,7 @@ def parse_text(text: str, type: str, *, key: str | None = None) -> Value:
     also as 0x1f; bool is true or false."""
     element = type.removesuffix("[]")
     if element not in SCALAR_TYPES:
-        raise BadPlan("unknown type of a metadata value", object=key, found=type,
+        raise BadPlan("unknown type of a metadata value", object=key, found=repr(type),
                       expected=f"{' '.join(SCALAR_TYPES)}, or one of these with [] for an array")
     if type == element:
         obj: Any = _parse_scalar(text, element, key)
@@ -213,3 +219,61 @@ def apply(architecture: str, metadata: dict[str, Value], edit: SetMetadata | Rem
         except SurgeryError as error:
             blockers.append(error)
     return result
+
+
+def check_required(architecture: str, before: Mapping[str, Value], after: Mapping[str, Value]) -> list[SurgeryError]:
+    """Required keys that are gone, or of a type that llama.cpp does not take, where they were not so before."""
+    found: list[SurgeryError] = []
+    for pattern, type in REQUIRED.items():
+        key = pattern.replace("{arch}", architecture)
+        now = after[key].type if key in after else None
+        if now != type and key in before and before[key].type != now:
+            found.append(BadPlan("llama.cpp does not load a model without this key", object=key, found=now,
+                                 expected=type, hint="set another value instead of removing it"))
+    tokens = after.get("tokenizer.ggml.tokens")
+    for key in ("tokenizer.ggml.scores", "tokenizer.ggml.token_type"):
+        value, old = after.get(key), before.get("tokenizer.ggml.tokens")
+        if tokens is None or value is None or (value, tokens) == (before.get(key), old):
+            continue
+        lengths = [len(v) if v.type.endswith("[]") else 0 for v in (value, tokens)]
+        if lengths[0] < lengths[1]:
+            found.append(BadPlan("fewer elements than tokens", object=key, found=lengths[0],
+                                 expected=f"at least {lengths[1]}"))
+    return found
+
+
+# --- general.tensor_extra.*: "name" lists tensors, every other array there is parallel to it ------------------------
+
+_EXTRA_NAME = "general.tensor_extra.name"
+
+
+def is_tensor_extra(key: str) -> bool:
+    return key.startswith("general.tensor_extra.")
+
+
+def drop_tensor_extra(metadata: dict[str, Value], gone: Collection[str]) -> dict[str, Value]:
+    """The metadata without the entries of tensors that are gone; untouched where none is, or the arrays do not fit."""
+    names = metadata.get(_EXTRA_NAME)
+    if names is None or names.type != "str[]" or check_tensor_extra(metadata):
+        return metadata
+    stay = [i for i, name in enumerate(names.value) if name not in gone]
+    if len(stay) == len(names):
+        return metadata
+    result = dict(metadata)
+    for key, value in metadata.items():
+        if is_tensor_extra(key):
+            old = value.value
+            result[key] = Value([old[i] for i in stay], value.type)
+    return result
+
+
+def check_tensor_extra(metadata: Mapping[str, Value]) -> list[SurgeryError]:
+    """Arrays of another length than the names: llama.cpp does not load them."""
+    names = metadata.get(_EXTRA_NAME)
+    if names is None:
+        return []
+    length = len(names) if names.type.endswith("[]") else 0
+    lengths = {key: len(value) if value.type.endswith("[]") else None
+               for key, value in metadata.items() if is_tensor_extra(key)}
+    return [BadPlan("not one element per tensor", object=key, found=n, expected=f"{length}, as {_EXTRA_NAME} has")
+            for key, n in lengths.items() if n is None or n != length]

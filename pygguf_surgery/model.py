@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import re
 import threading
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import _core
 from ._core import Value
 from .errors import BadFile, BadPlan, Unsupported
+from .units import parse_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,9 +152,11 @@ class Tensor:
 
     def _index(self, index: Any, count: int) -> int:
         try:
-            i = index.__index__()
-        except AttributeError:
-            raise BadPlan("an index is a whole number", object=self.name, found=repr(index)) from None
+            i = operator.index(index)
+        except TypeError:
+            i = None
+        if i is None or isinstance(index, bool):  # a mask is not a list of indices
+            raise BadPlan("an index is a whole number", object=self.name, found=repr(index)[:80])
         if not 0 <= i < count:
             raise BadPlan(f"index {i} out of range", object=self.name, expected=f"0..{count - 1}")
         return i
@@ -166,7 +170,7 @@ class Tensor:
         nbytes = row_bytes(self.type, self.ne[0] if self.ne else 1)
         if data.size == 0 or nbytes == 0:
             return np.zeros(0, np.float32)
-        return _core.dequantize(data.reshape(-1, nbytes), self.type_id, threads)
+        return _core.dequantize(data.reshape(-1, nbytes), self.type_id, parse_threads(threads))
 
 
 def merge_adjacent(indices: Sequence[int]) -> list[tuple[int, int]]:
@@ -255,7 +259,10 @@ def open(path: str | os.PathLike[str], *, strict: bool = False, metadata_only: b
         return opened[-1], _core.read_header(opened[-1], strict=strict, metadata_only=metadata_only)
 
     try:
-        path = os.fspath(path)
+        # Absolute: the file is found again after a chdir. Not normalized: "link/.." is not ".".
+        path = os.fsdecode(path)
+        if path and not os.path.isabs(path):
+            path = os.path.join(os.getcwd(), path)
         first = read(path)
         count = _whole(dict(first[1].metadata), "split.count", path, default=0)
         if count <= 1:

@@ -35,8 +35,10 @@ class Plan:
     data: PlanData
 
     def __init__(self, model: Model, data: PlanData | None = None):
+        if not isinstance(model, Model):
+            raise TypeError(f"a Plan takes a model, as pygguf_surgery.open() returns, not {type(model).__name__}")
         if data is None:
-            data = PlanData(os.path.abspath(model.path), model.header_sha256)
+            data = PlanData(model.path, model.header_sha256)
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "data", data)
 
@@ -68,7 +70,8 @@ class Plan:
         if mtp not in ("keep", "drop"):
             raise BadPlan("unknown choice", object="mtp", found=repr(mtp), expected='"keep" or "drop"')
         if not isinstance(keep, Mapping) or not keep:
-            raise BadPlan("not the experts to keep", object="keep", found=type(keep).__name__, expected="{layer: ids}")
+            raise BadPlan("not the experts to keep", object="keep", found=type(keep).__name__, expected="{layer: ids}",
+                          hint=".keep(n) of a ranking chooses them" if hasattr(keep, "keep") else None)
         kept = {_whole(layer, "layer"): _ids(layer, ids) for layer, ids in keep.items()}
         order = {layer: tuple(ids) for layer, ids in getattr(keep, "order", {}).items()}
         return self._with(KeepExperts(dict(sorted(kept.items())), str(getattr(keep, "metric", "given")), mtp, order))
@@ -76,6 +79,8 @@ class Plan:
     def set_metadata(self, items: Mapping[str, Any]) -> Plan:
         """Set keys. An existing key keeps its type; a new one gets bool -> bool, int -> u32, else i32, u64, i64,
         float -> f32, str -> str, list -> an array of those, pgs.Value(x, "u16") -> exactly that."""
+        if not isinstance(items, Mapping):
+            raise BadPlan("not metadata", object="items", found=type(items).__name__, expected="{key: value}")
         now = self._metadata()
         values = []
         for key, obj in items.items():
@@ -153,7 +158,7 @@ class Plan:
         """The plan of to_json(). Opens its source unless `model` is given. SourceChanged if the header is another."""
         try:
             data = plan_from_json(json.loads(text))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadPlan(f"not JSON: {error}") from None
         if model is None:
             model = open_model(data.source)

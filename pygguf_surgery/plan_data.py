@@ -148,17 +148,24 @@ def edit_to_json(edit: Edit) -> dict[str, Any]:
     raise TypeError(edit)
 
 
+def _text(x: Any) -> str:
+    if not isinstance(x, str):
+        raise TypeError(f"{x!r:.80} is not a string")
+    return x
+
+
 def edit_from_json(data: dict[str, Any]) -> Edit:
     match data["edit"]:
         case "keep_experts":
-            return KeepExperts({int(k): tuple(v) for k, v in data["kept"].items()}, data["metric"], data["mtp"],
+            return KeepExperts({int(k): tuple(v) for k, v in data["kept"].items()}, _text(data["metric"]), data["mtp"],
                                {int(k): tuple(v) for k, v in data.get("order", {}).items()})
         case "set_metadata":
-            return SetMetadata(tuple((k, value_from_json(v)) for k, v in data["items"]))
+            return SetMetadata(tuple((_text(k), value_from_json(v)) for k, v in data["items"]))
         case "remove_metadata":
-            return RemoveMetadata(tuple(data["keys"]))
+            return RemoveMetadata(tuple(_text(k) for k in data["keys"]))
         case "quantize":
-            return Quantize(data["type"], data["pure"], tuple((p, t) for p, t in data["overrides"]), data["allow_requantize"])
+            return Quantize(_text(data["type"]), data["pure"], tuple((p, t) for p, t in data["overrides"]),
+                            data["allow_requantize"])
     raise BadPlan("unknown edit", object=str(data["edit"]))
 
 
@@ -185,6 +192,7 @@ def plan_from_json(data: dict[str, Any]) -> PlanData:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise BadPlan("not a plan of this version", object="format", found=found, expected=FORMAT)
     try:
-        return PlanData(data["source"], data["header_sha256"], tuple(edit_from_json(e) for e in data["edits"]))
+        return PlanData(_text(data["source"]), _text(data["header_sha256"]),
+                        tuple(edit_from_json(e) for e in data["edits"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadPlan(f"not a plan: {error!r}") from None

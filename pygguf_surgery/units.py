@@ -1,4 +1,4 @@
-"""Bytes and seconds as people write and read them."""
+"""Bytes, seconds and numbers of threads as people write and read them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from .errors import BadPlan
 
 MEMORY = "512MiB"  # default budget of a run's buffers: enough to keep 16 threads and the disk busy
 MEMORY_LEAST = 64 << 20
+MEMORY_MOST = 1 << 62
+THREADS_MOST = 1024  # as in the core
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
 
 
 def parse_size(size: int | str) -> int:
@@ -31,7 +33,17 @@ def parse_memory(memory: int | str) -> int:
     nbytes = parse_size(memory)
     if nbytes < MEMORY_LEAST:
         raise BadPlan("too little memory for a run", object="memory", found=memory, expected="at least 64MiB")
+    if nbytes > MEMORY_MOST:
+        raise BadPlan("more memory than any machine has", object="memory", found=memory)
     return nbytes
+
+
+def parse_threads(threads: int) -> int:
+    """A number of threads, 0 for all; BadPlan for what is none."""
+    number = threads.__index__() if hasattr(threads, "__index__") and not isinstance(threads, bool) else -1
+    if not 0 <= number <= THREADS_MOST:
+        raise BadPlan("not a number of threads", object="threads", found=threads, expected=f"0 to {THREADS_MOST}")
+    return number
 
 
 def human(nbytes: int) -> str:

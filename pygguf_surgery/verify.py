@@ -74,7 +74,7 @@ def verify(path: str | os.PathLike[str], against: str | os.PathLike[str] | None 
     made from; each tensor of the same type must be byte-equal to it, expert by expert, and each re-encoded one is
     sampled. Memory: about 64 MiB, whatever the sizes.
     """
-    report = Report(os.fspath(path))
+    report = Report(os.fsdecode(path))
     try:
         model = open_model(path)
     except BadFile as error:
@@ -171,9 +171,12 @@ def _check_blocks(model: Model, report: Report) -> None:
     present = {layer_of(name) for name in model.tensors} - {None}
     for layer in sorted(present - set(range(blocks))):
         report.problem(f"tensors of block {layer}, which it does not count", object=key, found=blocks)
-    for layer in sorted(set(range(blocks)) - present):
-        report.problem(f"no tensor of block {layer}, which it counts", object=key, found=blocks)
     nextn = _u32(model, "nextn_predict_layers", report)
+    missing, trunk = set(range(blocks)) - present, set(range(blocks - (nextn or 0)))
+    # llama.cpp loads files without any MTP block, and files with nothing else, whose block_count counts all of them.
+    if not nextn or missing not in (trunk, set(range(blocks)) - trunk):
+        for layer in sorted(missing):
+            report.problem(f"no tensor of block {layer}, which it counts", object=key, found=blocks)
     if nextn is not None and nextn > blocks:
         report.problem("more prediction blocks than blocks", object=f"{model.architecture}.nextn_predict_layers",
                        found=nextn, expected=f"at most {blocks}")

@@ -46,7 +46,7 @@ def write(model: Model, checked: CheckedPlan, path: str | os.PathLike[str], *, o
     """
     if checked.blockers:
         raise first_blocker(checked)
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     start = time.monotonic()
     bar = ProgressBar(os.path.basename(path)) if progress is True else None
     try:
@@ -94,11 +94,20 @@ class ProgressBar:
         if not self._terminal:
             print(f"{self._label}: {text}", file=self._stream, flush=True)
             return
-        filled = int(24 * done / total) if total else 24
-        line = f"{self._label} [{'#' * filled}{'.' * (24 - filled)}] {text}"
-        self._stream.write("\r" + line.ljust(self._width))
+        room = self._columns() - 1  # a line that fills the terminal may wrap
+        length = max(0, min(24, room - len(self._label) - len(text) - 4))
+        filled = int(length * done / total) if total else length
+        line = f"{self._label} [{'#' * filled}{'.' * (length - filled)}] " if length else ""
+        line = (line + text)[:room]
+        self._stream.write("\r" + line.ljust(min(self._width, room)))
         self._stream.flush()
         self._width = len(line)
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or 80
+        except (OSError, ValueError):
+            return 80
 
     def close(self) -> None:
         """Ends the bar's line."""

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from helpers import read_gguf
 
+from pygguf_surgery import Value
 from pygguf_surgery.cli import exit_code, main, options
+from pygguf_surgery.container import write_gguf
 from pygguf_surgery.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
 from pygguf_surgery.report.demo_model import DemoShape, write_demo_model
 
@@ -57,7 +59,7 @@ def strongest(path, layer, n):
     ["prune", "x", "y", "--by", "aimer"], ["prune", "x", "y", "--keep", "many"],
     ["prune", "x", "y", "--keep", "1", "--io", "tape"], ["prune", "x", "y", "--kee", "1"],
     ["prune", "x", "y", "--keep", "1", "--memory", "lots"], ["prune", "x", "y", "--keep", "1", "--override", "no-type"],
-    ["quantize", "x", "y"], ["verify"], ["prune", "x", "y", "--keep", "1", "--ratio", "0.5"],
+    ["quantize", "x", "y"], ["verify"], ["info", ""], ["edit", "x", ""], ["prune", "x", "y", "--keep", "1", "--ratio", "0.5"],
 ])
 def test_wrong_usage_is_2_and_says_why_on_stderr(run, arguments):
     code, out, err = run(*arguments)
@@ -113,6 +115,16 @@ def test_info_full_prints_whole_arrays(run, model):
     assert json.loads(out)["metadata"]["tokenizer.ggml.tokens"] == read_gguf(model)[0]["tokenizer.ggml.tokens"]
 
 
+def test_info_abbreviates_every_long_array(run, tmp_path):
+    shape = DemoShape(layers=40, embedding=32, experts=2, used=1, feed_forward=32, heads=1, heads_kv=1, head=32, state=32,
+                      key_heads=1, value_heads=1, vocabulary=300)
+    write_demo_model(tmp_path / "deep.gguf", shape=shape)
+    layers = json.loads(run("info", tmp_path / "deep.gguf", "--json")[1])["experts"]["layers"]
+    assert layers == {"type": "int", "length": 40, "head": list(range(32))}
+    layers = json.loads(run("info", tmp_path / "deep.gguf", "--json", "--full")[1])["experts"]["layers"]
+    assert layers == list(range(40))
+
+
 def test_info_for_people_names_what_matters(run, model):
     code, out, err = run("info", model)
     assert (code, err) == (0, "")
@@ -131,6 +143,18 @@ def test_info_shows_text_that_the_terminal_cannot(tmp_path):
             done = subprocess.run([sys.executable, "-m", "pygguf_surgery", "info", path, *form], capture_output=True,
                                   cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=120)
             assert done.returncode == 0 and b"Traceback" not in done.stderr and b"general.name" in done.stdout
+
+
+def test_no_name_in_a_file_commands_the_terminal(run, tmp_path):
+    path = tmp_path / "evil.gguf"
+    evil = "a\x1b[2J\x07\nb"
+    write_gguf(path, {"general.architecture": Value(evil, "str"), "general.name": Value(evil, "str"),
+                      f"k{evil}": Value(1, "u8")}, {f"t{evil}": np.full((2, 32), np.nan, np.float32)})
+    for arguments in (["info", path], ["plan", path], ["plan", path, "--keep", 1], ["verify", path],
+                      ["edit", path, tmp_path / "out.gguf"]):
+        _, out, err = run(*arguments)
+        assert out + err and not re.search(r"[\x00-\x09\x0b-\x1f]", out + err)
+    assert r"name          a\x1b[2J\x07\nb" in run("info", path)[1]
 
 
 def test_info_does_not_load_numpy(model):
@@ -349,6 +373,41 @@ def test_a_reader_that_closes_early_gets_no_traceback(model):
                           stderr=subprocess.PIPE, text=True, timeout=120, cwd=os.path.dirname(model))
     os.close(write)
     assert done.returncode == 1 and done.stderr == ""
+
+
+def test_closed_streams_get_no_traceback(model, tmp_path):
+    """What a daemon has for stdout and stderr."""
+    shell = f"{shlex.quote(sys.executable)} -m pygguf_surgery"
+    model, out = shlex.quote(model), shlex.quote(str(tmp_path / "out.gguf"))
+    for arguments in (f"info {model} >&-", f"info {model} --json >&-", f"prune {model} {out} --keep {BEST} 2>&-"):
+        done = subprocess.run(f"{shell} {arguments}", shell=True, capture_output=True, text=True, timeout=120,
+                              cwd=tmp_path)
+        assert done.returncode == 0 and done.stderr == ""
+    done = subprocess.run(f"{shell} info none 2>&-", shell=True, capture_output=True, timeout=120, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, b"")
+
+
+@pytest.mark.parametrize("option", ["--type", "--by"])
+def test_an_empty_option_is_not_the_default(run, model, tmp_path, option):
+    code, out, err = run("prune", model, tmp_path / "out.gguf", "--keep", BEST, option, "")
+    assert code == 4 and out == "" and "unknown" in err and not list(tmp_path.iterdir())
+
+
+def test_a_demo_that_keeps_no_expert(run, model):
+    code, _, err = run("demo", "--model", model, "--keep", 0)
+    assert code == 4 and "cannot keep" in err
+
+
+def test_what_cannot_be_written_is_said_before_all_weights_are_read(run, model, tmp_path, monkeypatch):
+    from pygguf_surgery import _core
+
+    def read(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(_core, "reduce_rows", read)
+    for arguments in (["--keep", 1], ["--keep", BEST, "--override", "nothing_here=F16"]):
+        code, _, err = run("prune", model, tmp_path / "out.gguf", "--by", "aimer", *arguments)
+        assert code == 4 and "error: " in err and not list(tmp_path.iterdir())
 
 
 # --- the README ----------------------------------------------------------------------------------------------------

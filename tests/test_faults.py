@@ -348,7 +348,7 @@ def test_no_permission(place, protected, mode):
     code = """if True:
         import os, sys
         import pygguf_surgery as pgs
-        plan = pgs.Plan(pgs.open("in.gguf"))
+        plan = pgs.Plan(pgs.open("/proc/self/cwd/in.gguf"))
         plan.write("warm.gguf")  # imports everything: root's modules may be closed to others
         os.unlink("warm.gguf")
         os.chmod(*eval(sys.argv[1]))
@@ -363,7 +363,7 @@ def test_no_permission(place, protected, mode):
     """
     shutil.copy(place.source, place.folder / "in.gguf")
     place.folder.chmod(0o777)
-    # Relative names: the folders above are pytest's and closed to others.
+    # Names from the current folder on: those above it are pytest's and closed to others.
     result = python("-c", code, ("." if protected == "folder" else "out.gguf", mode), cwd=place.folder)
     place.folder.chmod(0o777)
     (place.folder / "in.gguf").unlink()

@@ -94,6 +94,49 @@ def test_a_value_that_does_not_fit_an_existing_key(plan, key, obj):
     assert e.value.object == key
 
 
+def test_what_no_utf_8_can_hold_names_its_key(plan):
+    with pytest.raises(BadPlan) as e:
+        plan.set_metadata({"general.new_key": "\ud800"})
+    assert e.value.object == "general.new_key"
+
+
+@pytest.mark.parametrize("items", [None, [("general.name", "x")], "general.name=x"])
+def test_what_is_no_mapping_is_no_metadata(plan, items):
+    with pytest.raises(BadPlan, match="not metadata"):
+        plan.set_metadata(items)
+
+
+REQUIRED = {"llama.context_length": 64, "llama.embedding_length": 32, "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.tokens": ["a", "b"]}
+
+
+@pytest.fixture
+def whole(tmp_path):
+    path = make_gguf(tmp_path / "whole.gguf", "llama", {
+        "llama.context_length": (64, T.UINT32), "llama.embedding_length": (32, T.UINT32),
+        "tokenizer.ggml.model": ("gpt2", T.STRING), "tokenizer.ggml.tokens": (["a", "b"], T.ARRAY, T.STRING),
+        "tokenizer.ggml.token_type": ([1, 1], T.ARRAY, T.INT32)})
+    with pgs.open(path) as model:
+        yield pgs.Plan(model)
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_a_key_without_which_llama_cpp_stops_is_not_removed(whole, key, tmp_path):
+    removed = whole.remove_metadata(key)
+    with pytest.raises(BadPlan, match="llama.cpp does not load") as e:
+        removed.write(tmp_path / "out.gguf")
+    assert e.value.object == key and not (tmp_path / "out.gguf").exists()
+    assert not removed.set_metadata({key: REQUIRED[key]}).check().blockers
+    assert [b.object for b in removed.set_metadata({key: True}).check().blockers] == [key]
+
+
+def test_no_array_is_shorter_than_the_tokens(whole):
+    key = "tokenizer.ggml.token_type"
+    assert [b.object for b in whole.set_metadata({key: [1]}).check().blockers] == [key]
+    assert [b.object for b in whole.set_metadata({"tokenizer.ggml.tokens": ["a", "b", "c"]}).check().blockers] == [key]
+    assert not whole.set_metadata({key: [1, 2]}).check().blockers
+
+
 def test_remove_and_set_changes_a_type(plan, tmp_path):
     out = result(plan.remove_metadata("falcon-h1.small").set_metadata({"falcon-h1.small": "text"}), tmp_path)
     assert out["falcon-h1.small"] == Value("text", "str")

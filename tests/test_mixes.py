@@ -165,6 +165,13 @@ def test_file_types_that_are_not_served(name, pure):
     assert e.value.object == name and (pure or "pure" in e.value.hint)
 
 
+def test_a_file_type_is_a_name_or_gguf_py_s_type():
+    assert mixes.file_type(gguf.GGMLQuantizationType.Q8_0, False).name == "Q8_0"
+    for name in (None, 7, b"Q8_0"):
+        with pytest.raises(BadPlan):
+            mixes.file_type(name, False)
+
+
 def test_unknown_names_get_the_nearest():
     for pure in (False, True):
         with pytest.raises(Unsupported) as e:

@@ -104,6 +104,20 @@ def test_dequantize(path, name):
     assert tensor.dequantize(rows=[]).shape == (0, expected.shape[-1])
 
 
+def test_a_model_outlives_a_change_of_folder(path, tmp_path, monkeypatch):
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (tmp_path / "link").symlink_to(other)  # link/.. is tmp_path, also for those who would take the name apart
+    for name in ("m.gguf", b"m.gguf", "link/../m.gguf"):
+        monkeypatch.chdir(tmp_path)
+        with pgs.open(name) as model:
+            monkeypatch.chdir(other)
+            plan = pgs.Plan(model)
+            assert pgs.Plan.from_json(plan.to_json()) == plan
+            plan.write("out.gguf")
+            (other / "out.gguf").unlink()
+
+
 def test_dequantize_refuses(path):
     tensors = pgs.open(path).tensors
     tensor = tensors["blk.0.ffn_up_exps.weight"]
@@ -111,8 +125,9 @@ def test_dequantize_refuses(path):
         with pytest.raises(BadPlan) as e:
             tensor.dequantize(experts=[index])
         assert e.value.object == tensor.name and e.value.expected == "0..3"
-    with pytest.raises(BadPlan):
-        tensor.dequantize(experts=[0.5])
+    for none in ([0.5], True, [True, False, True, True], np.ones(4, bool), np.array([[1, 2]]), slice(0, 2), "1"):
+        with pytest.raises(BadPlan, match="whole number"):
+            tensor.dequantize(experts=none)
     with pytest.raises(BadPlan):
         tensor.dequantize(rows=[24])
     with pytest.raises(BadPlan):

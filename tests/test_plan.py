@@ -56,6 +56,30 @@ def test_a_plan_is_immutable(model):
     assert plan.data.edits[0].kept == {0: (0, 1, 2, 3), 1: (0, 1, 2, 3)}
 
 
+def test_what_is_no_model_or_no_choice_of_experts(model):
+    with pytest.raises(TypeError, match="open"):
+        Plan(model.path)
+    with pytest.raises(BadPlan, match="keep\\(n\\)"):
+        Plan(model).keep_experts(pgs.experts.rank(model))
+
+
+def test_what_a_prompt_shows_is_short(model):
+    plan = full_plan(model)
+    for thing in (model, model.metadata, plan, plan.check(), next(iter(model.tensors.values()))):
+        assert len(repr(thing)) < 200 + len(model.path)
+    assert "0 blockers" in repr(plan.check())
+
+
+@pytest.mark.parametrize("options", [{"threads": None}, {"threads": "2"}, {"threads": 2.0}, {"threads": True},
+                                     {"threads": 2**70}, {"memory": 2**80}, {"memory": "9" * 400 + "TiB"},
+                                     {"memory": None}, {"memory": 1e9}])
+def test_limits_that_are_none(model, options):
+    with pytest.raises(BadPlan):
+        Plan(model).check(**options)
+    with pytest.raises(BadPlan):
+        pgs.experts.rank(model, **options)
+
+
 def test_equal_plans(model):
     assert full_plan(model) == full_plan(model) and hash(full_plan(model)) == hash(full_plan(model))
     assert full_plan(model) != Plan(model) and Plan(model) != 5
@@ -83,6 +107,12 @@ def test_what_quantize_refuses_at_once(model):
             Plan(model).quantize(type, **options)
     with pytest.raises(BadPlan):
         Plan(model).quantize("Q8_0").quantize("F16")
+
+
+def test_a_plan_from_json_quantizes_at_most_once(model):
+    data = json.loads(Plan(model).quantize("Q8_0").to_json())
+    data["edits"] *= 2
+    assert [b.object for b in Plan.from_json(json.dumps(data), model).check().blockers] == ["quantize"]
 
 
 def test_a_second_cut_counts_in_what_the_first_left(model, tmp_path):
@@ -144,7 +174,14 @@ def test_any_plan_survives_json(model, items, keep, type, overrides, pure):
 
 @pytest.mark.parametrize("text", ["", "5", "[]", "{}", '{"format": 2}', '{"format": 1}',
                                   '{"format": 1, "source": "x", "header_sha256": "", "edits": [{"edit": "fly"}]}',
-                                  '{"format": 1, "source": "x", "header_sha256": "", "edits": [5]}'])
+                                  '{"format": 1, "source": "x", "header_sha256": "", "edits": [5]}',
+                                  '{"format": 1, "source": 5, "header_sha256": "", "edits": []}',
+                                  '{"format": 1, "source": "x", "header_sha256": 5, "edits": []}',
+                                  '{"format": 1, "source": "x", "header_sha256": "", "edits": '
+                                  '[{"edit": "remove_metadata", "keys": [5]}]}',
+                                  '{"format": 1, "source": "x", "header_sha256": "", "edits": '
+                                  '[{"edit": "set_metadata", "items": [[5, {"type": "u8", "value": 5}]]}]}',
+                                  "[" * 100_000])
 def test_text_that_is_no_plan(model, text):
     with pytest.raises(BadPlan):
         Plan.from_json(text, model)
@@ -177,7 +214,9 @@ def test_the_json_of_a_check(model):
     exps = by_name["blk.0.ffn_up_exps.weight"]
     assert (exps["role"], exps["type"], exps["shape"], exps["action"]) == ("expert", "MXFP4", [4, 32, 32], "encode")
     assert exps["nbytes"] == 4 * 32 * 17
-    assert by_name["blk.0.ffn_gate_inp.weight"]["action"] == "take"
+    router = by_name["blk.0.ffn_gate_inp.weight"]
+    assert router["action"] == "take"
+    assert router["expression"] == {"expression": "take", "ref": router["name"], "indices": list(KEEP[0])}
     assert by_name["blk.0.attn_q.weight"]["action"] == "copy"
     assert data["metadata"]["qwen3moe.expert_count"] == 4
     assert Plan.from_json(json.dumps(data["plan"]), model) == full_plan(model)
@@ -251,6 +290,26 @@ def test_more_experts_used_than_there_are(model, tmp_path):
     two = {0: [0, 1], 1: [0, 1]}
     assert Plan(model).keep_experts(two).check().blockers != []
     assert Plan(model).keep_experts(two).set_metadata({used: 2}).check().blockers == []
+
+
+@pytest.mark.parametrize("items, object", [
+    ({"expert_group_count": 5}, "expert_group_count"), ({"expert_group_count": 16}, "expert_group_count"),
+    ({"expert_group_used_count": 4}, "expert_group_used_count"),
+    ({"expert_group_used_count": 0}, "expert_group_used_count"),
+    ({"expert_used_count": 9}, "expert_group_used_count"), ({"expert_used_count": 0}, "expert_used_count"),
+    ({"nextn_predict_layers": 4}, "nextn_predict_layers"),
+    (None, "expert_used_count"),
+])
+def test_numbers_that_llama_cpp_could_not_load(tmp_path, items, object):
+    with pgs.open(moe_models.deepseek2(tmp_path / "m.gguf", experts=16, groups=4, group_used=2)) as model:
+        plan = Plan(model)
+        if items is None:
+            plan = plan.remove_metadata("deepseek2.expert_used_count")
+        else:
+            plan = plan.set_metadata({f"deepseek2.{key}": value for key, value in items.items()})
+        assert plan.check().blockers[0].object == f"deepseek2.{object}"
+        good = {"expert_group_count": 2, "expert_group_used_count": 1, "expert_used_count": 8}
+        assert Plan(model).set_metadata({f"deepseek2.{k}": v for k, v in good.items()}).check().blockers == []
 
 
 def test_the_caller_has_the_last_word_on_other_keys(model):

@@ -430,6 +430,23 @@ def test_dropping_mtp_and_keeping_all_experts_is_no_cut(mtp_file):
     assert set(checked.actions()) == {"copy"}
 
 
+def test_lists_of_tensors_follow_the_tensors(tmp_path):
+    names = ["blk.0.attn_qkv.weight", "blk.4.attn_q.weight", "elsewhere"]
+    array, string, boolean = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING, gguf.GGUFValueType.BOOL
+    path = moe_models.qwen3next(tmp_path / "m.gguf", mtp=True, **{
+        "general.tensor_extra.name": (names, array, string),
+        "general.tensor_extra.prec_a4": ([False, True, False], array, boolean)})
+    with pgs.open(path) as model:
+        plan = pgs.Plan(model).keep_experts(pgs.experts.rank(model).keep(16), mtp="drop")
+        plan.write(tmp_path / "out.gguf")
+        short = pgs.Plan(model).set_metadata({"general.tensor_extra.prec_a4": [True]}).check()
+        assert pgs.Plan(model).check().metadata == model.metadata.exact()
+    metadata, _ = read_gguf(tmp_path / "out.gguf")
+    assert metadata["general.tensor_extra.name"] == [names[0], names[2]]
+    assert metadata["general.tensor_extra.prec_a4"] == [False, False]
+    assert the_blocker(short).object == "general.tensor_extra.prec_a4"
+
+
 def mtp_model(*more, **keys):
     names = block(0, 4) + block(1, 4) + [tensor("blk.1.nextn.eh_proj.weight", 8, 16), *more]
     return apply(names, {0: (0, 1), 1: (0, 1)}, mtp="drop", **{"blocks": 2, "nextn_predict_layers": 1} | keys)
@@ -487,6 +504,19 @@ def test_ids_of_the_original_go_and_it_becomes_a_base_model():
         "name": "A", "organization": "Org", "url": "http", "author": "", "source.url": "kept", "tags": "kept",
         "basename": "kept", "base_model.count": 1, "base_model.0.name": "A", "base_model.0.organization": "Org",
         "base_model.0.url": "http", "base_model.0.doi": "d", "base_model.0.uuid": "u"}
+
+
+def test_keys_that_a_cut_drops_may_be_removed_and_set(tmp_path):
+    string = gguf.GGUFValueType.STRING
+    path = moe_models.qwen3next(tmp_path / "m.gguf", **{"general.uuid": ("old", string),
+                                                        "general.size_label": ("80B-A3B", string)})
+    with pgs.open(path) as model:
+        plan = pgs.Plan(model).keep_experts(pgs.experts.rank(model).keep(16))
+        both = ("general.uuid", "general.size_label")
+        checked = plan.remove_metadata(*both).check()
+        assert checked.blockers == [] and not any(key in checked.metadata for key in both)
+        checked = plan.remove_metadata(*both).set_metadata({"general.uuid": "new"}).check()
+        assert checked.blockers == [] and checked.metadata["general.uuid"] == Value("new", "str")
 
 
 def test_base_models_of_the_original_stay():

@@ -1,6 +1,7 @@
 """verify: a good file has no problem; each fault put into one is named, with the tensor or key it is in."""
 import json
 
+import moe_models
 import numpy as np
 import pytest
 
@@ -152,6 +153,8 @@ def u32(n):
      "qwen3next.expert_group_count"),
     ({"qwen3next.expert_group_count": u32(4), "qwen3next.expert_group_used_count": u32(4)},
      "qwen3next.expert_group_used_count"),
+    ({"qwen3next.expert_group_count": u32(4), "qwen3next.expert_group_used_count": u32(1),
+      "qwen3next.expert_used_count": u32(3)}, "qwen3next.expert_group_count"),
     ({"qwen3next.block_count": u32(3)}, "qwen3next.block_count"),
     ({"qwen3next.block_count": u32(5)}, "qwen3next.block_count"),
     ({"qwen3next.block_count": u32(0)}, "qwen3next.block_count"),
@@ -191,6 +194,21 @@ def zeros(*shape):
 def test_tensors_that_llama_cpp_refuses(files, tmp_path, tensors, object):
     report = verify(rewrite(files["source"], tmp_path / "bad.gguf", tensors=tensors))
     assert object in {p.object for p in report.problems}
+
+
+def test_prediction_blocks_may_be_elsewhere(tmp_path):
+    """llama.cpp loads a file without the MTP blocks that block_count counts, and one with nothing but them."""
+    source = moe_models.qwen3next(tmp_path / "source.gguf", mtp=True)
+    names = [f"blk.{i}." for i in range(5)]
+
+    def without(*layers):
+        with pgs.open(source) as model:
+            gone = {t: None for t in model.tensors if t.startswith(tuple(names[i] for i in layers))}
+        out = tmp_path / f"without-{layers}.gguf"
+        return verify(rewrite(source, out, tensors=gone)).problems
+
+    assert without(4) == [] and without(0, 1, 2, 3) == []
+    assert len(without(3)) == 1 and len(without(3, 4)) == 2
 
 
 def test_experts_of_a_prediction_block_must_be_cut_too(tmp_path):
@@ -268,6 +286,17 @@ def test_a_tensor_that_only_one_has(files, tmp_path):
     report = verify(less, files["source"])
     assert only_problem(report).object == "output.weight" and report.removed == ["output.weight"]
     assert only_problem(verify(files["source"], less)).object == "output.weight"
+
+
+def test_dropped_prediction_blocks_are_no_loss(tmp_path):
+    source = moe_models.qwen3next(tmp_path / "source.gguf", mtp=True)
+    with pgs.open(source) as model:
+        kept = pgs.experts.rank(model).keep(16)
+        pgs.Plan(model).keep_experts(kept, mtp="drop").write(tmp_path / "cut.gguf")
+        blocks = {name for name in model.tensors if name.startswith("blk.4.")}
+    report = verify(tmp_path / "cut.gguf", source)
+    assert report.good, [str(p) for p in report.problems]
+    assert set(report.removed) == blocks
 
 
 @pytest.mark.parametrize("table, good", [

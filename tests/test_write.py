@@ -149,6 +149,20 @@ def test_law_3_threads_memory_and_io_change_no_byte(model, folder, expected, nam
     assert receipt.buffer_bytes <= units.parse_size(memory)
 
 
+def test_the_number_of_threads(model, tmp_path, monkeypatch):
+    def threads(**options):
+        return Plan(model).write(tmp_path / "out.gguf", overwrite=True, **options).threads
+
+    monkeypatch.setenv("PGS_THREADS", "3")
+    assert threads() == 3 and threads(threads=2) == 2
+    monkeypatch.setenv("PGS_THREADS", "")
+    assert threads() == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("PGS_THREADS", "many")
+    with pytest.raises(BadPlan) as e:
+        threads()
+    assert e.value.object == "PGS_THREADS" and e.value.found == "many"
+
+
 @pytest.mark.parametrize("io, memory", [("fast", "512MiB"), ("auto", "1MiB")])
 def test_options_that_are_refused(model, tmp_path, io, memory):
     with pytest.raises(BadPlan):
@@ -200,6 +214,17 @@ def test_the_receipt(model, tmp_path):
     assert json.loads(json.dumps(receipt.to_json()))["file_bytes"] == receipt.file_bytes
 
 
+def test_an_output_in_bytes_and_one_that_is_no_utf_8(model, tmp_path):
+    name = os.path.join(os.fsencode(tmp_path), b"o\xff.gguf")
+    receipt = Plan(model).write(name)
+    assert os.path.exists(name) and receipt.path == os.fsdecode(name) and json.dumps(receipt.to_json())
+    with pytest.raises(FileExistsError):
+        Plan(model).write(os.fsdecode(name))
+    with pytest.raises(ValueError, match="null"):
+        Plan(model).write(tmp_path / "o\0.gguf")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 # --- progress -------------------------------------------------------------------------------------------------------
 
 def test_a_callable_gets_done_and_total(model, tmp_path):
@@ -234,6 +259,7 @@ class Terminal(io.StringIO):
 def test_the_bar_on_a_terminal(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(write.ProgressBar, "_columns", lambda self: 100)
     stream = Terminal()
     bar = write.ProgressBar("out.gguf", stream)
     now[0] += 10
@@ -246,6 +272,22 @@ def test_the_bar_on_a_terminal(monkeypatch):
     bar.close()
     bar.close()
     assert stream.getvalue().endswith("0:00 left\n") and stream.getvalue().count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [20, 50, 60, 80, 200])
+@pytest.mark.parametrize("label", ["o.gguf", "a-rather-long-name-of-a-model-MXFP4_MOE.gguf"])
+def test_the_bar_never_wraps(monkeypatch, columns, label):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(write.ProgressBar, "_columns", lambda self: columns)
+    stream = Terminal()
+    bar = write.ProgressBar(label, stream)
+    for part in range(1, 5):
+        now[0] += 100
+        bar(part * 2**30, 4 * 2**30)
+    lines = stream.getvalue().split("\r")[1:]
+    assert len(lines) == 4 and all(len(line) < columns for line in lines)
+    assert all("GiB of 4.00 GiB"[:columns - 6] in line for line in lines)
 
 
 def test_a_line_per_ten_seconds_elsewhere(monkeypatch):

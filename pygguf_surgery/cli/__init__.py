@@ -16,6 +16,9 @@ DONE, FAILED, USAGE, BAD_INPUT, CANNOT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 ok, 2 usage, 3 bad input, 4 cannot be done as asked, 130 Ctrl-C,
     1 anything else."""
+    for name in ("stdout", "stderr"):  # closed by the caller: print and argparse would fail, or use the other one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         args = make_parser(PROGRAM).parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or what is wrong

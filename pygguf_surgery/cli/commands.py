@@ -32,7 +32,7 @@ def info(args: Namespace) -> int:
     if args.json:
         words.print_json(to_json(model, args.full))
     else:
-        print(describe(model))
+        words.show(describe(model))
         _warn(model.warnings)
     return 0
 
@@ -46,8 +46,8 @@ def verify(args: Namespace) -> int:
     elif not args.quiet:
         _warn(report.warnings)
         for problem in report.problems:
-            print(f"problem: {problem}")
-        print(report.summary())
+            words.show(f"problem: {problem}")
+        words.show(report.summary())
     return 0 if report.good else 3
 
 
@@ -94,7 +94,7 @@ def _describe_or_write(args: Namespace) -> int:
             if args.json:
                 words.print_json(checked.to_json(full=args.full))
             else:
-                print(checked.summary())
+                words.show(checked.summary())
             return 0
         if checked.blockers:
             for blocker in checked.blockers:
@@ -106,7 +106,7 @@ def _describe_or_write(args: Namespace) -> int:
         words.print_json(receipt.to_json())
     elif not quiet:
         _warn(receipt.warnings)
-        print(_receipt(receipt))
+        words.show(_receipt(receipt))
     return 0
 
 
@@ -120,21 +120,38 @@ def make_plan(model: Model, args: Namespace) -> Plan:
         result = result.remove_metadata(*args.remove)
     if given.get("set"):
         result = result.set_metadata_text(args.set)
-    if given.get("type") or given.get("override"):
-        result = result.quantize(args.type or "COPY", overrides=args.override, pure=args.pure,
+    if given.get("type") is not None or given.get("override"):
+        result = result.quantize("COPY" if args.type is None else args.type, overrides=args.override, pure=args.pure,
                                  allow_requantize=args.allow_requantize)
     elif given.get("pure"):
         raise Usage("--pure goes with --type")
     if any(given.get(option) is not None for option in ("keep", "ratio", "by")):
         from ..experts.rank import rank
 
+        by = RANKED[0] if args.by is None else args.by
+        if by == "aimer" and not args.dry_run:
+            _refuse_early(model, result, args)
         with _progress("ranking", given.get("quiet", False)) as progress:
-            ranking = rank(model, by=args.by or RANKED[0], memory=args.memory, threads=args.threads, io=args.io,
-                           progress=progress)
+            ranking = rank(model, by=by, memory=args.memory, threads=args.threads, io=args.io, progress=progress)
         result = result.keep_experts(ranking.keep(args.keep, ratio=args.ratio), mtp=args.mtp)
     elif given.get("mtp") == "drop":
         raise Usage("--mtp drop goes with --keep or --ratio")
     return result
+
+
+def _refuse_early(model: Model, plan: Plan, args: Namespace) -> None:
+    """Raises what no choice of experts could change, before all their weights are read to choose."""
+    from .info import experts
+    from ..experts.rank import rank
+    from ..write import first_blocker
+
+    moe = experts(model)
+    if moe is None or not isinstance(moe["count"], int):  # rank says what is wrong
+        return
+    alike = rank(model, by={"scores": {layer: [0] * moe["count"] for layer in moe["layers"]}})
+    checked = plan.keep_experts(alike.keep(args.keep, ratio=args.ratio), mtp=args.mtp).check()
+    if checked.blockers:
+        raise first_blocker(checked)
 
 
 def _progress(what: str, quiet: bool):

@@ -46,7 +46,8 @@ def _demo(args: Namespace, folder: str) -> dict[str, Any]:
         moe = experts(source)
         if moe is None:
             raise pgs.BadPlan("the model has no experts", path=source.path)
-        keep, type, by = args.keep or moe["count"] // 2, args.type or TYPE, args.by or "router-norm"
+        keep = moe["count"] // 2 if args.keep is None else args.keep
+        type, by = TYPE if args.type is None else args.type, "router-norm" if args.by is None else args.by
         start = time.perf_counter()
         kept = pgs.experts.rank(source, by=by, **limits).keep(keep)
         plan = pgs.Plan(source).keep_experts(kept).quantize(type)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..check import value_for_json
+from ..check import abbreviate, value_for_json
 from ..experts.roles import moe_layers
 from ..model import Model
 from ..units import human
@@ -18,7 +18,7 @@ def to_json(model: Model, full: bool = False) -> dict[str, Any]:
         "architecture": model.architecture,
         "name": model.name,
         "parameters": parameters(model),
-        "experts": experts(model),
+        "experts": experts(model) if full else abbreviate(experts(model)),
         "layers": model.get("block_count"),
         "tensors": len(model.tensors),
         "file_bytes": model.file_bytes,

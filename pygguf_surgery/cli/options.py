@@ -20,7 +20,8 @@ OPTIONS = {
     "--allow-requantize": dict(action="store_true", help="let tensors that are quantized already be encoded again"),
     "--set": dict(action="append", default=[], metavar="KEY=VALUE", help="metadata, KEY=VALUE or KEY:TYPE=VALUE; an "
                   "existing key keeps its type, a new one is a string; may be repeated"),
-    "--remove": dict(action="append", default=[], metavar="KEY", help="remove a metadata key; may be repeated"),
+    "--remove": dict(action="append", default=[], metavar="KEY",
+                     help="remove a metadata key, before any is set; may be repeated"),
     "--memory": dict(default="512MiB", metavar="SIZE", type=lambda text: size(text),
                      help="limit of all buffers (default 512MiB)"),
     "--threads": dict(type=int, default=0, metavar="N", help="worker threads (default: all cores, or PGS_THREADS)"),
@@ -75,7 +76,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
         for metavar in positionals:
             dest, text = POSITIONALS[metavar]
-            command.add_argument(dest, metavar=metavar, help=text)
+            command.add_argument(dest, metavar=metavar, help=text, type=not_empty)
         for option in options:
             command.add_argument(option, **OPTIONS[option])
     return parser
@@ -87,6 +88,12 @@ class _Version(argparse.Action):
 
         print(f"{parser.prog} {_core.__version__} (ggml {_core.ggml_version()})")
         parser.exit()
+
+
+def not_empty(text: str) -> str:
+    if not text:  # most likely a variable of the shell that is not set
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
 
 
 def override(text: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,22 @@ if TYPE_CHECKING:
     from .._core import Value
 
 PROGRAM = "gguf-surgery"
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # all but the end of a line
 
 
 def say(text: str) -> None:
     """One line for a person, on stderr."""
-    print(f"{PROGRAM}: {' '.join(text.split())}", file=sys.stderr)
+    print(f"{PROGRAM}: {printable(' '.join(text.split()))}", file=sys.stderr)
+
+
+def show(text: str) -> None:
+    """Lines for a person, on stdout."""
+    print(printable(text))
+
+
+def printable(text: str) -> str:
+    """Control characters as \\x1b: names come from the file, and a terminal obeys what they say."""
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def count(n: float) -> str:
@@ -33,7 +45,7 @@ def number(x: float | None, digits: int) -> str:
 
 def table(rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """Columns of equal width; the first `left` are flush left, the others right."""
-    rows = [list(row) for row in rows]
+    rows = [[printable(cell).replace("\n", "\\n") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
     return "\n".join("  ".join(cell.ljust(w) if i < left else cell.rjust(w)
                                for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)

@@ -149,6 +149,36 @@ def _check_routing(architecture: str, found: Layout, kept: Kept, out: Outcome) -
                             "512, for 288 and for 576")
 
 
+# Keys of an architecture that llama.cpp's loader checks against each other (llama-model.cpp, load_hparams).
+NUMBERS = ("block_count", "nextn_predict_layers", "expert_count", "expert_used_count", "expert_group_count",
+           "expert_group_used_count")
+
+
+def check_numbers(architecture: str, metadata: dict[str, Value]) -> list[SurgeryError]:
+    """Which of these numbers, as they are, llama.cpp's loader or its router cannot take."""
+    found: list[SurgeryError] = []
+    get = _getter(metadata)
+    try:
+        blocks, nextn = (roles.count(get, f"{architecture}.{name}", 0) for name in NUMBERS[:2])
+        if nextn > blocks:
+            found.append(BadPlan("more MTP blocks than blocks", object=f"{architecture}.nextn_predict_layers",
+                                 found=nextn, expected=f"at most {blocks}"))
+        experts = roles.count(get, f"{architecture}.expert_count", 0)
+        if not experts:
+            return found
+        key = f"{architecture}.expert_used_count"
+        used = _used(get, key)
+        if used > experts:
+            found.append(BadPlan("more experts used than there are", object=key, found=used,
+                                 expected=f"at most {experts}"))
+        groups = roles.count(get, f"{architecture}.expert_group_count", 0)
+        if groups:
+            _check_groups(architecture, Layout((), (), experts, groups, 1), {}, experts, used, found, get)
+    except SurgeryError as error:
+        found.append(error)
+    return found
+
+
 def _used(get: Callable[[str], Any], key: str) -> int:
     """The most experts per token of any layer. The value is one number or one per block (0 in dense ones)."""
     value = get(key)

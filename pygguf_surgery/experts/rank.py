@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import _core
 from ..errors import BadFile, BadPlan, Unsupported
-from ..units import MEMORY, parse_memory
+from ..units import MEMORY, parse_memory, parse_threads
 from . import roles
 from .roles import Layout
 
@@ -181,7 +181,7 @@ class _Reduce:
     def __init__(self, model: Model, found: Layout, *, memory: int | str, threads: int, io: str,
                  progress: Progress | None):
         self.model, self.layout = model, found
-        self.options = {"memory": parse_memory(memory), "threads": threads, "io": io}
+        self.options = {"memory": parse_memory(memory), "threads": parse_threads(threads), "io": io}
         self.progress = progress
         self.done = self.total = 0
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import _core
 from ..errors import BadPlan, Unsupported
+from ..units import parse_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +44,7 @@ def quantize(array: NDArray[np.float32], type: Any, imatrix: NDArray[np.float32]
         return np.zeros((*array.shape[:-1], nbytes), np.uint8)
     with np.errstate(over="ignore"):  # infinity is the core's to refuse
         rows = np.ascontiguousarray(array, dtype=np.float32).reshape(-1, k)
-    return _core.quantize(rows, facts["id"], importance, threads).reshape(*array.shape[:-1], nbytes)
+    return _core.quantize(rows, facts["id"], importance, parse_threads(threads)).reshape(*array.shape[:-1], nbytes)
 
 
 def dequantize(array: NDArray[np.uint8], type: Any, *, threads: int = 0) -> NDArray[np.float32]:
@@ -64,7 +65,7 @@ def dequantize(array: NDArray[np.uint8], type: Any, *, threads: int = 0) -> NDAr
     if array.size == 0:
         return np.zeros((*array.shape[:-1], k), np.float32)
     rows = np.ascontiguousarray(array).reshape(-1, nbytes)
-    return _core.dequantize(rows, facts["id"], threads).reshape(*array.shape[:-1], k)
+    return _core.dequantize(rows, facts["id"], parse_threads(threads)).reshape(*array.shape[:-1], k)
 
 
 def _facts(type: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .._core import types as _core_types
-from ..errors import Unsupported
+from ..errors import BadPlan, Unsupported
 
 # llama-quantize's names -> (file-type number, the default type of its tensors). "Q4_K" and its like are aliases there.
 FILE_TYPES: dict[str, tuple[int, str]] = {
@@ -83,8 +83,12 @@ class FileType:
 
 
 def file_type(name: str, pure: bool) -> FileType:
-    """The meaning of `name`, in any case. Unsupported for one that is unknown or not served without `pure`."""
-    name = str(name).upper()
+    """The meaning of `name`, in any case. BadPlan for what is no name, Unsupported for one that is unknown or
+    not served without `pure`."""
+    name = getattr(name, "name", name)  # also gguf.GGMLQuantizationType
+    if not isinstance(name, str):
+        raise BadPlan("a file type is a name", object=repr(name), expected="such as MXFP4_MOE")
+    name = name.upper()
     if name == "COPY":
         return FileType(name, None, None, None)
     facts = {t["name"]: t for t in _core_types()}
