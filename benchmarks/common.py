@@ -10,7 +10,9 @@ import tempfile
 import time
 
 MIB = 1 << 20
-SURGERY = [sys.executable, "-m", "pygguf_surgery"]
+# The installed command: -m would find the checkout's sources, without their core, in the current folder.
+_COMMAND = os.path.join(os.path.dirname(sys.executable), "gguf-surgery")
+SURGERY = [_COMMAND] if os.path.exists(_COMMAND) else [sys.executable, "-m", "pygguf_surgery"]
 
 
 def timed(command: list[str]) -> tuple[float, float]:

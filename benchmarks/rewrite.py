@@ -17,8 +17,8 @@ args = parser.parse_args()
 with tempfile.TemporaryDirectory(dir=args.folder) as folder:
     copy, ours = os.path.join(folder, "copy.gguf"), os.path.join(folder, "ours.gguf")
     cp = ["sh", "-c", 'rm -f "$2"; cp --reflink=never "$1" "$2" && sync -f "$2"', "sh", args.model, copy]
-    edit = ["sh", "-c", 'rm -f "$2"; in=$1; out=$2; shift 2; exec "$@" edit "$in" "$out" --quiet --set "general.description=$(printf %05000d 0)"',
-            "sh", args.model, ours, *SURGERY]
+    edit = ["sh", "-c", 'rm -f "$1"; shift; exec "$@"', "sh", ours, *SURGERY, "edit", args.model, ours, "--quiet",
+            "--set", f"general.description={'long ' * 1000}"]
     results = {"cp --reflink=never; sync -f": [], "gguf-surgery edit": []}
     warm(args.model, os.path.getsize(args.model))
     for _ in range(args.runs):
@@ -27,4 +27,5 @@ with tempfile.TemporaryDirectory(dir=args.folder) as folder:
     for label, runs in results.items():
         show(label, [s for s, _ in runs], max(m for _, m in runs))
     a, b = ([s for s, _ in runs] for runs in results.values())
-    print(f"ours / cp: {statistics.median(b) / statistics.median(a):.3f} of the medians; pairs {', '.join(f'{y / x:.2f}' for x, y in zip(a, b))}")
+    pairs = ", ".join(f"{y / x:.2f}" for x, y in zip(a, b))
+    print(f"ours / cp: {statistics.median(b) / statistics.median(a):.3f} of the medians; pairs {pairs}")
