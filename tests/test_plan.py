@@ -416,3 +416,13 @@ def test_law_2_the_engine_equals_a_slow_oracle(folder, small, target, data):
             expected = array if types[name] == type else pgs.quantize(decoded(array, type), types[name])
             assert result.tensors[name].bytes().tobytes() == np.ascontiguousarray(expected).tobytes(), name
             assert result.tensors[name].shape[0] == len(array)
+
+
+@pytest.mark.parametrize("key, value", [("qwen3moe.embedding_length", 64), ("tokenizer.ggml.tokens", ["a", "b"])])
+def test_keys_that_no_longer_fit_the_embedding_are_blockers(tmp_path, key, value):
+    with pgs.open(moe_models.qwen3moe(tmp_path / "in.gguf")) as model:
+        rows, length = model.tensors["token_embd.weight"].shape
+        fitting = {"qwen3moe.embedding_length": length, "tokenizer.ggml.tokens": [str(i) for i in range(rows)]}
+        assert not Plan(model).set_metadata(fitting).check().blockers
+        [blocker] = Plan(model).set_metadata({key: value}).check().blockers
+        assert blocker.object == key and "token_embd.weight" in str(blocker)

@@ -18,7 +18,7 @@ OPTIONS = {
     "--override": dict(action="append", default=[], metavar="REGEX=TYPE", type=lambda text: override(text),
                        help="type (or copy) of the tensors whose name matches; may be repeated, the first match wins"),
     "--allow-requantize": dict(action="store_true", help="let tensors that are quantized already be encoded again"),
-    "--set": dict(action="append", default=[], metavar="KEY=VALUE", help="metadata, KEY=VALUE or KEY:TYPE=VALUE; an "
+    "--set": dict(action="append", default=[], metavar="KEY=VALUE", type=lambda text: assignment(text), help="metadata, KEY=VALUE or KEY:TYPE=VALUE; an "
                   "existing key keeps its type, a new one is a string; may be repeated"),
     "--remove": dict(action="append", default=[], metavar="KEY",
                      help="remove a metadata key, before any is set; may be repeated"),
@@ -101,6 +101,12 @@ def override(text: str) -> tuple[str, str]:
     if not equals or not pattern or not type:
         raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=TYPE")
     return pattern, type
+
+
+def assignment(text: str) -> str:
+    if not text.partition("=")[1] or not text.partition("=")[0]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return text
 
 
 def size(text: str) -> int:
