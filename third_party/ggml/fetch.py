@@ -20,8 +20,10 @@ def main(carrier: str, sha256: str, version: str, target: str) -> None:
     parent = os.path.dirname(target)
     with tempfile.TemporaryDirectory(prefix="pgs-ggml-") as folder:
         # --no-build-isolation: pip only has to read the metadata, with the scikit-build-core that is already here.
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                        "--no-binary", ":all:", "--no-build-isolation", carrier, "-d", folder], check=True)
+        if subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                           "--no-binary", ":all:", "--no-build-isolation", carrier, "-d", folder]).returncode:
+            raise SystemExit(f"cannot download {carrier}, which carries the ggml source; without a package index give a "
+                             "ggml tree of your own: pip install . -C cmake.define.PGS_GGML_SOURCE=DIR")
         archive = os.path.join(folder, os.listdir(folder)[0])
         with open(archive, "rb") as f:
             found = hashlib.sha256(f.read()).hexdigest()
