@@ -198,7 +198,9 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
     metadata, alignment = _derived(model, metadata, warnings)
     blockers += _check_tensors(model, tensors)
     blockers += _check_metadata(model.architecture, before, metadata)
-    blockers += _check_embedding(model.architecture, before, metadata, tensors)
+    embedding = next((t.shape for t in tensors if t.name == "token_embd.weight"), ())
+    blockers += [error for error in metadata_rules.check_embedding(model.architecture, metadata, embedding)
+                 if before.get(error.object) != metadata.get(error.object)]
 
     checked = CheckedPlan(
         data=data, tensors=tensors, nbytes=[_target_bytes(t) for t in tensors], offsets=[], metadata=metadata,
@@ -274,24 +276,6 @@ def _check_metadata(architecture: str, before: dict[str, Value], after: dict[str
     if any(before.get(key) != after.get(key) for key in {*before, *after} if metadata_rules.is_tensor_extra(key)):
         found += metadata_rules.check_tensor_extra(after)
     return found + metadata_rules.check_required(architecture, before, after)
-
-
-def _check_embedding(architecture: str, before: dict[str, Value], after: dict[str, Value],
-                     tensors: list[OutputTensor]) -> list[SurgeryError]:
-    """token_embd.weight is [tokens, embedding_length]: keys that this plan changed must still say so."""
-    shape = next((t.shape for t in tensors if t.name == "token_embd.weight"), ())
-    if len(shape) != 2:
-        return []
-    found: list[SurgeryError] = []
-    for key, expected in ((f"{architecture}.embedding_length", shape[1]), ("tokenizer.ggml.tokens", shape[0])):
-        value = after.get(key)
-        if value is None or value == before.get(key):
-            continue
-        number = len(value) if value.type.endswith("[]") else value.value
-        if number != expected:
-            found.append(BadPlan("does not fit token_embd.weight", object=key, found=number,
-                                 expected=f"{expected}, of shape {list(shape)}"))
-    return found
 
 
 def _count(metadata: dict[str, Value], architecture: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -36,19 +37,19 @@ def write_gguf(path, metadata: Mapping[str, Value], tensors: Mapping[str, Any], 
         infos.append(TensorInfo(name, tuple(reversed(shape)), type_id(kind)))
         pieces.append(data)
     header, offsets, file_bytes = encode_header(list(metadata.items()), infos, alignment)
-    with Sink(str(path), file_bytes, overwrite=overwrite) as sink:
+    with Sink(path, file_bytes, overwrite=overwrite) as sink:
         sink.write_at(0, header)
         for info, offset, data in zip(infos, offsets, pieces):
             end = offset + info.nbytes
             at = offset
             for piece in _chunks(data):
                 if at + piece.nbytes > end:
-                    raise BadPlan("data is longer than the tensor", path=str(path), object=info.name,
+                    raise BadPlan("data is longer than the tensor", path=os.fsdecode(path), object=info.name,
                                   expected=f"{info.nbytes} bytes")
                 sink.write_at(at, piece)
                 at += piece.nbytes
             if at != end:
-                raise BadPlan("data is shorter than the tensor", path=str(path), object=info.name,
+                raise BadPlan("data is shorter than the tensor", path=os.fsdecode(path), object=info.name,
                               found=f"{at - offset} bytes", expected=f"{info.nbytes} bytes")
             if padding := -end % alignment:
                 sink.write_at(end, bytes(padding))
@@ -61,7 +62,7 @@ def read_gguf(path) -> tuple[dict[str, Value], dict[str, np.ndarray]]:
     quantized ones) is uint8 with the bytes of a row in its last dimension. BadFile, OSError.
     """
     facts = {fact["id"]: fact for fact in types()}
-    source = Source(str(path))
+    source = Source(path)
     try:
         header = read_header(source)
         tensors = {}

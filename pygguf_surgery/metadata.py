@@ -242,6 +242,22 @@ def check_required(architecture: str, before: Mapping[str, Value], after: Mappin
     return found
 
 
+def check_embedding(architecture: str, metadata: Mapping[str, Value], shape: tuple[int, ...]) -> list[SurgeryError]:
+    """Keys that contradict token_embd.weight, whose shape is [tokens, embedding_length]."""
+    found: list[SurgeryError] = []
+    if len(shape) != 2 or f"{architecture}.features_length" in metadata:  # there the rows are features (wavtokenizer)
+        return found
+    for key, expected in ((f"{architecture}.embedding_length", shape[1]), ("tokenizer.ggml.tokens", shape[0])):
+        value = metadata.get(key)
+        if value is None:
+            continue
+        number = len(value) if value.type.endswith("[]") else value.value
+        if number != expected:
+            found.append(BadPlan("does not fit token_embd.weight", object=key, found=number,
+                                 expected=f"{expected}, of shape {list(shape)}"))
+    return found
+
+
 # --- general.tensor_extra.*: "name" lists tensors, every other array there is parallel to it ------------------------
 
 _EXTRA_NAME = "general.tensor_extra.name"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import _core
+from .check import NAME_BYTES
 from .errors import BadFile, SurgeryError
+from .experts.prune import NUMBERS, check_numbers
 from .experts.roles import PER_BLOCK_KEYS, check_shape, expert_rule, layer_of, layout
+from .metadata import check_embedding
 from .model import Model, Tensor, open as open_model, row_bytes, type_facts
 
 if TYPE_CHECKING:
@@ -17,9 +21,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 16 << 20
 SAMPLE_ROWS = 64          # of a re-encoded tensor, spread over it
-MAX_EXPERTS = 1024        # LLAMA_MAX_EXPERTS
 MAX_LAYERS = 512          # LLAMA_MAX_LAYERS
-MAX_NAME = 63             # GGML_MAX_NAME - 1
 LEAST_COSINE = 0.5        # below, a re-encoded tensor is not a coarse copy of its source but another tensor
 
 
@@ -102,8 +104,8 @@ def _check_layout(model: Model, report: Report) -> None:
         report.problem("alignment below 32: llama.cpp aborts on it", object="general.alignment", found=model.alignment)
     ends: dict[int, int] = {}
     for tensor in model.tensors.values():
-        if not 0 < len(tensor.name.encode(errors="surrogateescape")) <= MAX_NAME:
-            report.problem("a name that llama.cpp cannot hold", object=tensor.name, expected=f"1 to {MAX_NAME} bytes")
+        if not 0 < len(tensor.name.encode(errors="surrogateescape")) <= NAME_BYTES:
+            report.problem("a name that llama.cpp cannot hold", object=tensor.name, expected=f"1 to {NAME_BYTES} bytes")
         end = ends.get(tensor.source)
         if end is not None:
             expected = _aligned(end, model.alignment)
@@ -142,7 +144,8 @@ def _check_loader(model: Model, report: Report) -> None:
     for suffix in ("block_count", "context_length", "embedding_length"):
         _u32(model, suffix, report, required=True)
     _check_blocks(model, report)
-    _check_vocabulary(model, report)
+    if (tensor := model.tensors.get("token_embd.weight")) is not None:
+        _add(report, check_embedding(model.architecture, model.metadata.exact(), tensor.shape))
     _check_experts(model, report)
 
 
@@ -187,29 +190,23 @@ def _check_blocks(model: Model, report: Report) -> None:
                 report.problem("an array with not one entry per block", object=key, found=length, expected=blocks)
 
 
-def _check_vocabulary(model: Model, report: Report) -> None:
-    tensor = model.tensors.get("token_embd.weight")
-    if tensor is None:
-        return
-    width = model.get("embedding_length")
-    if isinstance(width, int) and tensor.ne and tensor.ne[0] != width:
-        report.problem("its rows do not have embedding_length elements", object=tensor.name, found=tensor.ne[0],
-                       expected=width)
-    if "tokenizer.ggml.tokens" in model.metadata:
-        tokens = len(model.metadata.value("tokenizer.ggml.tokens"))
-        if len(tensor.shape) == 2 and tensor.shape[0] != tokens:
-            report.problem("not one row per token", object=tensor.name, found=tensor.shape[0], expected=tokens)
+def _add(report: Report, errors: Iterable[SurgeryError]) -> None:
+    """Faults found by the rules of check(), without its advice on what to plan."""
+    for error in errors:
+        error.path, error.hint = report.path, None
+        report.problems.append(error)
 
 
 _SINGLE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 
 
 def _check_experts(model: Model, report: Report) -> None:
-    count = _u32(model, "expert_count", report) or 0
+    for suffix in NUMBERS[2:]:
+        _u32(model, suffix, report, array=suffix == "expert_used_count")
+    _add(report, check_numbers(model.architecture, model.metadata.exact()))
     for name in model.tensors:
         if _SINGLE_EXPERT.fullmatch(name):
             report.problem("a tensor per expert, as in old files: current llama.cpp loads none", object=name)
-    _check_counts(model, count, report)
     try:
         moe = layout(model.architecture, model.tensors, model.metadata.get)
     except SurgeryError as error:
@@ -221,32 +218,6 @@ def _check_experts(model: Model, report: Report) -> None:
             report.problems.append(error)
     for layer in moe.layers:
         _check_layer(model, f"blk.{layer}.", report)
-
-
-def _check_counts(model: Model, count: int, report: Report) -> None:
-    arch = model.architecture
-    if count > MAX_EXPERTS:
-        report.problem("more experts than llama.cpp allows", object=f"{arch}.expert_count", found=count,
-                       expected=f"at most {MAX_EXPERTS}")
-    used = _u32(model, "expert_used_count", report, array=True)
-    most = max(used, default=0) if isinstance(used, list) else used or 0
-    if most > count or (count and not most):
-        report.problem("not between 1 and the number of experts" if count else "experts used, and none there",
-                       object=f"{arch}.expert_used_count", found=most, expected=f"1..{count}" if count else 0)
-    groups = _u32(model, "expert_group_count", report) or 0
-    group_used = _u32(model, "expert_group_used_count", report) or 0
-    if groups > 1:
-        object = f"{arch}.expert_group_count"
-        if groups >= max(count, 1) or count % groups:
-            report.problem(f"{count} experts do not divide into these groups", object=object, found=groups)
-        elif count // groups < 2:
-            report.problem("groups of one expert: the router takes the two best of each", object=object, found=groups)
-        elif not 0 < group_used < groups:
-            report.problem("out of range", object=f"{arch}.expert_group_used_count", found=group_used,
-                           expected=f"1..{groups - 1}")
-        elif group_used * (count // groups) < most:
-            report.problem(f"{group_used} groups of {count // groups} hold fewer experts than are used", object=object,
-                           found=groups)
 
 
 def _check_layer(model: Model, block: str, report: Report) -> None:

@@ -135,3 +135,11 @@ def test_real_files_are_canonical(name, tmp_path):
                for t in header.tensors}
     write_gguf(tmp_path / "again.gguf", dict(header.metadata), tensors, alignment=header.alignment)
     assert (tmp_path / "again.gguf").read_bytes() == path.read_bytes()
+
+
+def test_paths_of_any_kind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("a.gguf", b"b.gguf", tmp_path / "c.gguf"):
+        write_gguf(path, {"general.architecture": Value("test", "str")}, {})
+        assert read_gguf(path)[0] == {"general.architecture": Value("test", "str")}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "b.gguf", "c.gguf"]

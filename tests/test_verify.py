@@ -154,14 +154,14 @@ def u32(n):
     ({"qwen3next.expert_group_count": u32(4), "qwen3next.expert_group_used_count": u32(4)},
      "qwen3next.expert_group_used_count"),
     ({"qwen3next.expert_group_count": u32(4), "qwen3next.expert_group_used_count": u32(1),
-      "qwen3next.expert_used_count": u32(3)}, "qwen3next.expert_group_count"),
+      "qwen3next.expert_used_count": u32(3)}, "qwen3next.expert_group_used_count"),
     ({"qwen3next.block_count": u32(3)}, "qwen3next.block_count"),
     ({"qwen3next.block_count": u32(5)}, "qwen3next.block_count"),
     ({"qwen3next.block_count": u32(0)}, "qwen3next.block_count"),
     ({"qwen3next.nextn_predict_layers": u32(5)}, "qwen3next.nextn_predict_layers"),
     ({"qwen3next.attention.head_count": pgs.Value([2, 2, 2], "u32[]")}, "qwen3next.attention.head_count"),
-    ({"qwen3next.embedding_length": u32(63)}, "token_embd.weight"),
-    ({"tokenizer.ggml.tokens": pgs.Value(["a", "b"], "str[]")}, "token_embd.weight"),
+    ({"qwen3next.embedding_length": u32(63)}, "qwen3next.embedding_length"),
+    ({"tokenizer.ggml.tokens": pgs.Value(["a", "b"], "str[]")}, "tokenizer.ggml.tokens"),
 ])
 def test_metadata_that_llama_cpp_refuses(files, tmp_path, metadata, object):
     report = verify(rewrite(files["source"], tmp_path / "bad.gguf", metadata=metadata))

@@ -164,9 +164,12 @@ def check_numbers(architecture: str, metadata: dict[str, Value]) -> list[Surgery
             found.append(BadPlan("more MTP blocks than blocks", object=f"{architecture}.nextn_predict_layers",
                                  found=nextn, expected=f"at most {blocks}"))
         experts = roles.count(get, f"{architecture}.expert_count", 0)
-        if not experts:
-            return found
         key = f"{architecture}.expert_used_count"
+        if not experts and get(key) in (None, 0):
+            return found
+        if experts > MAX_EXPERTS:
+            found.append(Unsupported("more experts than llama.cpp loads", object=f"{architecture}.expert_count",
+                                     found=experts, expected=f"at most {MAX_EXPERTS}"))
         used = _used(get, key)
         if used > experts:
             found.append(BadPlan("more experts used than there are", object=key, found=used,
@@ -198,15 +201,15 @@ def _check_groups(architecture: str, found: Layout, kept: Kept, n: int, used: in
             blockers.append(BadPlan("as many groups as experts", object=key, found=1, expected="fewer groups"))
         return
     key_used = f"{architecture}.expert_group_used_count"
-    group_used = roles.count(get, key_used)
-    if not 0 < group_used < groups:
-        raise BadFile("llama.cpp does not load this number of groups", object=key_used, found=group_used,
-                      expected=f"1..{groups - 1}")
     per_group = n // groups
     if n % groups:
         blockers.append(BadPlan(f"{n} experts do not divide into {groups} groups", object=key,
                                 hint=f"keep {nearest(n, groups, found.experts)}"))
         return
+    group_used = roles.count(get, key_used)
+    if not 0 < group_used < groups:
+        raise BadFile("llama.cpp does not load this number of groups", object=key_used, found=group_used,
+                      expected=f"1..{groups - 1}")
     if per_group < 2:
         blockers.append(BadPlan(f"{per_group} expert per group", object=key,
                                 hint=f"a group is chosen by its two best experts: keep at least {2 * groups}"))
