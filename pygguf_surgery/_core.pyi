@@ -102,18 +102,23 @@ class Job:
         target_offset: int,
         runs: NDArray[np.uint64] | None = None,  # [n, 3]: source index, byte offset, bytes
         literal: bytes | None = None,
-        importance: NDArray[np.float32] | None = None,  # [g, row_elements]
+        importance: NDArray[np.float32] | None = None,  # [m, row_elements]
+        # [g, 2]: (source index, byte offset) of row_elements float32, or (IN_MEMORY, row of `importance`). Without it
+        # the g rows are those of `importance`. g divides rows: consecutive rows / g share an importance row.
+        importance_rows: NDArray[np.uint64] | None = None,
+        importance_divisors: NDArray[np.float32] | None = None,  # [g]: each value read is divided by it, in float32
         remap: tuple[Sequence[int], Sequence[int], int] | None = None,  # table, substitutes, column
+        file: int = 0,  # index of the output file
     ) -> None: ...
+
+IN_MEMORY: int  # the "source index" of importance rows that the job itself holds
 
 def plan_budget(jobs: Sequence[Job], *, memory: int, threads: int, io: str) -> dict[str, int]:
     """{"threads", "tile_bytes", "buffer_bytes"}"""
 
 def run(
     sources: Sequence[Source],
-    output: str,
-    header: bytes,
-    file_bytes: int,
+    outputs: Sequence[tuple[str, bytes, int]],  # path, header, bytes of the whole file
     jobs: Sequence[Job],
     *,
     memory: int,
@@ -122,7 +127,7 @@ def run(
     overwrite: bool,
     progress: Callable[[int, int], object] | None,
 ) -> dict[str, int]:
-    """Writes the file. {"bytes_read", "bytes_written", "elements_encoded", "buffer_bytes", "threads"}.
+    """Writes the files. {"bytes_read", "bytes_written", "elements_encoded", "buffer_bytes", "threads"}.
     An exception from progress, KeyboardInterrupt included, cancels and leaves nothing behind."""
 
 def reduce_rows(

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pygguf_surgery
-from pygguf_surgery import BadPlan, _core
+from pygguf_surgery import BadPlan, SourceChanged, _core
 
 ID = {t["name"]: t["id"] for t in _core.types()}
 HOW = {"memory": 64 << 20, "threads": 2, "io": "auto"}
@@ -35,7 +35,7 @@ def job(source="F32", target="F32", *, row, rows, runs=None, at=0, name="t", **m
 
 
 def run(sources, path, jobs, nbytes, *, header=b"", progress=None, **how):
-    return _core.run(sources, path, header, nbytes, jobs, overwrite=True, progress=progress, **(HOW | how))
+    return _core.run(sources, [(path, header, nbytes)], jobs, overwrite=True, progress=progress, **(HOW | how))
 
 
 # --- hostile numbers ------------------------------------------------------------------------------------------------
@@ -153,6 +153,152 @@ def test_each_group_of_rows_has_its_own_importance(folder, groups):
     encoded = job("F32", "Q4_K", row=x.shape[1], rows=15, runs=[[0, 0, x.nbytes]], importance=weights)
     run([source], str(folder / "out"), [encoded], encoded.target_bytes, threads=3)
     assert (folder / "out").read_bytes() == _core.quantize(x, ID["Q4_K"], weights, 1).tobytes()
+
+
+# --- importance rows from a file --------------------------------------------------------------------------------------
+
+IN_MEMORY = _core.IN_MEMORY
+
+
+@given(st.data())
+def test_importance_rows_of_a_file_are_divided_and_used(folder, data):
+    """Sums at any byte, divided by counts in float32, beside rows in memory: for any threads, budget and way of reading."""
+    groups, per_group = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 5))
+    row = 256 * data.draw(st.sampled_from([1, 3, 33]))
+    kind = data.draw(st.sampled_from(["Q4_K", "IQ4_NL", "Q4_0"]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    x = rng.standard_normal((groups * per_group, row), np.float32)
+    sums = (rng.random((data.draw(st.integers(1, 4)), row), np.float32) * np.float32(1000) + np.float32(0.01))
+    held = rng.random((data.draw(st.integers(0, 2)), row), np.float32) + np.float32(0.01)
+    start = data.draw(st.integers(0, 5000))  # of the sums in their file
+    rows, expected = [], []
+    divisors = data.draw(st.lists(st.sampled_from([1, 3, 7, 512, 1e-3, 16777216]), min_size=groups, max_size=groups))
+    for divisor in np.array(divisors, np.float32):
+        in_memory = len(held) and data.draw(st.booleans())
+        n = data.draw(st.integers(0, len(held if in_memory else sums) - 1))
+        rows.append((IN_MEMORY, n) if in_memory else (1, start + n * row * 4))
+        expected.append((held if in_memory else sums)[n] / divisor)
+    encoded = job("F32", kind, row=row, rows=len(x), runs=[[0, 0, x.nbytes]], importance=held,
+                  importance_rows=np.array(rows, np.uint64), importance_divisors=np.array(divisors, np.float32))
+    sources = [source_of(folder / "in", x.tobytes()),
+               source_of(folder / "imatrix", bytes(start) + sums.tobytes() + b"more")]
+    run(sources, str(folder / "out"), [encoded], encoded.target_bytes, threads=data.draw(st.integers(1, 3)),
+        memory=data.draw(st.sampled_from([20, 64])) << 20,
+        io=data.draw(st.sampled_from(["auto", "pread", "direct", "mmap"])))
+    want = _core.quantize(x, ID[kind], np.array(expected, np.float32), 1)
+    assert (folder / "out").read_bytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("kernels, experts", [("ggml", 5), ("scalar", 5), ("scalar", 1)])
+def test_importance_rows_of_experts_in_many_tiles(folder, monkeypatch, kernels, experts):
+    """Each expert has its row, an expert has several tiles, and another tensor follows; every set of kernels."""
+    monkeypatch.setenv("PGS_KERNELS", kernels)
+    rows, row = 300, 1024
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((experts * rows, row), np.float32)
+    sums = rng.random((2, experts, row), np.float32) + np.float32(0.01)
+    counts = rng.integers(1, 1000, (2, experts)).astype(np.float32)
+    sources = [source_of(folder / "in", x.tobytes()), source_of(folder / "imatrix", sums.tobytes())]
+    jobs, at = [], 0
+    for i in (0, 1):
+        where = [(1, (i * experts + e) * row * 4) for e in range(experts)]
+        jobs.append(job("F32", "Q4_K", row=row, rows=len(x), runs=[[0, 0, x.nbytes]], at=at, name=str(i),
+                        importance_rows=np.array(where, np.uint64), importance_divisors=counts[i]))
+        at += jobs[-1].target_bytes
+    want = b"".join(_core.quantize(x, ID["Q4_K"], sums[i] / counts[i][:, None], 2).tobytes() for i in (0, 1))
+    for threads in (1, 3):
+        run(sources, str(folder / "out"), jobs, at, threads=threads, memory=16 << 20)
+        assert (folder / "out").read_bytes() == want
+
+
+@pytest.fixture(scope="module")
+def two_sources(folder):
+    x = np.ones((4, 256), np.float32)
+    return [source_of(folder / "four", x.tobytes()), source_of(folder / "sums", np.ones((2, 256), np.float32).tobytes())]
+
+
+def weighted(rows, divisors=None, *, name="blk.0", target="Q4_K", **more):
+    more = {"runs": [[0, 0, 4096]]} | more
+    return job("F32", target, row=256, rows=4, name=name, importance_rows=np.array(rows, np.uint64),
+               importance_divisors=None if divisors is None else np.array(divisors, np.float32), **more)
+
+
+@pytest.mark.parametrize("rows, divisors, problem", [
+    ([(1, 1025)], None, "beyond its source"), ([(1, 2**64 - 4)], None, "beyond its source"),
+    ([(2, 0)], None, "no such source"), ([(2**63, 0)], None, "no such source"),
+    ([(IN_MEMORY, 1)], None, "in memory"), ([(IN_MEMORY, 2**64 - 1)], None, "in memory"),
+    ([(IN_MEMORY, 2**56)], None, "in memory"),
+    ([(1, 0)] * 3, None, "does not fit the rows"), ([(1, 0)] * 8, None, "does not fit the rows"),
+    ([(1, 0)] * 2, [1, 0], "divisor"), ([(1, 0)] * 2, [-1, 1], "divisor"), ([(1, 0)], [np.nan], "divisor"),
+    ([(1, 0)], [np.inf], "divisor"), ([(IN_MEMORY, 0)], [-0.0], "divisor"),
+])
+def test_importance_rows_that_do_not_fit(folder, two_sources, rows, divisors, problem):
+    encoded = weighted(rows, divisors, importance=np.ones((1, 256), np.float32))
+    with pytest.raises(BadPlan, match=f"blk.0: .*{problem}"):
+        run(two_sources, str(folder / "none"), [encoded], encoded.target_bytes)
+    assert not (folder / "none").exists()
+
+
+@pytest.mark.parametrize("more", [{"target": "F32"}, {"importance": np.ones((1, 256), np.float32), "target": "F32"}])
+def test_importance_of_what_is_only_copied(folder, two_sources, more):
+    with pytest.raises(BadPlan, match="not encoded"):
+        run(two_sources, str(folder / "none"), [weighted([(1, 0)], **more)], 4096)
+
+
+def test_misuse_of_importance_rows():
+    for rows in ([], [1, 2], [(1, 2, 3)], [[(1, 2)]]):
+        with pytest.raises(ValueError, match="importance_rows"):
+            weighted(rows)
+    for divisors in ([1, 2], [[1]], []):
+        with pytest.raises(ValueError, match="importance_divisors"):
+            weighted([(1, 0)], divisors)
+    with pytest.raises(ValueError, match="importance_divisors"):
+        job("F32", "Q4_K", row=256, rows=4, importance_divisors=np.ones(1, np.float32))
+    with pytest.raises(BadPlan, match="^blk.7: importance is negative in row 1, column 3"):
+        values = np.ones((2, 256), np.float32)
+        values[1, 3] = -1
+        weighted([(IN_MEMORY, 0)], importance=values, name="blk.7")
+
+
+@pytest.mark.parametrize("value, divisor, problem", [
+    (np.nan, 1, "importance is not a finite number in row 2, column 7"),
+    (-1, 2, "importance is negative in row 2, column 7"),
+    (3e38, 1e-3, "importance is not a finite number in row 2, column 7"), (0, 5, "importance is all zero in row 2")])
+def test_importance_values_that_no_encoder_takes(folder, two_sources, value, divisor, problem):
+    """The row is that of the tensor: the expert's number."""
+    sums = np.ones((4, 256), np.float32)
+    sums[3, 7] = value
+    if value == 0:
+        sums[3] = 0
+    sources = [two_sources[0], source_of(folder / "bad", sums.tobytes())]
+    encoded = weighted([(1, 0), (1, 1024), (1, 3072), (1, 0)], [divisor] * 4)
+    for threads in (1, 3):
+        with pytest.raises(BadPlan, match=f"^blk.0: {problem}"):
+            run(sources, str(folder / "none"), [encoded], encoded.target_bytes, threads=threads)
+    assert not (folder / "none").exists()
+
+
+def test_an_importance_file_that_changes_during_the_run(folder, two_sources):
+    path = folder / "changing"
+    sources = [two_sources[0], source_of(path, np.ones((1, 256), np.float32).tobytes())]
+    encoded = weighted([(1, 0)])
+    with pytest.raises(SourceChanged) as error:
+        run(sources, str(folder / "none"), [encoded], encoded.target_bytes,
+            progress=lambda *_: path.write_bytes(b"other"))
+    assert error.value.path == str(path) and not (folder / "none").exists()
+
+
+def test_the_budget_counts_importance():
+    row, how = 1 << 20, {"memory": 1 << 30, "threads": 1, "io": "auto"}
+    plain = job("F32", "Q4_K", row=row, rows=4)
+    held = np.ones((2, row), np.float32)
+    read = job("F32", "Q4_K", row=row, rows=4, importance_rows=np.array([(0, 0)], np.uint64))
+    in_memory = job("F32", "Q4_K", row=row, rows=4, importance=held)
+    divided = job("F32", "Q4_K", row=row, rows=4, importance=held, importance_divisors=np.array([2, 2], np.float32))
+    before, *after = (_core.plan_budget([j], **how)["buffer_bytes"] for j in (plain, read, in_memory, divided))
+    assert [n - before for n in after] == [row * 4, held.nbytes, held.nbytes + row * 4]
+    with pytest.raises(BadPlan, match="does not fit"):
+        _core.plan_budget([in_memory], memory=held.nbytes, threads=1, io="auto")
 
 
 def test_the_error_is_the_first_in_the_data_not_in_time():

@@ -14,9 +14,12 @@ using RunRows = py::array_t<std::uint64_t, py::array::c_style | py::array::force
 pgs::Job make_job(std::string name, std::int32_t source_type, std::int32_t target_type, std::uint64_t row_elements,
                   std::uint64_t rows, std::uint64_t target_offset, const std::optional<RunRows>& runs,
                   const std::optional<py::bytes>& literal, const std::optional<FloatRows>& importance,
-                  const std::optional<std::tuple<std::vector<std::int32_t>, std::vector<std::int32_t>, std::uint64_t>>& remap) {
+                  const std::optional<RunRows>& importance_rows, const std::optional<FloatRows>& importance_divisors,
+                  const std::optional<std::tuple<std::vector<std::int32_t>, std::vector<std::int32_t>, std::uint64_t>>& remap,
+                  std::uint32_t file) {
     pgs::Job job;
     job.name = std::move(name);
+    job.file = file;
     job.source_type = source_type;
     job.target_type = target_type;
     job.row_elements = row_elements;
@@ -36,11 +39,30 @@ pgs::Job make_job(std::string name, std::int32_t source_type, std::int32_t targe
     if (literal) job.literal = std::string(*literal);
     if (importance) {
         if (importance->ndim() != 2) throw py::value_error("importance must have two dimensions");
-        job.importance.assign(importance->data(), importance->data() + importance->size());
-        job.importance_rows = importance->shape(0);
         if (static_cast<std::uint64_t>(importance->shape(1)) != row_elements)
             throw pgs::Error(pgs::Kind::bad_plan, "importance does not fit the rows").on(job.name);
-        pgs::check_importance(job.importance.data(), job.importance_rows, row_elements);
+        job.importance.assign(importance->data(), importance->data() + importance->size());
+        try {
+            pgs::check_importance(job.importance.data(), importance->shape(0), row_elements);
+        } catch (pgs::Error& e) {
+            e.object = job.name;
+            throw;
+        }
+    }
+    if (importance_rows) {
+        if (importance_rows->ndim() != 2 || importance_rows->shape(1) != 2 || importance_rows->shape(0) == 0)
+            throw py::value_error("importance_rows must have shape (g, 2)");
+        auto r = importance_rows->unchecked<2>();
+        for (py::ssize_t i = 0; i < r.shape(0); ++i) job.importance_rows.push_back({r(i, 0), r(i, 1), 1});
+    } else if (importance) {
+        for (py::ssize_t i = 0; i < importance->shape(0); ++i)
+            job.importance_rows.push_back({pgs::ImportanceRow::in_memory, static_cast<std::uint64_t>(i), 1});
+    }
+    if (importance_divisors) {
+        const std::size_t n = job.importance_rows.size();
+        if (importance_divisors->ndim() != 1 || static_cast<std::size_t>(importance_divisors->size()) != n)
+            throw py::value_error("importance_divisors must have shape (g,)");
+        for (std::size_t i = 0; i < n; ++i) job.importance_rows[i].divisor = importance_divisors->data()[i];
     }
     if (remap) job.remap = pgs::Remap{std::get<0>(*remap), std::get<1>(*remap), std::get<2>(*remap)};
     return job;
@@ -71,12 +93,14 @@ std::function<void(std::uint64_t, std::uint64_t)> poller(const py::object& progr
     };
 }
 
-py::dict run(const std::vector<PySource*>& py_sources, const py::object& path, const py::bytes& header,
-             std::uint64_t file_bytes, const std::vector<std::shared_ptr<pgs::Job>>& py_jobs, std::uint64_t memory, int threads,
-             const std::string& io, bool overwrite, const py::object& progress) {
+py::dict run(const std::vector<PySource*>& py_sources,
+             const std::vector<std::tuple<py::object, py::bytes, std::uint64_t>>& py_outputs,
+             const std::vector<std::shared_ptr<pgs::Job>>& py_jobs, std::uint64_t memory, int threads, const std::string& io,
+             bool overwrite, const py::object& progress) {
     const auto sources = sources_of(py_sources);
     const auto jobs = jobs_of(py_jobs);
-    const std::string output = path_bytes(path), header_bytes = header;
+    std::vector<pgs::Output> outputs;
+    for (const auto& [path, header, file_bytes] : py_outputs) outputs.push_back({path_bytes(path), header, file_bytes});
     const pgs::RunOptions options{memory, threads, pgs::io_from_name(io), overwrite};
     const auto poll = poller(progress);
     pgs::Cancel cancel;
@@ -84,7 +108,7 @@ py::dict run(const std::vector<PySource*>& py_sources, const py::object& path, c
     pgs::choose_kernels();
     {
         py::gil_scoped_release release;
-        stats = pgs::run(sources, output, header_bytes, file_bytes, jobs, options, cancel, poll);
+        stats = pgs::run(sources, outputs, jobs, options, cancel, poll);
     }
     py::dict d;
     d["bytes_read"] = stats.bytes_read;
@@ -118,10 +142,13 @@ void bind_engine(py::module_& m) {
     py::class_<pgs::Job, std::shared_ptr<pgs::Job>>(m, "Job")
         .def(py::init(&make_job), py::arg("name"), py::kw_only(), py::arg("source_type"), py::arg("target_type"),
              py::arg("row_elements"), py::arg("rows"), py::arg("target_offset"), py::arg("runs") = py::none(),
-             py::arg("literal") = py::none(), py::arg("importance") = py::none(), py::arg("remap") = py::none())
+             py::arg("literal") = py::none(), py::arg("importance") = py::none(),
+             py::arg("importance_rows") = py::none(), py::arg("importance_divisors") = py::none(),
+             py::arg("remap") = py::none(), py::arg("file") = 0)
         .def_readonly("name", &pgs::Job::name)
         .def_readonly("target_offset", &pgs::Job::target_offset)
         .def_readonly("target_bytes", &pgs::Job::target_bytes);
+    m.attr("IN_MEMORY") = pgs::ImportanceRow::in_memory;
     m.def("plan_budget", [](const std::vector<std::shared_ptr<pgs::Job>>& jobs, std::uint64_t memory, int threads, const std::string& io) {
         const auto b = pgs::plan_budget(jobs_of(jobs), {memory, threads, pgs::io_from_name(io), false});
         py::dict d;
@@ -130,8 +157,7 @@ void bind_engine(py::module_& m) {
         d["buffer_bytes"] = b.buffer_bytes;
         return d;
     }, py::arg("jobs"), py::kw_only(), py::arg("memory"), py::arg("threads"), py::arg("io"));
-    m.def("run", &run, py::arg("sources"), py::arg("output"), py::arg("header"), py::arg("file_bytes"), py::arg("jobs"),
-          py::kw_only(), py::arg("memory"), py::arg("threads"), py::arg("io"), py::arg("overwrite"), py::arg("progress"));
+    m.def("run", &run, py::arg("sources"), py::arg("outputs"), py::arg("jobs"), py::kw_only(), py::arg("memory"), py::arg("threads"), py::arg("io"), py::arg("overwrite"), py::arg("progress"));
     m.def("reduce_rows", &reduce_rows, py::arg("sources"), py::arg("job"), py::arg("rows_per_group"), py::kw_only(),
           py::arg("memory"), py::arg("threads"), py::arg("io"), py::arg("progress") = py::none());
 }

@@ -24,7 +24,8 @@ void raise(const pgs::Error& e) {
     };
     const char* name = class_name(e.kind);
     if (!name) {
-        py::object error = py::module_::import("builtins").attr("OSError")(e.os_errno, text(e.problem), text(e.path));
+        const std::string problem = e.hint.empty() ? e.problem : e.problem + "; " + e.hint;
+        py::object error = py::module_::import("builtins").attr("OSError")(e.os_errno, text(problem), text(e.path));
         PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
         return;
     }

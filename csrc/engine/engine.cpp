@@ -2,17 +2,20 @@
 
 #include <algorithm>
 #include <cstring>
-#include <mutex>
+#include <tuple>
 
 #include "base/checked.hpp"
 #include "base/error.hpp"
 #include "engine/tiles.hpp"
+#include "io/sink_set.hpp"
 #include "io/sys.hpp"
 #include "quant/reference.hpp"
 
 namespace pgs {
 
 namespace {
+
+using Sources = std::vector<std::unique_ptr<Source>>;
 
 TileBuffers largest_buffers(const Jobs& jobs, std::uint64_t tile_bytes) {
     TileBuffers most;
@@ -21,37 +24,45 @@ TileBuffers largest_buffers(const Jobs& jobs, std::uint64_t tile_bytes) {
         most.source = std::max(most.source, b.source);
         most.target = std::max(most.target, b.target);
         most.floats = std::max(most.floats, b.floats);
+        most.importance = std::max(most.importance, b.importance);
     }
     return most;
 }
 
+float* floats_of(const PageBuffer& buffer) { return reinterpret_cast<float*>(buffer.get()); }
+
 struct Buffers {
-    PageBuffer source, target, floats;
-    explicit Buffers(const TileBuffers& b)
-        : source(page_buffer(b.source)), target(page_buffer(b.target)), floats(page_buffer(b.floats)) {}
+    PageBuffer source, target, floats, importance_row;
+    ImportanceReader importance;
+    Buffers(const TileBuffers& b, const Sources& sources)
+        : source(page_buffer(b.source)), target(page_buffer(b.target)), floats(page_buffer(b.floats)),
+          importance_row(page_buffer(b.importance)), importance(sources, floats_of(importance_row)) {}
 };
 
 // The buffers of each worker, made by the worker itself, so that memory is local to it.
 class BufferPool {
 public:
-    BufferPool(int threads, const TileBuffers& sizes) : sizes_(sizes), buffers_(static_cast<std::size_t>(threads)) {}
+    BufferPool(int threads, const TileBuffers& sizes, const Sources& sources)
+        : sizes_(sizes), sources_(sources), buffers_(static_cast<std::size_t>(threads)) {}
     Buffers& of(int worker) {
         auto& b = buffers_[static_cast<std::size_t>(worker)];
-        if (!b) b = std::make_unique<Buffers>(sizes_);
+        if (!b) b = std::make_unique<Buffers>(sizes_, sources_);
         return *b;
     }
 
 private:
     TileBuffers sizes_;
+    const Sources& sources_;
     std::vector<std::unique_ptr<Buffers>> buffers_;
 };
 
 // Rows [first, first + count): decode a chunk, encode it, next chunk.
-void encode_tile(const Job& job, std::uint64_t first, std::uint64_t count, const std::byte* source, float* floats,
+void encode_tile(const Job& job, std::uint64_t first, std::uint64_t count, const std::byte* source, Buffers& buffers,
                  std::byte* target, const Cancel& cancel) {
+    float* const floats = floats_of(buffers.floats);
     const std::uint64_t source_row = row_bytes(job.source_type, job.row_elements);
     const std::uint64_t target_row = row_bytes(job.target_type, job.row_elements);
-    const std::uint64_t per_importance = job.importance_rows ? job.rows / job.importance_rows : 0;
+    const std::uint64_t per_importance = job.importance_rows.empty() ? 0 : job.rows / job.importance_rows.size();
     const std::uint64_t step = chunk_rows(job.row_elements);
     for (std::uint64_t row = first; row < first + count;) {
         cancel.check();
@@ -59,7 +70,7 @@ void encode_tile(const Job& job, std::uint64_t first, std::uint64_t count, const
         const float* importance = nullptr;
         if (per_importance) {  // a chunk never crosses from one importance row to the next
             n = std::min(n, per_importance - row % per_importance);
-            importance = job.importance.data() + row / per_importance * job.row_elements;
+            importance = buffers.importance.row(job, row / per_importance);
         }
         decode_rows(job.source_type, source + (row - first) * source_row, floats, n, job.row_elements);
         encode_rows(job.target_type, floats, target + (row - first) * target_row, n, job.row_elements, importance, row);
@@ -93,14 +104,60 @@ void remap_tile(const Job& job, const std::byte* source, std::byte* target, std:
     }
 }
 
-// A stretch of the output: a job, or padding. Padding is written where its turn comes, since the sink keeps every block
+// A stretch of an output: a job, or padding. Padding is written where its turn comes, since the sink keeps every block
 // that is not complete yet.
 struct Part {
     const Job* job;
     std::optional<RunReader> reader;
+    std::size_t file;
     std::uint64_t offset, nbytes;
     std::uint64_t first_item;  // of parallel_for; a job has tile_count of them, padding one
 };
+
+// What lies behind the headers, file by file and in order. Error(bad_plan) unless each byte has exactly one writer.
+struct Layout {
+    std::vector<Part> parts;
+    std::uint64_t items = 0, total_bytes = 0;
+};
+Layout lay_out(const std::vector<Output>& outputs, const Jobs& jobs, const Sources& sources, std::uint64_t tile_bytes) {
+    Layout layout;
+    std::vector<const Job*> in_order;
+    for (const auto& job : jobs) {
+        if (job->file >= outputs.size())
+            throw Error(Kind::bad_plan, "no such output file").on(job->name).got(std::to_string(job->file));
+        in_order.push_back(job.get());
+    }
+    std::stable_sort(in_order.begin(), in_order.end(), [](const Job* a, const Job* b) {
+        return std::tie(a->file, a->target_offset, a->target_bytes) < std::tie(b->file, b->target_offset, b->target_bytes);
+    });
+    auto next = in_order.begin();
+    for (std::size_t file = 0; file < outputs.size(); ++file) {
+        const std::uint64_t file_bytes = outputs[file].file_bytes;
+        const auto total = checked_add(layout.total_bytes, file_bytes);
+        if (!total || *total > INT64_MAX)
+            throw Error(Kind::bad_plan, "size of the file overflows").in(outputs[file].path);
+        layout.total_bytes = *total;
+        std::uint64_t at = outputs[file].header.size();
+        if (at > file_bytes) throw Error(Kind::bad_plan, "the header reaches beyond the file").in(outputs[file].path);
+        auto pad_to = [&](std::uint64_t end) {
+            if (end > at) layout.parts.push_back({nullptr, std::nullopt, file, at, end - at, layout.items++});
+        };
+        for (; next != in_order.end() && (*next)->file == file; ++next) {
+            const Job& job = **next;
+            if (job.target_offset < at) throw Error(Kind::bad_plan, "target overlaps what comes before it").on(job.name);
+            if (job.target_offset + job.target_bytes > file_bytes)
+                throw Error(Kind::bad_plan, "tensors reach beyond the file").on(job.name);
+            pad_to(job.target_offset);
+            at = job.target_offset + job.target_bytes;
+            if (job.target_bytes)
+                layout.parts.push_back(
+                    {&job, RunReader(job, sources), file, job.target_offset, job.target_bytes, layout.items});
+            layout.items += tile_count(job, tile_bytes);
+        }
+        pad_to(file_bytes);
+    }
+    return layout;
+}
 
 }  // namespace
 
@@ -108,63 +165,47 @@ Budget plan_budget(const Jobs& jobs, const RunOptions& options) {
     const auto longest_row = std::max_element(jobs.begin(), jobs.end(), [](const auto& a, const auto& b) {
         return tile_buffers(*a, 0).total() < tile_buffers(*b, 0).total();
     });
-    return fit_budget(options, longest_row == jobs.end() ? "" : (*longest_row)->name,
+    // A job's own importance rows are memory that the caller has filled already; they count all the same.
+    std::uint64_t held = 0;
+    for (const auto& job : jobs) held += job->importance.size() * sizeof(float);
+    return fit_budget(options, longest_row == jobs.end() ? "" : (*longest_row)->name, held,
                       [&](std::uint64_t tile_bytes) { return largest_buffers(jobs, tile_bytes).total(); });
 }
 
-RunStats run(const std::vector<std::shared_ptr<Source>>& inputs, const std::string& output, const std::string& header,
-             std::uint64_t file_bytes, const Jobs& jobs, const RunOptions& options, Cancel& cancel,
-             const std::function<void(std::uint64_t, std::uint64_t)>& poll) {
+RunStats run(const std::vector<std::shared_ptr<Source>>& inputs, const std::vector<Output>& outputs, const Jobs& jobs,
+             const RunOptions& options, Cancel& cancel, const std::function<void(std::uint64_t, std::uint64_t)>& poll) {
     const Budget budget = plan_budget(jobs, options);
-
-    // Everything that can be wrong is found before the first byte: each byte of the file has exactly one writer.
-    if (file_bytes > INT64_MAX) throw Error(Kind::bad_plan, "size of the file overflows");
-    std::vector<const Job*> by_offset;
-    for (const auto& job : jobs) {
-        check_job(*job, inputs);
-        by_offset.push_back(job.get());
-    }
-    std::stable_sort(by_offset.begin(), by_offset.end(), [](const Job* a, const Job* b) {
-        return a->target_offset != b->target_offset ? a->target_offset < b->target_offset : a->target_bytes < b->target_bytes;
-    });
+    for (const auto& job : jobs) check_job(*job, inputs);
     const auto sources = reopen_sources(inputs, options.io);
-    std::vector<Part> parts;  // the file behind its header, in order
-    std::uint64_t at = header.size(), items = 0;
-    auto pad_to = [&](std::uint64_t end) {
-        if (end > at) parts.push_back({nullptr, std::nullopt, at, end - at, items++});
-    };
-    for (const Job* job : by_offset) {
-        if (job->target_offset < at) throw Error(Kind::bad_plan, "target overlaps what comes before it").on(job->name);
-        pad_to(job->target_offset);
-        at = job->target_offset + job->target_bytes;
-        if (at > file_bytes) throw Error(Kind::bad_plan, "tensors reach beyond the file").on(job->name);
-        if (job->target_bytes) parts.push_back({job, RunReader(*job, sources), job->target_offset, job->target_bytes, items});
-        items += tile_count(*job, budget.tile_bytes);
-    }
-    if (at > file_bytes) throw Error(Kind::bad_plan, "the header reaches beyond the file");
-    pad_to(file_bytes);
+    const Layout layout = lay_out(outputs, jobs, sources, budget.tile_bytes);
 
+    std::vector<SinkFile> files;
+    for (const Output& output : outputs) files.push_back({output.path, output.file_bytes});
     SinkOptions sink_options{options.overwrite, options.io, {}};
     for (const auto& s : inputs) sink_options.inputs.push_back(s->identity());
-    const auto sink = create_sink(output, file_bytes, sink_options);
+    SinkSet sinks(files, sink_options);
 
     std::atomic<std::uint64_t> done{0}, read{0}, encoded{0};
-    auto put = [&](std::uint64_t offset, const void* data, std::uint64_t n) {
-        sink->write_at(offset, {static_cast<const std::byte*>(data), n});
+    std::vector<std::atomic<std::uint64_t>> written(outputs.size());
+    auto put = [&](std::size_t file, std::uint64_t offset, const void* data, std::uint64_t n) {
+        sinks.write_at(file, offset, {static_cast<const std::byte*>(data), n});
         done.fetch_add(n, std::memory_order_relaxed);
+        // A shard that is complete lets go of the page cache now, not when the last one is.
+        if (written[file].fetch_add(n) + n == outputs[file].file_bytes && n && outputs.size() > 1) sinks.finish(file);
     };
-    put(0, header.data(), header.size());
+    for (std::size_t file = 0; file < outputs.size(); ++file)
+        put(file, 0, outputs[file].header.data(), outputs[file].header.size());
     const std::vector<char> zeros(4096);
-    BufferPool pool(budget.threads, largest_buffers(jobs, budget.tile_bytes));
+    BufferPool pool(budget.threads, largest_buffers(jobs, budget.tile_bytes), sources);
     auto work = [&](int worker, std::uint64_t item) {
-        const Part& part = *std::prev(std::upper_bound(parts.begin(), parts.end(), item, [](std::uint64_t i, const Part& p) {
-            return i < p.first_item;
-        }));
+        const auto after = std::upper_bound(layout.parts.begin(), layout.parts.end(), item,
+                                            [](std::uint64_t i, const Part& p) { return i < p.first_item; });
+        const Part& part = *std::prev(after);
         if (!part.job) {
             for (std::uint64_t done_here = 0, n; done_here < part.nbytes; done_here += n) {
                 cancel.check();
                 n = std::min<std::uint64_t>(part.nbytes - done_here, zeros.size());
-                put(part.offset + done_here, zeros.data(), n);
+                put(part.file, part.offset + done_here, zeros.data(), n);
             }
             return;
         }
@@ -173,7 +214,8 @@ RunStats run(const std::vector<std::shared_ptr<Source>>& inputs, const std::stri
         const Tile tile = tile_at(job, budget.tile_bytes, item - part.first_item);
         try {
             const Work kind = work_of(job);
-            if (kind == Work::literal) return put(job.target_offset + tile.first, job.literal.data() + tile.first, tile.count);
+            if (kind == Work::literal)
+                return put(part.file, job.target_offset + tile.first, job.literal.data() + tile.first, tile.count);
             Buffers& b = pool.of(worker);
             const std::uint64_t target_row = by_row(job) ? row_bytes(job.target_type, job.row_elements) : 1;
             const std::uint64_t source_row = by_row(job) ? row_bytes(job.source_type, job.row_elements) : 1;
@@ -186,21 +228,21 @@ RunStats run(const std::vector<std::shared_ptr<Source>>& inputs, const std::stri
             read.fetch_add(nbytes, std::memory_order_relaxed);
             if (kind == Work::remap) remap_tile(job, source, target, nbytes);
             if (kind == Work::encode) {
-                encode_tile(job, tile.first, tile.count, source, reinterpret_cast<float*>(b.floats.get()), target, cancel);
+                encode_tile(job, tile.first, tile.count, source, b, target, cancel);
                 encoded.fetch_add(tile.count * job.row_elements, std::memory_order_relaxed);
             }
             cancel.check();
-            put(offset, target, tile.count * target_row);
+            put(part.file, offset, target, tile.count * target_row);
         } catch (Error& e) {
             if (e.object.empty()) e.object = job.name;
             throw;
         }
     };
-    parallel_for(budget.threads, items, cancel, work, [&] {
-        if (poll) poll(done.load(std::memory_order_relaxed), file_bytes);
+    parallel_for(budget.threads, layout.items, cancel, work, [&] {
+        if (poll) poll(done.load(std::memory_order_relaxed), layout.total_bytes);
     });
     for (const auto& s : sources) s->check_unchanged();
-    sink->commit();
+    sinks.commit();
     return {read, done, encoded, budget.buffer_bytes, budget.threads};
 }
 

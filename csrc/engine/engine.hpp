@@ -26,16 +26,25 @@ struct Remap {
     std::uint64_t column = 0;
 };
 
+// Where an importance row is: `row_elements` little-endian float32 at byte `at` of a source, or row `at` of those that
+// the job itself holds. Each value is divided by `divisor`, in float32: llama.cpp's files hold sums and counts.
+struct ImportanceRow {
+    static constexpr std::uint64_t in_memory = UINT64_MAX;
+    std::uint64_t source = in_memory, at = 0;
+    float divisor = 1;
+};
+
 // One output tensor. Its source bytes are the concatenation of `runs`, or `literal`.
 struct Job {
     std::string name;
+    std::uint32_t file = 0;  // index of the output
     std::int32_t source_type = 0, target_type = 0;
     std::uint64_t row_elements = 0, rows = 0;  // as encoded: both types have this shape
     std::vector<Run> runs;
     std::string literal;
-    std::uint64_t target_offset = 0, target_bytes = 0;  // without padding
-    std::vector<float> importance;                      // empty, or importance_rows x row_elements
-    std::uint64_t importance_rows = 0;                  // rows / importance_rows consecutive rows share one
+    std::uint64_t target_offset = 0, target_bytes = 0;  // a multiple of 8 if encoded; without padding
+    std::vector<ImportanceRow> importance_rows;         // rows / their number: consecutive rows that share one
+    std::vector<float> importance;                      // the rows in memory, each of row_elements, checked
     std::optional<Remap> remap;
 };
 
@@ -49,7 +58,7 @@ struct RunOptions {
 };
 
 struct RunStats {
-    std::uint64_t bytes_read = 0, bytes_written = 0, elements_encoded = 0;
+    std::uint64_t bytes_read = 0, bytes_written = 0, elements_encoded = 0;  // of tensors; importance rows do not count
     std::uint64_t buffer_bytes = 0;  // the most that all buffers of the run held
     int threads = 0;
 };
@@ -62,10 +71,18 @@ struct Budget {
 };
 Budget plan_budget(const Jobs& jobs, const RunOptions& options);
 
-// Writes header, jobs and padding to a new file of exactly `file_bytes` at `output`. `poll(done, total)` runs on the
-// calling thread about every 20 ms, with bytes of output; an exception from it cancels the run and leaves nothing.
-RunStats run(const std::vector<std::shared_ptr<Source>>& sources, const std::string& output, const std::string& header,
-             std::uint64_t file_bytes, const Jobs& jobs, const RunOptions& options, Cancel& cancel,
+struct Output {
+    std::string path;
+    std::string header;
+    std::uint64_t file_bytes;  // of the whole file
+};
+
+// Writes header, jobs and padding of each output, all of them or none; the first output is the one that makes the others
+// a model (see SinkSet for what holds when names change). Everything that can be wrong with the numbers is found before
+// the first byte. `poll(done, total)` runs on the calling thread about every 20 ms, with bytes of output; an exception
+// from it cancels the run and leaves nothing.
+RunStats run(const std::vector<std::shared_ptr<Source>>& sources, const std::vector<Output>& outputs, const Jobs& jobs,
+             const RunOptions& options, Cancel& cancel,
              const std::function<void(std::uint64_t done, std::uint64_t total)>& poll);
 
 // Streamed statistics of rows, in float64, with a fixed order of sums: for each group of rows_per_group consecutive rows

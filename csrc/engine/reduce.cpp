@@ -53,7 +53,7 @@ std::vector<double> reduce_rows(const std::vector<std::shared_ptr<Source>>& inpu
     auto rows_of = [&](std::uint64_t tile_bytes) {
         return std::max<std::uint64_t>(1, tile_bytes / std::max<std::uint64_t>(1, source_row));
     };
-    const Budget budget = fit_budget(options, job.name, [&](std::uint64_t tile_bytes) {
+    const Budget budget = fit_budget(options, job.name, 0, [&](std::uint64_t tile_bytes) {
         return std::min(job.rows, rows_of(tile_bytes)) * source_row + floats_bytes;
     });
     const std::uint64_t step = rows_of(budget.tile_bytes);

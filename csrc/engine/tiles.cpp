@@ -1,10 +1,14 @@
 #include "engine/tiles.hpp"
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 
 #include "base/checked.hpp"
 #include "base/error.hpp"
-#include "quant/types.hpp"
+#include "quant/reference.hpp"
+
+static_assert(std::endian::native == std::endian::little, "importance rows are read as they are");
 
 namespace pgs {
 
@@ -22,6 +26,9 @@ std::uint64_t rows_per_tile(const Job& job, std::uint64_t tile_bytes) {
     const std::uint64_t row = std::max(row_bytes(job.source_type, job.row_elements), row_bytes(job.target_type, job.row_elements));
     return std::max<std::uint64_t>(1, tile_bytes / std::max<std::uint64_t>(1, row));
 }
+
+// In the job's memory as the encoder takes it.
+bool as_is(const ImportanceRow& row) { return row.source == ImportanceRow::in_memory && row.divisor == 1; }
 
 }  // namespace
 
@@ -68,24 +75,57 @@ TileBuffers tile_buffers(const Job& job, std::uint64_t tile_bytes) {
     const std::uint64_t rows = std::min(job.rows, rows_per_tile(job, tile_bytes));
     TileBuffers b{rows * row_bytes(job.source_type, job.row_elements), rows * row_bytes(job.target_type, job.row_elements) + block,
                   std::min(job.rows, chunk_rows(job.row_elements)) * job.row_elements * sizeof(float)};
+    if (!std::all_of(job.importance_rows.begin(), job.importance_rows.end(), as_is))
+        b.importance = job.row_elements * sizeof(float);
     return b;
 }
 
-Budget fit_budget(const RunOptions& options, const std::string& name,
+Budget fit_budget(const RunOptions& options, const std::string& name, std::uint64_t shared,
                   const std::function<std::uint64_t(std::uint64_t)>& bytes) {
     int threads = thread_count(options.threads);
+    const std::uint64_t memory = options.memory - std::min(options.memory, shared);
     for (std::uint64_t tile = largest_tile;; tile /= 2) {
         const std::uint64_t each = bytes(tile) + io_bytes;
         const auto all = checked_mul<std::uint64_t>(each, static_cast<std::uint64_t>(threads));
-        if (all && *all <= options.memory) return {threads, tile, *all};
+        if (all && *all <= memory) return {threads, tile, *all + shared};
         if (tile > smallest_tile) continue;
-        threads = static_cast<int>(std::min<std::uint64_t>(options.memory / each, static_cast<std::uint64_t>(threads)));
-        if (threads) return {threads, tile, each * static_cast<std::uint64_t>(threads)};
+        threads = static_cast<int>(std::min<std::uint64_t>(memory / each, static_cast<std::uint64_t>(threads)));
+        if (threads) return {threads, tile, each * static_cast<std::uint64_t>(threads) + shared};
         throw Error(Kind::bad_plan, "a row does not fit the memory budget").on(name)
-            .got(std::to_string(options.memory) + " bytes").want("at least " + std::to_string(each))
+            .got(std::to_string(options.memory) + " bytes").want("at least " + std::to_string(each + shared))
             .advise("raise memory");
     }
 }
+
+namespace {
+
+void check_importance_rows(const Job& job, const std::vector<std::shared_ptr<Source>>& sources) {
+    auto fail = [&](const char* problem) -> Error { return std::move(Error(Kind::bad_plan, problem).on(job.name)); };
+    if (job.importance_rows.empty()) {
+        if (!job.importance.empty()) throw fail("importance that no row uses");
+        return;
+    }
+    if (work_of(job) != Work::encode) throw fail("importance of a tensor that is not encoded");
+    if (job.rows % job.importance_rows.size()) throw fail("importance does not fit the rows");
+    const std::uint64_t bytes = job.row_elements * sizeof(float);  // row_bytes has bounded the row
+    for (const ImportanceRow& row : job.importance_rows) {
+        if (!std::isfinite(row.divisor) || row.divisor <= 0)
+            throw fail("importance divisor is not a positive number").got(std::to_string(row.divisor));
+        if (row.source == ImportanceRow::in_memory) {
+            const auto end = checked_add<std::uint64_t>(row.at, 1);
+            const auto values = end ? checked_mul(*end, job.row_elements) : std::nullopt;
+            if (!values || *values > job.importance.size())
+                throw fail("no such importance row in memory").got(std::to_string(row.at));
+        } else {
+            if (row.source >= sources.size()) throw fail("no such source of importance").got(std::to_string(row.source));
+            const auto end = checked_add(row.at, bytes);
+            if (!end || *end > sources[row.source]->size())
+                throw fail("importance row reaches beyond its source").at(row.at);
+        }
+    }
+}
+
+}  // namespace
 
 void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sources) {
     auto fail = [&](const char* problem) -> Error { return std::move(Error(Kind::bad_plan, problem).on(job.name)); };
@@ -113,22 +153,38 @@ void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sourc
     if (job.source_type != job.target_type && (!type_can_decode(job.source_type) || !type_can_encode(job.target_type)))
         throw Error(Kind::unsupported, "no conversion between these types").on(job.name)
             .got(table[job.source_type].name + " to " + table[job.target_type].name);
+    // The encoders write blocks in place; the buffer agrees with the file in its lowest bits. GGUF aligns to 8 at least.
+    if (work_of(job) == Work::encode && job.target_bytes && job.target_offset % 8) throw fail("an encoded target is not aligned");
     if (job.remap) {
         if (table[job.source_type].name != "I32" || job.source_type != job.target_type) throw fail("remap needs I32");
         if (job.remap->column == 0 || job.row_elements % job.remap->column) throw fail("remap column does not divide the row");
     }
-    if (job.importance_rows) {
-        const auto n = checked_mul(job.importance_rows, job.row_elements);
-        if (!n || *n != job.importance.size() || job.rows % job.importance_rows) throw fail("importance does not fit the rows");
-    } else if (!job.importance.empty()) {
-        throw fail("importance does not fit the rows");
-    }
+    check_importance_rows(job, sources);
 }
 
 std::vector<std::unique_ptr<Source>> reopen_sources(const std::vector<std::shared_ptr<Source>>& sources, Io io) {
     std::vector<std::unique_ptr<Source>> out;
     for (const auto& s : sources) out.push_back(open_source(s->path(), io, &s->identity()));
     return out;
+}
+
+const float* ImportanceReader::row(const Job& job, std::uint64_t index) {
+    const ImportanceRow& where = job.importance_rows[index];
+    const bool in_memory = where.source == ImportanceRow::in_memory;
+    const float* held = in_memory ? job.importance.data() + where.at * job.row_elements : nullptr;
+    if (as_is(where)) return held;
+    if (job_ == &job && index_ == index) return buffer_;
+    job_ = nullptr;  // until all of it is there
+    if (in_memory)
+        std::copy_n(held, job.row_elements, buffer_);
+    else
+        sources_[where.source]->read_at(where.at, std::as_writable_bytes(std::span(buffer_, job.row_elements)));
+    if (where.divisor != 1)
+        for (std::uint64_t i = 0; i < job.row_elements; ++i) buffer_[i] /= where.divisor;
+    check_importance(buffer_, 1, job.row_elements, index);
+    job_ = &job;
+    index_ = index;
+    return buffer_;
 }
 
 RunReader::RunReader(const Job& job, const std::vector<std::unique_ptr<Source>>& sources) : job_(job), sources_(sources) {

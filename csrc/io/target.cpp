@@ -35,8 +35,8 @@ std::uint64_t random_bits() {
 constexpr std::size_t name_max = 255;
 constexpr std::size_t suffix_max = 10 + 1 + 16;  // PID-RANDOM
 
-std::string hidden_prefix(const std::string& name) {
-    const std::string tail = ".pgs-tmp-";
+std::string hidden_prefix(const std::string& name, Hidden kind) {
+    const std::string tail = kind == Hidden::temp ? ".pgs-tmp-" : ".pgs-old-";
     std::string prefix = ".";
     if (1 + name.size() + tail.size() + suffix_max <= name_max) return prefix.append(name).append(tail);
     // Too long: its beginning, cut between characters, and a hash (FNV-1a) that tells it from its neighbours.
@@ -76,10 +76,10 @@ Target resolve_target(const std::string& path) {
         const std::string to = read_link(at);
         at = to.starts_with('/') ? to : target.folder_path + "/" + to;
     }
-    target.folder = Fd(retry([&] {
+    target.folder = std::make_shared<const Fd>(retry([&] {
         return ::open(target.folder_path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NONBLOCK);
     }));
-    if (!target.folder) {
+    if (!*target.folder) {
         if (errno != ENOENT) throw os_error(errno, "open the output folder", target.folder_path);
         Error error(Kind::os, "the output folder does not exist");
         error.os_errno = ENOENT;
@@ -90,7 +90,7 @@ Target resolve_target(const std::string& path) {
 
 std::optional<struct stat> examine_target(const Target& target, const SinkOptions& options) {
     struct stat st;
-    if (::fstatat(target.folder.get(), target.name.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) {
+    if (::fstatat(target.folder_fd(), target.name.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) {
         if (errno == ENOENT) return std::nullopt;
         throw os_error(errno, "create", target.path);
     }
@@ -104,13 +104,13 @@ std::optional<struct stat> examine_target(const Target& target, const SinkOption
     if (!options.overwrite) throw os_error(EEXIST, "create", target.path);
     // The folder's permission would do, but who protected the file meant it; and a sticky folder would refuse only at
     // the end of the run.
-    if (::faccessat(target.folder.get(), target.name.c_str(), W_OK, AT_EACCESS) != 0)
+    if (::faccessat(target.folder_fd(), target.name.c_str(), W_OK, AT_EACCESS) != 0)
         throw os_error(errno, "replace", target.path);
     return st;
 }
 
-std::string hidden_name(const Target& target) {
-    return hidden_prefix(target.name) + std::to_string(::getpid()) + "-" + hex(random_bits());
+std::string hidden_name(const Target& target, Hidden kind) {
+    return hidden_prefix(target.name, kind) + std::to_string(::getpid()) + "-" + hex(random_bits());
 }
 
 bool lock_named(int fd, const Target& target, const std::string& name) {
@@ -118,20 +118,20 @@ bool lock_named(int fd, const Target& target, const std::string& name) {
     if (::flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) return false;
     struct stat mine, named;
     return ::fstat(fd, &mine) == 0 && S_ISREG(mine.st_mode) &&
-           ::fstatat(target.folder.get(), name.c_str(), &named, AT_SYMLINK_NOFOLLOW) == 0 &&
+           ::fstatat(target.folder_fd(), name.c_str(), &named, AT_SYMLINK_NOFOLLOW) == 0 &&
            mine.st_dev == named.st_dev && mine.st_ino == named.st_ino;
 }
 
-void remove_stale(const Target& target) {
+void remove_stale(const Target& target, Hidden kind) {
     // A descriptor of its own: closedir closes it.
-    const int folder = ::openat(target.folder.get(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    const int folder = ::openat(target.folder_fd(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (folder < 0) return;
     std::unique_ptr<DIR, int (*)(DIR*)> entries(::fdopendir(folder), ::closedir);
     if (!entries) {
         ::close(folder);
         return;
     }
-    const std::string prefix = hidden_prefix(target.name);
+    const std::string prefix = hidden_prefix(target.name, kind);
     while (const dirent* entry = ::readdir(entries.get())) {
         const std::string name = entry->d_name;
         if (!name.starts_with(prefix) || !is_suffix(name.substr(prefix.size()))) continue;

@@ -122,16 +122,16 @@ std::optional<std::uint64_t> first_invalid_block(std::int32_t type, const std::b
     return std::nullopt;
 }
 
-void check_importance(const float* importance, std::uint64_t rows, std::uint64_t row_elements) {
+void check_importance(const float* importance, std::uint64_t rows, std::uint64_t row_elements, std::uint64_t first_row) {
     for (std::uint64_t row = 0; row < rows; ++row) {
         const float* x = importance + row * row_elements;
         bool any = row_elements == 0;
         for (std::uint64_t i = 0; i < row_elements; ++i) {
-            if (!std::isfinite(x[i])) throw value_error("importance is not a finite number", row, i, x[i]);
-            if (x[i] < 0) throw value_error("importance is negative", row, i, x[i]);
+            if (!std::isfinite(x[i])) throw value_error("importance is not a finite number", first_row + row, i, x[i]);
+            if (x[i] < 0) throw value_error("importance is negative", first_row + row, i, x[i]);
             any |= x[i] > 0;
         }
-        if (!any) throw Error(Kind::bad_plan, "importance is all zero in row " + std::to_string(row));
+        if (!any) throw Error(Kind::bad_plan, "importance is all zero in row " + std::to_string(first_row + row));
     }
 }
 

@@ -20,7 +20,8 @@ void encode_rows(std::int32_t type, const float* source, std::byte* target, std:
 // scale. `nbytes` must be whole blocks.
 std::optional<std::uint64_t> first_invalid_block(std::int32_t type, const std::byte* data, std::uint64_t nbytes);
 
-// Importance rows as ggml may use them: finite, not negative, not all zero. `rows` x `row_elements`.
-void check_importance(const float* importance, std::uint64_t rows, std::uint64_t row_elements);
+// Importance rows as ggml may use them: finite, not negative, not all zero. `rows` x `row_elements`. `first_row` only
+// serves error messages.
+void check_importance(const float* importance, std::uint64_t rows, std::uint64_t row_elements, std::uint64_t first_row = 0);
 
 }  // namespace pgs
