@@ -1,10 +1,11 @@
 """llama-quantize's choice of types, by name; overrides; fallbacks. Facts: llama.cpp's llama-quant.cpp."""
 import re
+from types import SimpleNamespace
 
 import gguf
 import pytest
 
-from pygguf_surgery import BadPlan, Unsupported, Value, _core
+from pygguf_surgery import BadFile, BadPlan, Unsupported, Value, _core
 from pygguf_surgery.plan_data import Copy, OutputTensor, Quantize
 from pygguf_surgery.quantize import mixes, recipe
 
@@ -17,7 +18,7 @@ def tensor(name, *shape, type="F16"):
 
 
 def quantize(tensors, type, architecture="qwen3next", metadata=None, **options):
-    return recipe.apply(architecture, tensors, metadata or {}, Quantize(type, **options))
+    return recipe.apply(SimpleNamespace(architecture=architecture), tensors, metadata or {}, Quantize(type, **options))
 
 
 def types(tensors, type, architecture="qwen3next", **options):
@@ -156,13 +157,32 @@ def test_copy_with_an_override_keeps_the_file_type():
     assert out.metadata == {"general.file_type": Value(1, "u32"), "general.quantization_version": Value(2, "u32")}
 
 
-@pytest.mark.parametrize("name, pure", [("Q4_K_M", False), ("Q4_K", False), ("IQ2_XXS", False), ("Q4_0", False),
-                                        ("NVFP4", False), ("MXFP4", False), ("Q8_K", True), ("I32", True), ("F64",
-                                                                                                            True)])
+@pytest.mark.parametrize("name, pure", [("NVFP4", False), ("MXFP4", False), ("Q8_K", True), ("I32", True),
+                                        ("F64", True)])
 def test_file_types_that_are_not_served(name, pure):
     with pytest.raises(Unsupported) as e:
         mixes.file_type(name, pure)
-    assert e.value.object == name and (pure or "pure" in e.value.hint)
+    assert e.value.object == name and (pure or "pure" in e.value.hint and name + "_MOE" in e.value.hint)
+
+
+@pytest.mark.parametrize("name, number, type, mixture", [
+    ("q4_k", 15, "Q4_K", "Q4_K_M"), ("15", 15, "Q4_K", "Q4_K_M"), ("IQ2_S", 28, "IQ2_XS", "IQ2_S"),
+    ("0", 0, "F32", "F32"), ("38", 38, "MXFP4", "MXFP4_MOE"), ("NVFP4_MOE", 39, "NVFP4", "NVFP4_MOE"),
+    ("COPY", None, None, None)])
+def test_a_file_type_by_name_or_number(name, number, type, mixture):
+    found = mixes.file_type(name, False)
+    assert (found.number, found.type, found.mixture, found.ours) == (number, type, mixture, name == "NVFP4_MOE")
+    assert mixes.file_type(found.name, False) == found and mixes.file_type(name, True).mixture is None
+
+
+@pytest.mark.parametrize("number", ["4", "39", "1000", "-7"])
+def test_numbers_without_a_file_type(number):
+    with pytest.raises(Unsupported):
+        mixes.file_type(number, False)
+
+
+def test_pure_takes_a_name_for_the_type():
+    assert mixes.file_type("IQ2_S", True).type == "IQ2_S" and mixes.file_type("IQ2_M", True).type == "IQ2_S"
 
 
 def test_a_file_type_is_a_name_or_gguf_py_s_type():
@@ -177,6 +197,174 @@ def test_unknown_names_get_the_nearest():
         with pytest.raises(Unsupported) as e:
             mixes.file_type("MXFP4_MO", pure)
         assert "MXFP4_MOE" in e.value.hint
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+def facts(architecture, **keys):
+    return mixes.model_facts(architecture, {f"{architecture}.{k.replace('__', '.')}": v for k, v in keys.items()}.get)
+
+
+def test_model_facts():
+    got = facts("qwen3next", block_count=49, expert_count=512, attention__head_count=16, attention__head_count_kv=2)
+    assert got == mixes.ModelFacts("qwen3next", 49, 512, 8, False)
+    assert facts("x") == mixes.ModelFacts("x", 0, 0, 0, False)
+    assert facts("llama", attention__head_count=32).gqa == 1  # as many key heads as heads
+    for heads, key_heads, gqa in ((71, 1, 71), (32, 0, 0), ([32, 8], [8, 8], 4), (40, [0, 8], 0), ([], [], 0)):
+        assert facts("x", attention__head_count=heads, attention__head_count_kv=key_heads).gqa == gqa
+    with pytest.raises(BadFile):
+        facts("llama", block_count="many")
+
+
+@pytest.mark.parametrize("is_70b, architecture, keys", [
+    (True, "llama", dict(block_count=80, attention__head_count=64, attention__head_count_kv=8)),
+    (True, "llama", dict(block_count=81, nextn_predict_layers=1, attention__head_count=64, attention__head_count_kv=8)),
+    (False, "llama", dict(block_count=80, attention__head_count=64)),
+    (False, "llama", dict(block_count=80, expert_count=8, attention__head_count=64, attention__head_count_kv=8)),
+    (False, "llama4", dict(block_count=80, attention__head_count=64, attention__head_count_kv=8)),
+    (True, "qwen2", dict(block_count=80)),
+    (True, "jais2", dict(block_count=68)), (False, "jais2", dict(block_count=80))])
+def test_which_models_are_70b(is_70b, architecture, keys):
+    assert facts(architecture, **keys).is_70b == is_70b
+
+
+def test_architectures_that_count_their_blocks_otherwise():
+    assert facts("nanbeige", block_count=22, num_loops=2).blocks == 44
+    assert facts("graniteswitch", block_count=40).blocks == facts("graniteswitch", block_count=41,
+                                                                  nextn_predict_layers=1).blocks == 41
+
+
+def test_loader_order():
+    names = ["output.weight", "blk.10.a", "blk.9.b", "blk.9.a", "blk.07.z", "blk.x", "BLK.1.a", "blk.7.a", "blk.-2.a",
+             "blk.3x", "blk. 8", "a\udcff", "é", "v.blk.0.a", "blk.7.é"]
+    assert mixes.loader_order(names) == [
+        "blk.-2.a", "BLK.1.a", "a\udcff", "blk.x", "output.weight", "v.blk.0.a", "é",  # by bytes: "é" is C3 A9
+        "blk.3x", "blk.07.z", "blk.7.a", "blk.7.é", "blk. 8", "blk.9.a", "blk.9.b", "blk.10.a"]
+
+
+# --- mixtures: cases from llama.cpp's source ------------------------------------------------------------------------
+
+DENSE = mixes.ModelFacts("llama", 24, 0, 1, False)
+ROW = (4, 256)
+
+
+def chosen(file_type, names, model=DENSE, shapes=None, **options):
+    """The types of `names` in this order, in a model with an output.weight of its own."""
+    tensors = [("output.weight", ROW), *((n, (shapes or {}).get(n, ROW)) for n in names)]
+    types, errors = mixes.choose_types(mixes.file_type(file_type, False), model, tensors, **options)
+    assert errors == []
+    return [types[n] for n in names]
+
+
+def blocks(part, n=24):
+    return [f"blk.{i}.{part}.weight" for i in range(n)]
+
+
+def test_every_file_type_serves_every_category():
+    names = ["token_embd.weight", *(f"blk.0.{p}.weight" for p in (
+        "attn_v", "attn_k", "attn_q", "attn_qkv", "attn_output", "ffn_up", "ffn_gate", "ffn_down", "ssm_out"))]
+    for file_type, (_, default) in (mixes.FILE_TYPES | mixes.OUR_FILE_TYPES).items():
+        types = chosen(file_type, names)
+        assert types[-1] == ("Q8_0" if file_type.endswith("_MOE") else default)
+        assert all(TYPES[type]["encodes"] for type in types)
+
+
+def test_q4_k_m_gives_more_bits_to_some_layers():
+    expected = ["Q6_K" if i < 3 or i >= 21 or (i - 3) % 3 == 2 else "Q4_K" for i in range(24)]
+    assert chosen("Q4_K_M", blocks("attn_v")) == chosen("Q4_K", blocks("ffn_down")) == expected
+    assert chosen("Q4_K_M", blocks("attn_q") + blocks("ffn_up")) == ["Q4_K"] * 48
+
+
+def test_what_is_decided_elsewhere_is_not_counted():
+    names = blocks("attn_v")
+    types, _ = mixes.choose_types(mixes.file_type("Q4_K_S", False), DENSE, [(n, ROW) for n in names], decided=names[:2])
+    assert list(types) == names[2:]
+    assert list(types.values()) == ["Q5_K"] * 4 + ["Q4_K"] * 18  # the first four that are left
+    types, _ = mixes.choose_types(mixes.file_type("Q4_K_M", False), DENSE, [(n, ROW) for n in names], decided=names[1:])
+    assert types == {names[0]: "Q6_K"}
+
+
+def test_layers_of_experts_come_from_the_names():
+    moe = mixes.ModelFacts("qwen3moe", 24, 64, 8, False)
+    names = ["blk.20.ffn_down_exps.weight", "blk.02.ffn_down_exps.weight", "blk.23.ffn_down_exps.weight"]
+    assert chosen("Q4_K_S", names, moe) == ["Q4_K", "Q5_K", "Q4_K"]
+    assert chosen("IQ2_M", names, moe) == ["IQ3_S", "IQ3_S", "IQ3_S"]  # here they are counted
+
+
+@pytest.mark.parametrize("name", ["blk.24.ffn_up_exps.weight", "blk.-1.ffn_gate_exps.weight",
+                                  "enc.blk.0.ffn_down.weight"])
+def test_a_layer_that_the_model_has_not_is_an_error(name):
+    moe = mixes.ModelFacts("qwen3moe", 24, 64, 8, False)
+    _, errors = mixes.choose_types(mixes.file_type("Q4_0", False), moe, [("blk.0.ffn_up.weight", ROW), (name, ROW)])
+    assert [(type(e), e.object) for e in errors] == [(BadPlan, name)]
+    chosen("Q4_0", [name])                 # llama-quantize asks for it only where there are experts,
+    chosen("MXFP4_MOE", [name], moe)       # and where the layer matters
+    chosen("IQ1_S", [name], moe)
+
+
+def test_grouped_queries_get_a_better_value():
+    def values(gqa, file_type, **options):
+        return chosen(file_type, blocks("attn_v", 1), mixes.ModelFacts("llama", 24, 0, gqa, False), **options)[0]
+
+    assert [values(3, "Q2_K"), values(4, "Q2_K")] == ["Q3_K", "Q4_K"]
+    assert [values(3, "IQ4_XS"), values(4, "IQ4_XS")] == ["IQ4_XS", "Q5_K"]
+    assert [values(1, "IQ3_XXS"), values(1, "IQ3_XXS", has_imatrix=True), values(4, "IQ3_XXS")] == \
+        ["IQ3_S", "IQ3_XXS", "Q4_K"]
+    assert [values(1, "IQ2_XXS"), values(1, "IQ2_S"), values(4, "IQ2_S")] == ["Q2_K", "IQ3_S", "Q4_K"]
+
+
+def test_values_of_a_70b_model():
+    big = mixes.ModelFacts("llama", 80, 0, 8, True)
+    assert chosen("Q2_K", blocks("attn_v", 1), big) == ["Q5_K"]
+    assert chosen("IQ2_XXS", blocks("attn_v", 1), big) == ["Q4_K"]  # the rule is not for these
+    assert set(chosen("Q3_K_S", blocks("attn_v") + blocks("attn_q"), big)) == {"Q5_K", "Q3_K"}
+
+
+def test_models_of_eight_experts():
+    eight = mixes.ModelFacts("llama", 24, 8, 4, False)
+    names = [f"blk.0.{p}.weight" for p in ("attn_v", "attn_k", "attn_q", "attn_output")]
+    assert chosen("Q4_K_M", names, eight) == ["Q8_0", "Q8_0", "Q4_K", "Q5_K"]
+    assert chosen("Q3_K_L", names, eight) == ["Q8_0", "Q8_0", "Q3_K", "Q3_K"]
+    assert chosen("IQ1_S", names, eight) == ["Q4_K", "Q4_K", "IQ1_S", "Q5_K"]
+
+
+def test_falcon_has_rules_of_its_own():
+    falcon = mixes.ModelFacts("falcon", 32, 0, 8, False)
+    assert chosen("Q4_K_M", blocks("ffn_down", 32), falcon)[:6] == ["Q6_K"] * 2 + ["Q5_K"] * 2 + ["Q4_K"] * 2
+    assert chosen("Q4_K_S", blocks("ffn_down", 32), falcon) == ["Q4_K"] * 32
+    assert chosen("Q3_K_M", blocks("attn_output", 2), falcon) == ["Q3_K"] * 2
+    assert mixes.choose_types(mixes.file_type("Q4_0", False), falcon, [("output.weight", ROW)])[0] == \
+        {"output.weight": "Q8_0"}
+
+
+def test_an_importance_matrix_changes_types():
+    for file_type, without, given in (("Q4_0", "Q4_0", "Q4_1"), ("Q5_0", "Q5_0", "Q5_1"), ("IQ4_XS", "Q5_K", "IQ4_XS"),
+                                      ("IQ3_XXS", "Q4_K", "IQ3_XXS")):
+        assert chosen(file_type, blocks("ffn_down"))[:3] == [without] * 3
+        assert chosen(file_type, blocks("ffn_down"), has_imatrix=True)[:3] == [given] * 3
+
+
+def test_a_tied_embedding_is_the_output():
+    def types(file_type, *tensors, **options):
+        return mixes.choose_types(mixes.file_type(file_type, False), DENSE, tensors, **options)[0]
+
+    embedding, output = ("token_embd.weight", ROW), ("output.weight", ROW)
+    assert types("Q4_0", embedding) == {"token_embd.weight": "Q6_K"}
+    assert types("Q4_0", embedding, output) == {"token_embd.weight": "Q4_0", "output.weight": "Q6_K"}
+    assert types("IQ2_S", embedding) == {"token_embd.weight": "Q5_K"}
+    assert types("IQ2_S", embedding, output) == {"token_embd.weight": "IQ3_S", "output.weight": "Q5_K"}
+    assert types("Q4_K", ("output.weight", (4, 96))) == {"output.weight": "Q8_0"}  # its rows do not fit Q4_K
+    assert types("Q4_K", embedding, output_type="Q5_1") == {"token_embd.weight": "Q5_1"}
+    assert types("F16", embedding, output_type="Q5_1") == {"token_embd.weight": "F16"}
+    assert types("F16", output, output_type="Q5_1") == {"output.weight": "Q5_1"}
+    assert types("Q4_0", embedding, output, leave_output=True) == {"token_embd.weight": "Q4_0"}
+
+
+def test_nvfp4_moe_is_for_experts_only():
+    names = [f"blk.0.{p}.weight" for p in ("ffn_up_exps", "attn_k_b", "ffn_up_shexp", "attn_q", "ffn_down_exps")]
+    assert chosen("NVFP4_MOE", ["token_embd.weight", *names], mixes.ModelFacts("deepseek2", 1, 2, 1, False),
+                  dict.fromkeys((names[0], names[1], names[4]), (2, 4, 256))) == \
+        ["Q8_0", "NVFP4", "Q8_0", "Q8_0", "Q8_0", "NVFP4"]
 
 
 # --- fallbacks ------------------------------------------------------------------------------------------------------

@@ -1,14 +1,15 @@
 """Our one pass against llama.cpp itself: its llama_model_quantize for bytes, its loader for files (pytest -m parity)."""
 from __future__ import annotations
 
-import ctypes
 import re
 
 import gguf
+import llama_oracle
 import moe_models
-import numpy as np
 import pytest
 from helpers import SHARED, read_gguf
+from llama_oracle import assert_same_tensors
+from llama_oracle import quantize as llama_quantize
 
 import pygguf_surgery as pgs
 
@@ -24,23 +25,7 @@ MODELS = ["qwen3next", "qwen3moe", "deepseek2", "gpt_oss", "llama4", "gemma4", "
 
 @pytest.fixture(scope="session")
 def llama():
-    module = pytest.importorskip("llama_cpp").llama_cpp
-    said = []
-    callback = module.llama_log_callback(lambda level, text, _: said.append(text.decode(errors="replace")))
-    module.llama_log_set(callback, None)
-    module.llama_backend_init()
-    module.said, module.keep_callback = said, callback
-    return module
-
-
-def llama_quantize(llama, source, target, file_type, **params):
-    p = llama.llama_model_quantize_default_params()
-    p.ftype = file_type
-    for key, value in params.items():
-        setattr(p, key, value)
-    llama.said.clear()
-    if llama.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(p)):
-        raise RuntimeError("".join(llama.said)[-2000:])
+    return llama_oracle.load()
 
 
 def slice_with_gguf_py(source, target, keep):
@@ -64,21 +49,6 @@ def slice_with_gguf_py(source, target, keep):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def squeezed(shape):
-    """ggml drops outermost dimensions of 1 when it writes a file."""
-    return shape[1:] if len(shape) > 1 and shape[0] == 1 else shape
-
-
-def assert_same_tensors(ours, theirs):
-    with pgs.open(str(ours)) as a, pgs.open(str(theirs)) as b:
-        assert sorted(a.tensors) == sorted(b.tensors)
-        for name, t in a.tensors.items():
-            other = b.tensors[name]
-            assert (name, t.type, squeezed(t.shape)) == (name, other.type, squeezed(other.shape))
-            assert np.array_equal(t.bytes(), other.bytes()), name
-        return len(a.tensors)
 
 
 def build(name, path):
