@@ -1,0 +1,154 @@
+"""`gguf-surgery imatrix show | merge | slice | convert`: arguments in, exit code out."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from argparse import Namespace
+from typing import Any
+
+from ..units import human
+from . import words
+
+# Options as in options.OPTIONS; command -> (help, positional arguments, options) as in options.COMMANDS.
+OPTIONS = {
+    "--by": dict(metavar="FILE", required=True, help='the experts to keep: a JSON file {"kept": {"0": [ids]}}, or the '
+                 "GGUF file of a model that was pruned to them"),
+    "--experts": dict(type=int, metavar="N", help="how many experts the model had, where the file does not say"),
+    "--chunk-size": dict(type=int, metavar="N", help="tokens of a chunk, where the file does not say (default 512)"),
+    "--force": dict(action="store_true", help="replace an existing output"),
+    "--json": dict(action="store_true", help="print the machine form"),
+    "--full": dict(action="store_true", help="with --json: arrays of over 32 elements in full"),
+}
+COMMANDS = {
+    "show": ("what an importance matrix has seen", ("IMATRIX",), ("--json", "--full")),
+    "merge": ("add importance matrices of one model", ("OUT", "IMATRIX..."), ("--chunk-size", "--force")),
+    "slice": ("cut an importance matrix as a model's experts were cut", ("IMATRIX", "OUT"),
+              ("--by", "--experts", "--force")),
+    "convert": ("change the older .dat format to GGUF, or back if OUT ends in .dat", ("IMATRIX", "OUT"),
+                ("--chunk-size", "--force")),
+}
+# metavar -> (dest, help, nargs)
+POSITIONALS = {
+    "IMATRIX": ("input", "an importance matrix of llama-imatrix, GGUF or .dat", None),
+    "IMATRIX...": ("inputs", "importance matrices of llama-imatrix, GGUF or .dat", "+"),
+    "OUT": ("output", "the importance matrix to write", None),
+}
+
+_KEPT = re.compile(r"pgs\.experts\.([0-9]+)\.kept")
+_SHOWN = 16  # ids of experts in a line
+
+
+def show(args: Namespace) -> int:
+    from ..check import abbreviate
+    from ..imatrix import coverage, open
+
+    with open(args.input) as imatrix:
+        data = coverage(imatrix)
+        size = imatrix.source.size
+    if args.json:
+        words.print_json(data if args.full else abbreviate(data))
+        return 0
+    words.show(_describe(data, size))
+    for text in data["warnings"]:
+        words.say(f"warning: {text}")
+    return 0
+
+
+def merge(args: Namespace) -> int:
+    from ..imatrix import merge
+
+    _check_output(args)
+    merge(args.inputs, args.output, chunk_size=args.chunk_size, overwrite=args.force)
+    return _written(args.output)
+
+
+def slice(args: Namespace) -> int:
+    from ..imatrix import slice
+
+    _check_output(args)
+    unknown = slice(args.input, args.output, read_kept(args.by), experts=args.experts, overwrite=args.force)
+    if unknown:
+        words.say(f"warning: layers of {args.by} without an entry: {', '.join(map(str, unknown))}")
+    return _written(args.output)
+
+
+def convert(args: Namespace) -> int:
+    from ..imatrix import convert
+
+    _check_output(args)
+    convert(args.input, args.output, chunk_size=args.chunk_size, overwrite=args.force)
+    return _written(args.output)
+
+
+def read_kept(path: str) -> dict[int, list[int]]:
+    """layer -> ids, of {"kept": {"0": [ids]}} in a JSON file or of the keys pgs.experts.N.kept in a pruned GGUF."""
+    from ..errors import BadPlan
+    from ..layers import MAX_LAYERS
+    from ..model import open as open_model
+
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF":
+        with open_model(path, metadata_only=True) as model:
+            # The imatrix has the layers of the model that was cut, which may have lost some too.
+            layers = model.metadata.get("pgs.layers.kept", range(MAX_LAYERS))
+            kept = {layers[int(match[1])]: model.metadata[key] for key in model.metadata
+                    if (match := _KEPT.fullmatch(key)) and int(match[1]) < len(layers)}
+        if not kept:
+            raise BadPlan("this model does not say which experts it kept", path=path,
+                          expected="keys pgs.experts.N.kept")
+        return kept
+    form = '{"kept": {"0": [ids]}}'
+    try:
+        with open(path, encoding="utf-8") as file:
+            kept = json.load(file)["kept"]
+        layers = {int(layer): list(ids) for layer, ids in kept.items()}
+        if len(layers) < len(kept) or any(type(i) is not int for ids in layers.values() for i in ids):
+            raise ValueError("not ids of experts")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadPlan(f"not a list of experts: {error}", path=path, expected=form) from None
+    return layers
+
+
+def _check_output(args: Namespace) -> None:
+    if not args.force and os.path.lexists(args.output):
+        raise FileExistsError(errno.EEXIST, "exists already; --force replaces it", args.output)
+
+
+def _written(path: str) -> int:
+    from ..imatrix import coverage, open
+
+    with open(path) as imatrix:
+        words.show(_describe(coverage(imatrix), imatrix.source.size))
+    return 0
+
+
+def _describe(data: dict[str, Any], nbytes: int) -> str:
+    chunks = f"{data['chunk_count']} chunks"
+    if data["chunk_size"]:
+        chunks += f" of {data['chunk_size']} tokens"
+    values = sum(entry["size"] for entry in data["entries"])
+    rows = [("file", f"{os.path.basename(data['path'])}, {data['format']}, {human(nbytes)}"),
+            ("made from", ", ".join(data["datasets"]) or "(not said)"),
+            ("text", chunks),
+            ("entries", f"{len(data['entries'])} tensors, {words.count(values)} values")]
+    never = [entry["name"] for entry in data["entries"] if entry["most"] == 0]
+    if never:
+        rows.append(("never seen", f"{len(never)} tensors: {_list(never)}"))
+    text = words.table(rows, left=2)
+    if data["layers"]:
+        lines = [("layer", "experts seen", "least", "most", "never seen")]
+        for layer in data["layers"]:
+            lines.append((str(layer["layer"]), f"{layer['seen']} of {layer['experts']}", words.count(layer["least"]),
+                          words.count(layer["most"]), _list(layer["never"])))
+        text += f"\n\ntokens of each expert:\n{words.table(lines, left=0)}"
+    elif data["format"] == "legacy":
+        text += "\n\nthis format has lost how often each expert was used"
+    return text
+
+
+def _list(items: list[Any]) -> str:
+    return ", ".join(map(str, items[:_SHOWN])) + (", ..." if len(items) > _SHOWN else "")
