@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import _core
+from .blocks import KEPT
 from .check import NAME_BYTES
 from .errors import BadFile, SurgeryError
 from .experts.prune import NUMBERS, check_numbers
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 16 << 20
 SAMPLE_ROWS = 64          # of a re-encoded tensor, spread over it
 MAX_LAYERS = 512          # LLAMA_MAX_LAYERS
+TRUNK_KEYS = ("attention.indexer.types",)  # arrays that leave the MTP blocks out
 LEAST_COSINE = 0.5        # below, a re-encoded tensor is not a coarse copy of its source but another tensor
 
 
@@ -186,7 +188,8 @@ def _check_blocks(model: Model, report: Report) -> None:
     for suffix in sorted(PER_BLOCK_KEYS):
         key = f"{model.architecture}.{suffix}"
         if key in model.metadata and model.metadata.value(key).type.endswith("[]"):
-            if (length := len(model.metadata.value(key))) != blocks:
+            length = len(model.metadata.value(key))
+            if length != blocks and (suffix not in TRUNK_KEYS or length != blocks - (nextn or 0)):
                 report.problem("an array with not one entry per block", object=key, found=length, expected=blocks)
 
 
@@ -260,7 +263,7 @@ def _check_data(model: Model, tensor: Tensor, report: Report) -> None:
 # --- the result against its source ---------------------------------------------------------------------------------
 
 def _check_against(model: Model, source: Model, report: Report) -> None:
-    from .report.compare import kept_experts, origin_of
+    from .report.compare import kept_experts, kept_layers, origin_of, source_name
 
     if source.architecture != model.architecture:
         report.problem("another architecture than its source", object="general.architecture", found=model.architecture,
@@ -270,9 +273,9 @@ def _check_against(model: Model, source: Model, report: Report) -> None:
     if claimed not in (None, source.header_sha256, source.metadata.get(key)):  # the last: of an earlier cut
         report.problem("made from another file, by its own account", object=key, found=claimed,
                        expected=source.header_sha256)
-    kept = kept_experts(model, source)
+    kept, layers = kept_experts(model, source), kept_layers(model, source)
     for tensor in model.tensors.values():
-        origin = origin_of(tensor, source, kept)
+        origin = origin_of(tensor, source, kept, layers)
         if isinstance(origin, str):
             report.problem(origin, object=tensor.name)
             continue
@@ -284,12 +287,16 @@ def _check_against(model: Model, source: Model, report: Report) -> None:
         else:
             _check_encoded(model, tensor, origin, report)
     blocks = model.get("block_count")
+    left = range(blocks) if layers is None and isinstance(blocks, int) else layers
+    if layers is not None and len(layers) != blocks:
+        report.problem("not one number per block", object=KEPT, found=len(layers), expected=blocks)
+    here = {source_name(name, layers) for name in model.tensors}
     for name in source.tensors:
-        if name in model.tensors:
+        if name in here:
             continue
         report.removed.append(name)
         layer = layer_of(name)
-        if layer is None or not isinstance(blocks, int) or layer < blocks:  # else a block that mtp="drop" removed
+        if layer is None or left is None or layer in left:  # else a block that was dropped
             report.problem("in the source and not here", object=name)
 
 

@@ -6,11 +6,12 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .. import _core
 from .._core import Value
+from ..blocks import Outcome, claim_source, drop, drop_size_label, getter, like, ranges
 from ..errors import BadFile, BadPlan, SurgeryError, Unsupported
 from ..plan_data import Copy, Expression, KeepExperts, OutputTensor, Remap, Stack, Take
 from . import roles
@@ -22,16 +23,6 @@ if TYPE_CHECKING:
 
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 Kept = dict[int, tuple[int, ...]]
-
-
-@dataclass
-class Outcome:
-    """What an edit comes to. With blockers the tensors are still the best description that can be given."""
-
-    tensors: list[OutputTensor]
-    metadata: dict[str, Value]
-    blockers: list[SurgeryError] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
 
 def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value], edit: KeepExperts) -> Outcome:
@@ -46,7 +37,7 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
         if edit.mtp not in ("keep", "drop"):
             raise BadPlan("no such choice", object="mtp", found=repr(edit.mtp), expected='"keep" or "drop"')
         dropped = _drop_mtp(architecture, out) if edit.mtp == "drop" else range(0)
-        found = roles.layout(architecture, [t.name for t in out.tensors], _getter(out.metadata))
+        found = roles.layout(architecture, [t.name for t in out.tensors], getter(out.metadata))
         if not found.layers:
             raise BadPlan("the model has no experts", object=architecture or None)
     except SurgeryError as error:
@@ -113,22 +104,11 @@ def _check_ids(layer: int, ids: Iterable[Any], experts: int, blockers: list[Surg
     return plain
 
 
-def ranges(numbers: Iterable[int]) -> str:
-    """[0, 1, 2, 5] as "0..2, 5"."""
-    parts: list[list[int]] = []
-    for n in sorted(numbers):
-        if parts and parts[-1][1] == n - 1:
-            parts[-1][1] = n
-        else:
-            parts.append([n, n])
-    return ", ".join(f"{a}..{b}" if b > a else str(a) for a, b in parts)
-
-
 # --- what llama.cpp's loader and router need ------------------------------------------------------------------------
 
 def _check_routing(architecture: str, found: Layout, kept: Kept, out: Outcome) -> None:
     n = len(kept[found.layers[0]])
-    get = _getter(out.metadata)
+    get = getter(out.metadata)
     if n > MAX_EXPERTS:
         out.blockers.append(Unsupported("more experts than llama.cpp loads", object=f"{architecture}.expert_count",
                                         found=n, expected=f"at most {MAX_EXPERTS}"))
@@ -157,7 +137,7 @@ NUMBERS = ("block_count", "nextn_predict_layers", "expert_count", "expert_used_c
 def check_numbers(architecture: str, metadata: dict[str, Value]) -> list[SurgeryError]:
     """Which of these numbers, as they are, llama.cpp's loader or its router cannot take."""
     found: list[SurgeryError] = []
-    get = _getter(metadata)
+    get = getter(metadata)
     try:
         blocks, nextn = (roles.count(get, f"{architecture}.{name}", 0) for name in NUMBERS[:2])
         if nextn > blocks:
@@ -296,7 +276,7 @@ def _block(type: str) -> int:
 
 def _drop_mtp(architecture: str, out: Outcome) -> range:
     """Removes the last nextn_predict_layers blocks as if the model had been converted without them."""
-    get = _getter(out.metadata)
+    get = getter(out.metadata)
     key = f"{architecture}.nextn_predict_layers"
     if architecture in roles.NOT_MTP:
         raise Unsupported("this architecture has no MTP blocks", object=key)
@@ -312,49 +292,23 @@ def _drop_mtp(architecture: str, out: Outcome) -> range:
     for layer in sorted({roles.layer_of(name) for name in gone}):
         if not any(name.startswith(f"blk.{layer}.nextn.") for name in gone):
             raise Unsupported("not an MTP block: it has no nextn tensors", object=f"blk.{layer}")
-    for name, value in list(out.metadata.items()):
-        word = name.removeprefix(f"{architecture}.")
-        if word == name or not value.type.endswith("[]") or len(value) != blocks or word in roles.OTHER_ARRAYS:
-            continue
-        if word not in roles.PER_BLOCK_KEYS:
-            raise Unsupported("unknown array: it may have one element per block", object=name,
-                              hint=f"it has {blocks} elements, as many as there are blocks")
-        out.metadata[name] = Value(value.value[:blocks - nextn], value.type)
-    out.metadata[f"{architecture}.block_count"] = _like(out.metadata[f"{architecture}.block_count"], blocks - nextn)
-    del out.metadata[key]
-    for name in [k for k in out.metadata if (m := _KEPT.fullmatch(k)) and int(m[1]) in dropped]:
-        del out.metadata[name]
-    out.tensors = [t for t in out.tensors if t.name not in gone]
+    drop(architecture, out, dropped)
     return dropped
 
 
 # --- metadata -------------------------------------------------------------------------------------------------------
 
-_KEPT = re.compile(r"pgs\.experts\.([0-9]+)\.kept")
-_IDS = ("general.uuid", "general.doi", "general.source.uuid", "general.source.doi")  # of the original, not of this file
-_BASE_MODEL = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
-
-
 def _set_metadata(model: Model, architecture: str, kept: Kept, metric: str, out: Outcome) -> None:
-    metadata, old = out.metadata, roles.count(_getter(out.metadata), f"{architecture}.expert_count")
+    metadata, old = out.metadata, roles.count(getter(out.metadata), f"{architecture}.expert_count")
     n = len(next(iter(kept.values())))
-    metadata[f"{architecture}.expert_count"] = _like(metadata[f"{architecture}.expert_count"], n)
-    digest = metadata.get("pgs.source.header_sha256")
-    again = digest is not None and digest.value == model.header_sha256  # a second cut in one plan
+    metadata[f"{architecture}.expert_count"] = like(metadata[f"{architecture}.expert_count"], n)
     _set_size_label(metadata, old, n, out.warnings)
-    if not again:
-        for key in _IDS:
-            metadata.pop(key, None)
-        _add_base_model(model, metadata)
-    earlier = {layer: metadata[key].value for layer in kept
-               if again and (key := f"pgs.experts.{layer}.kept") in metadata}
+    again = claim_source(model, metadata)  # True: a second cut in one plan
+    earlier = {layer: metadata[key].value for layer in kept if (key := f"pgs.experts.{layer}.kept") in metadata}
     if again and (first := metadata.get("pgs.experts.metric")) and first.value != metric:
         metric = f"{first.value}, {metric}"
     for key in [k for k in metadata if k.startswith("pgs.experts.")]:
         del metadata[key]
-    metadata["pgs.version"] = Value(_core.__version__, "str")
-    metadata["pgs.source.header_sha256"] = Value(model.header_sha256, "str")
-    metadata["pgs.source.name"] = Value(model.name, "str")
     metadata["pgs.experts.metric"] = Value(metric, "str")
     for layer, ids in kept.items():
         source = [earlier[layer][i] for i in ids] if layer in earlier else list(ids)
@@ -363,34 +317,8 @@ def _set_metadata(model: Model, architecture: str, kept: Kept, metric: str, out:
 
 def _set_size_label(metadata: dict[str, Value], old: int, new: int, warnings: list[str]) -> None:
     """In "512x2.5B" the size is that of the shared weights and one expert: a cut leaves it as it is."""
-    label = metadata.pop("general.size_label", None)
-    if label is None:
-        return
-    if match := re.fullmatch(rf"{old}(x.+)", str(label.value), re.DOTALL):
+    label = metadata.get("general.size_label")
+    if label is not None and (match := re.fullmatch(rf"{old}(x.+)", str(label.value), re.DOTALL)):
         metadata["general.size_label"] = Value(f"{new}{match[1]}", "str")
     else:
-        warnings.append(f"general.size_label {label.value!r} is no longer true and is dropped")
-
-
-def _add_base_model(model: Model, metadata: dict[str, Value]) -> None:
-    """Appends the source to the base models, with what it says about itself."""
-    source = model.metadata
-    known = {word: source[key] for word in _BASE_MODEL
-             if isinstance(source.get(key := f"general.{word}"), str) and source[key]}
-    if not known:
-        return
-    key = "general.base_model.count"
-    index = roles.count(_getter(metadata), key, 0)
-    while any(k.startswith(f"general.base_model.{index}.") for k in metadata):  # more than the count says
-        index += 1
-    metadata[key] = _like(metadata[key], index + 1) if key in metadata else Value(index + 1, "u32")
-    for word, text in known.items():
-        metadata[f"general.base_model.{index}.{word}"] = Value(text, "str")
-
-
-def _like(value: Value, new: int) -> Value:
-    return Value(new, value.type)
-
-
-def _getter(metadata: dict[str, Value]) -> Callable[[str], Any]:
-    return lambda key: metadata[key].value if key in metadata else None
+        drop_size_label(metadata, warnings)

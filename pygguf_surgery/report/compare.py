@@ -6,13 +6,14 @@ import math
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from .. import _core
+from ..blocks import KEPT
 from ..errors import BadPlan
 from ..experts.roles import ROLES, expert_rule, layer_of, role_of
 from ..model import Model, Tensor, merge_adjacent, row_bytes, type_facts
@@ -20,6 +21,7 @@ from ..model import Model, Tensor, merge_adjacent, row_bytes, type_facts
 CHUNK = 1 << 16  # elements in work at a time: their float64 copies stay in the cache
 
 Kept = Mapping[int, tuple[int, ...]]  # layer -> old expert ids, in the order of the result
+Layers = Sequence[int] | None           # old number of each block; None: the same as the new one
 
 
 # --- where the rows of a result come from --------------------------------------------------------------------------
@@ -27,15 +29,34 @@ Kept = Mapping[int, tuple[int, ...]]  # layer -> old expert ids, in the order of
 def kept_experts(result: Model, source: Model) -> dict[int, tuple[int, ...]]:
     """The lists that pruning left in the result's metadata (`pgs.experts.LAYER.kept`). Empty when there are none, or
     when the source has the same ones: then they tell of an earlier cut."""
-    key = "pgs.source.header_sha256"
-    if key in source.metadata and source.metadata[key] == result.metadata.get(key):
-        return {}
     kept = {}
-    for key in result.metadata:
+    for key in () if _of_earlier_cut(result, source) else result.metadata:
         match = re.fullmatch(r"pgs\.experts\.([0-9]+)\.kept", key)
         if match and result.metadata.value(key).type.endswith("[]"):
             kept[int(match[1])] = tuple(result.metadata[key])
     return kept
+
+
+def kept_layers(result: Model, source: Model) -> tuple[int, ...] | None:
+    """The source's number of each block of the result (`pgs.layers.kept`). None when it lists none, or when the source
+    has the same list: then blocks have the same numbers in both."""
+    if KEPT not in result.metadata or _of_earlier_cut(result, source):
+        return None
+    value = result.metadata.value(KEPT)
+    return tuple(value.value) if value.type in ("u32[]", "i32[]") else None
+
+
+def _of_earlier_cut(result: Model, source: Model) -> bool:
+    key = "pgs.source.header_sha256"
+    return key in source.metadata and source.metadata[key] == result.metadata.get(key)
+
+
+def source_name(name: str, layers: Layers) -> str:
+    """The name that a tensor of the result has in the source."""
+    layer = layer_of(name)
+    if layers is None or layer is None or layer >= len(layers):
+        return name
+    return f"blk.{layers[layer]}.{name.split('.', 2)[2]}"
 
 
 @dataclass
@@ -73,11 +94,12 @@ def whole(model: Model, tensor: Tensor) -> Origin:
     return Origin(model, tensor, [(tensor.source, tensor.offset, tensor.nbytes)] if tensor.nbytes else [])
 
 
-def origin_of(result: Tensor, source: Model, kept: Kept) -> Origin | str:
+def origin_of(result: Tensor, source: Model, kept: Kept, layers: Layers = None) -> Origin | str:
     """Where `result` comes from in `source`, or in a few words why that cannot be said."""
-    tensor = source.tensors.get(result.name)
+    name = source_name(result.name, layers)
+    tensor = source.tensors.get(name)
     if tensor is None:
-        return "the source has no tensor of this name"
+        return "the source has no tensor of this name" + (f" ({name})" if name != result.name else "")
     slices = _slices(result.name, source, kept)
     if slices is None:
         if tensor.shape != result.shape:
@@ -172,19 +194,20 @@ def compare(source: Model, result: Model, *, kept: Kept | None = None) -> dict[s
     "source_nbytes", "nbytes", "source_types", "types", and the same four numbers}]}.
 
     Result against source, tensor by tensor; experts are paired by `kept` (layer -> old ids), which is read from the
-    result's metadata when it is not given. A role pools the sums of its tensors. Tensors of integers are left out, and
-    so are those of the source that the result lacks. Streamed: a few MiB whatever the sizes. BadPlan names a tensor
-    that has no counterpart.
+    result's metadata when it is not given, blocks by its list of kept layers. A role pools the sums of its tensors.
+    Tensors of integers are left out, and so are those of the source that the result lacks. Streamed: a few MiB whatever
+    the sizes. BadPlan names a tensor that has no counterpart.
     """
     kept = kept_experts(result, source) if kept is None else kept
+    layers = kept_layers(result, source)
     tensors, roles = [], {}
     for tensor in result.tensors.values():
         role = role_of(tensor.name)
         total = roles.setdefault(role, _Role(role))
-        total.add(tensor, source.tensors.get(tensor.name))
+        total.add(tensor, source.tensors.get(source_name(tensor.name, layers)))
         if not type_facts()[tensor.type]["decodes"]:
             continue
-        origin = origin_of(tensor, source, kept)
+        origin = origin_of(tensor, source, kept, layers)
         if isinstance(origin, str):
             raise BadPlan(f"cannot be compared: {origin}", path=result.path, object=tensor.name)
         sums = tensor_sums(result, tensor, origin)
