@@ -16,16 +16,16 @@ from .model import Metadata, Model, Tensor, open
 from .quantize import dequantize, quantize
 
 if TYPE_CHECKING:
-    from . import experts
+    from . import experts, imatrix
     from .plan import Plan
     from .write import Receipt
 
 __all__ = [
     "BadFile", "BadPlan", "Metadata", "Model", "OutOfSpace", "Plan", "Receipt", "SourceChanged", "SurgeryError",
-    "Tensor", "Unsupported", "Value", "__version__", "dequantize", "experts", "open", "quantize",
+    "Tensor", "Unsupported", "Value", "__version__", "dequantize", "experts", "imatrix", "open", "quantize",
 ]
 # Loaded when asked for, so that a program that only reads files starts at once.
-_LAZY = {"Plan": ".plan", "Receipt": ".write", "experts": ".experts"}
+_LAZY = {"Plan": ".plan", "Receipt": ".write", "experts": ".experts", "imatrix": ".imatrix"}
 
 
 def __getattr__(name: str) -> Any:

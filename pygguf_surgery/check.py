@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from . import _core, metadata as metadata_rules
 from ._core import Value
-from .errors import BadPlan, SurgeryError, Unsupported
+from .errors import BadFile, BadPlan, SourceChanged, SurgeryError, Unsupported
 from .model import Model, merge_adjacent, row_bytes, type_facts
-from .plan_data import Copy, KeepExperts, OutputTensor, PlanData, Quantize, Remap, RemoveMetadata, SetMetadata, Stack, \
-    Take, expression_to_json, plan_to_json
+from .plan_data import Copy, KeepExperts, MEAN, ONES, OutputTensor, PlanData, PruneLayers, Quantize, Remap, \
+    RemoveMetadata, SetMetadata, Split, Stack, Take, UseImatrix, expression_to_json, plan_to_json
 from .quantize import recipe
 from .units import MEMORY, human, parse_memory, parse_threads
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from .imatrix import Imatrix
 
 NAME_BYTES = 63            # llama.cpp's limit of a tensor name
 ALIGNMENT_LEAST = 32       # llama.cpp aborts on 4, and always writes 32
@@ -32,23 +34,36 @@ LIST_LONGEST = 32          # printed JSON abbreviates longer arrays
 
 
 @dataclass(repr=False)  # it would show the whole header
+class OutputFile:
+    """One file of the output. tensors: indices of CheckedPlan.tensors. header: up to the data, padding included; empty
+    if none can be made."""
+
+    tensors: list[int]
+    metadata: dict[str, Value]
+    header: bytes
+    file_bytes: int
+
+
+@dataclass(repr=False)
 class CheckedPlan:
     """What a plan comes to. With blockers it can be described and not written; its numbers are then best guesses."""
 
     data: PlanData
     tensors: list[OutputTensor]
     nbytes: list[int]           # of each tensor, without padding
-    offsets: list[int]          # of each tensor, from the start of the file; empty if no header can be made
+    offsets: list[int]          # of each tensor, from the start of its file; empty if no header can be made
     metadata: dict[str, Value]
     alignment: int
-    header: bytes               # up to the data, padding included; empty if none can be made
-    file_bytes: int
+    files: list[OutputFile]     # one, or the shards
+    split: bool                 # shards, whatever their number: their names say so
+    file_bytes: int             # of all files
     peak_memory_bytes: int      # over the interpreter's own: buffers, header, lists
     blockers: list[SurgeryError]
     warnings: list[str]
     source_bytes: int           # of the input's tensors
     architecture: str
     experts: tuple[int | None, int | None]  # before, after
+    imatrix: Imatrix | None     # open, as the run reads its rows
 
     def __repr__(self) -> str:
         return (f"<CheckedPlan of {len(self.tensors)} tensors, {human(self.file_bytes)}, {len(self.blockers)} blockers, "
@@ -73,6 +88,8 @@ class CheckedPlan:
         if self.elements:
             lines.append(f"{self.elements / 1e9:.3f} billion weights, "
                          f"{8 * sum(self.nbytes) / self.elements:.3f} bits per weight")
+        if self.split:
+            lines.append(f"shards: {len(self.files)}, the largest {human(max(f.file_bytes for f in self.files))}")
         lines.append("tensors: " + ", ".join(f"{count} {name}" for name, count in sorted(self.actions().items())))
         lines.append(f"peak memory: {human(self.peak_memory_bytes)}")
         lines += ["", f"{'role':<14} {'tensors':>7} {'size':>11} {'share':>6}  types"]
@@ -99,10 +116,13 @@ class CheckedPlan:
             "tensors": [
                 {"name": t.name, "role": t.role, "type": t.type, "shape": list(t.shape), "nbytes": n,
                  "action": action(t), "source_type": t.source_type,
-                 "expression": shorten(expression_to_json(t.expression)), **({"notes": t.notes} if t.notes else {})}
+                 "expression": shorten(expression_to_json(t.expression)),
+                 **({"importance": t.importance.ref} if t.importance else {}), **({"notes": t.notes} if t.notes else {})}
                 for t, n in zip(self.tensors, self.nbytes)],
             "metadata": {key: value_for_json(value, full) for key, value in self.metadata.items()},
             "file_bytes": self.file_bytes,
+            **({"shards": [{"tensors": len(f.tensors), "file_bytes": f.file_bytes} for f in self.files]}
+               if self.split else {}),
             "peak_memory_bytes": self.peak_memory_bytes,
             "blockers": [error_for_json(error) for error in self.blockers],
             "warnings": list(self.warnings),
@@ -172,25 +192,32 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
         blockers.append(BadPlan("opened for its metadata only", path=model.path, hint="open it without metadata_only"))
 
     metadata_edits = [edit for edit in data.edits if isinstance(edit, (SetMetadata, RemoveMetadata))]
-    expert_edits = [edit for edit in data.edits if isinstance(edit, KeepExperts)]
-    quantize_edits = [edit for edit in data.edits if isinstance(edit, Quantize)]
-    if len(quantize_edits) > 1:
-        blockers.append(BadPlan("a plan quantizes at most once", object="quantize", found=len(quantize_edits)))
+    quantize, split = (_at_most_one(data, kind, blockers) for kind in (Quantize, Split))
     # The architecture's own keys before the experts, so that their rules see the final numbers; all others after, so
     # that the caller has the last word.
     metadata = _edit_metadata(model.architecture, metadata, metadata_edits, True, blockers)
     uncut = metadata
-    for edit in expert_edits:  # the ids of a second cut are those after the first
-        from .experts import prune
+    for edit in data.edits:  # in their order: the numbers of a second cut are those after the first
+        if isinstance(edit, KeepExperts):
+            from .experts import prune
 
-        outcome = prune.apply(model, tensors, metadata, edit)
+            outcome = prune.apply(model, tensors, metadata, edit)
+        elif isinstance(edit, PruneLayers):
+            from . import layers
+
+            outcome = layers.apply(model, tensors, metadata, edit)
+        else:
+            continue
         tensors, metadata = outcome.tensors, outcome.metadata
         blockers += outcome.blockers
         warnings += outcome.warnings
     dropped = uncut.keys() - metadata.keys()  # with the experts: that the caller removes these too is no error
     metadata = _edit_metadata(model.architecture, metadata, metadata_edits, False, blockers, dropped)
-    for quantize in quantize_edits[:1]:
-        quantized = recipe.apply(model.architecture, tensors, metadata, quantize)
+    imatrix = None
+    if quantize is not None:
+        imatrix = _open_imatrix(quantize.imatrix, blockers)
+        quantized = recipe.apply(model, tensors, metadata, quantize, imatrix=imatrix,
+                                 file_order=split is not None and split.keep)
         tensors, metadata = quantized.tensors, quantized.metadata
         blockers += quantized.blockers
         warnings += quantized.warnings
@@ -204,12 +231,40 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
 
     checked = CheckedPlan(
         data=data, tensors=tensors, nbytes=[_target_bytes(t) for t in tensors], offsets=[], metadata=metadata,
-        alignment=alignment, header=b"", file_bytes=0, peak_memory_bytes=0, blockers=blockers, warnings=warnings,
+        alignment=alignment, files=[], split=False, file_bytes=0, peak_memory_bytes=0, blockers=blockers, warnings=warnings,
         source_bytes=sum(t.nbytes for t in model.tensors.values()), architecture=model.architecture,
-        experts=(_count(before, model.architecture), _count(metadata, model.architecture)))
-    _lay_out(checked)
+        experts=(_count(before, model.architecture), _count(metadata, model.architecture)), imatrix=imatrix)
+    _lay_out(model, checked, split)
+    if quantize is not None and quantize.max_bytes is not None and checked.file_bytes > quantize.max_bytes:
+        blockers.append(BadPlan("the output is too large", object="max_size", found=human(checked.file_bytes),
+                                expected=f"at most {human(quantize.max_bytes)}"))
     _budget(model, checked, budget, threads, io)
     return checked
+
+
+def _at_most_one(data: PlanData, kind: type, blockers: list[SurgeryError]) -> Any:
+    found = [edit for edit in data.edits if isinstance(edit, kind)]
+    if len(found) > 1:
+        name = kind.__name__.lower()
+        blockers.append(BadPlan(f"a plan can {name} only once", object=name, found=len(found)))
+    return found[0] if found else None
+
+
+def _open_imatrix(use: UseImatrix | None, blockers: list[SurgeryError]) -> Imatrix | None:
+    if use is None:
+        return None
+    from . import imatrix
+
+    try:
+        opened = imatrix.open(use.path)
+        if opened.digest != use.digest:
+            raise SourceChanged("the importance matrix is not the one that the plan was made with", path=use.path)
+        return opened
+    except OSError as error:
+        blockers.append(BadFile("the importance matrix cannot be read", path=use.path, found=error.strerror or error))
+    except SurgeryError as error:
+        blockers.append(error)
+    return None
 
 
 def _edit_metadata(architecture: str, metadata: dict[str, Value], edits: Sequence[SetMetadata | RemoveMetadata],
@@ -289,27 +344,53 @@ def _target_bytes(tensor: OutputTensor) -> int:
     return -(-elements // facts["block"]) * facts["block_bytes"]
 
 
-def _lay_out(checked: CheckedPlan) -> None:
-    infos = [_core.TensorInfo(t.name, t.shape[::-1], type_facts()[t.type]["id"]) for t in checked.tensors]
+def _lay_out(model: Model, checked: CheckedPlan, split: Split | None) -> None:
+    """Which tensor is in which file, and where."""
+    from . import shards
+
+    parts = [list(range(len(checked.tensors)))]
+    if split is not None:
+        partition = shards.partition(split, checked.nbytes, [_shard_of(model, t) for t in checked.tensors],
+                                     checked.alignment, source_count=len(model.sources),
+                                     names=[t.name for t in checked.tensors])
+        parts, checked.split = partition.shards, not partition.single
+        checked.warnings += partition.warnings
+        checked.blockers += partition.blockers
+    offsets = [0] * len(checked.tensors)
     try:
-        checked.header, checked.offsets, checked.file_bytes = _core.encode_header(
-            list(checked.metadata.items()), infos, checked.alignment)
+        for number, part in enumerate(parts):
+            metadata = checked.metadata if not checked.split else shards.shard_metadata(
+                checked.metadata, number, len(parts), len(checked.tensors), checked.alignment)
+            infos = [_core.TensorInfo(t.name, t.shape[::-1], type_facts()[t.type]["id"])
+                     for t in (checked.tensors[i] for i in part)]
+            header, at, file_bytes = _core.encode_header(list(metadata.items()), infos, checked.alignment)
+            for i, offset in zip(part, at):
+                offsets[i] = offset
+            checked.files.append(OutputFile(part, metadata, header, file_bytes))
+        checked.offsets = offsets
+        checked.file_bytes = sum(file.file_bytes for file in checked.files)
     except SurgeryError as error:
         if not checked.blockers:  # else it is one of them again
             checked.blockers.append(error)
-        checked.file_bytes = sum(-(-n // checked.alignment) * checked.alignment for n in checked.nbytes)
+        padded = [-(-n // checked.alignment) * checked.alignment for n in checked.nbytes]
+        checked.files = [OutputFile(part, checked.metadata, b"", sum(padded[i] for i in part)) for part in parts]
+        checked.file_bytes = sum(padded)
+
+
+def _shard_of(model: Model, tensor: OutputTensor) -> int:
+    ref = tensor.expression.refs[0] if isinstance(tensor.expression, Stack) else tensor.expression.ref
+    return model.tensors[ref].source
 
 
 def _budget(model: Model, checked: CheckedPlan, memory: int, threads: int, io: str) -> None:
     buffers = memory
-    if checked.header:
+    if checked.offsets and not checked.blockers:
         try:
             jobs = build_jobs(model, checked)
             buffers = _core.plan_budget(jobs, memory=memory, threads=threads, io=io)["buffer_bytes"]
         except SurgeryError as error:
-            if not checked.blockers:
-                checked.blockers.append(error)
-    checked.peak_memory_bytes = buffers + 2 * len(checked.header) + FIXED_BYTES
+            checked.blockers.append(error)
+    checked.peak_memory_bytes = buffers + 2 * sum(len(file.header) for file in checked.files) + FIXED_BYTES
 
 
 # --- jobs: the checked plan as the engine takes it ------------------------------------------------------------------
@@ -318,7 +399,8 @@ def build_jobs(model: Model, checked: CheckedPlan) -> list[_core.Job]:
     """One job per tensor that has bytes. BadPlan where an expression does not give the bytes that its shape needs."""
     jobs = []
     facts = type_facts()
-    for tensor, nbytes, offset in zip(checked.tensors, checked.nbytes, checked.offsets):
+    file_of = {i: number for number, file in enumerate(checked.files) for i in file.tensors}
+    for i, (tensor, nbytes, offset) in enumerate(zip(checked.tensors, checked.nbytes, checked.offsets)):
         elements = math.prod(tensor.shape)
         row = tensor.shape[-1] if tensor.shape else 1
         if elements == 0:
@@ -337,8 +419,34 @@ def build_jobs(model: Model, checked: CheckedPlan) -> list[_core.Job]:
             remap = (tensor.expression.table, tensor.expression.substitutes, row)
         jobs.append(_core.Job(
             tensor.name, source_type=facts[tensor.source_type]["id"], target_type=facts[tensor.type]["id"],
-            row_elements=row, rows=elements // row, target_offset=offset, runs=runs, remap=remap))
+            row_elements=row, rows=elements // row, target_offset=offset, runs=runs, remap=remap, file=file_of[i],
+            **_importance(tensor, checked.imatrix, len(model.sources))))
     return jobs
+
+
+def _importance(tensor: OutputTensor, imatrix: Imatrix | None, source: int) -> dict[str, Any]:
+    """A job's importance. The rows stay in the importance matrix, which is source number `source` of the run."""
+    if tensor.importance is None:
+        return {}
+    import numpy as np
+
+    assert imatrix is not None
+    row, entry = tensor.shape[-1], imatrix.entries.get(tensor.importance.ref)  # None: all its rows are ones
+    held: dict[int, int] = {}  # ONES, MEAN -> row of `inline`
+    inline, rows, divisors = [], [], []
+    for number in tensor.importance.rows:
+        if number >= 0:
+            rows.append((source, entry.offset + number * row * 4))
+            divisors.append(entry.divisor(number, row))
+            continue
+        if number not in held:
+            held[number] = len(inline)
+            inline.append({ONES: lambda: np.ones(row, np.float32),
+                           MEAN: lambda: imatrix.mean_row(entry.name, row)}[number]())
+        rows.append((_core.IN_MEMORY, held[number]))
+        divisors.append(1.0)
+    return {"importance": np.array(inline, np.float32).reshape(-1, row),
+            "importance_rows": np.array(rows, np.uint64), "importance_divisors": np.array(divisors, np.float32)}
 
 
 def source_runs(model: Model, tensor: OutputTensor) -> NDArray[np.uint64]:

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 from . import metadata as metadata_rules
 from ._core import Value
 from .check import CheckedPlan, check
-from .errors import BadPlan, SourceChanged, Unsupported
+from .errors import BadPlan, SourceChanged
 from .model import Model, open as open_model
-from .plan_data import Edit, KeepExperts, PlanData, Quantize, RemoveMetadata, SetMetadata, plan_from_json, plan_to_json
-from .quantize import mixes, recipe
-from .units import MEMORY
+from .plan_data import Edit, KeepExperts, PlanData, PruneLayers, Quantize, RemoveMetadata, SetMetadata, Split, \
+    plan_from_json, plan_to_json
+from .quantize import mixes, recipe, recipe_file
+from .units import MEMORY, parse_size
 from .write import Progress, Receipt, write
 
 if TYPE_CHECKING:
     from .experts.rank import Keep
+    from .imatrix import Imatrix
 
 
 class Plan:
@@ -106,20 +108,84 @@ class Plan:
             del now[key]
         return self._with(RemoveMetadata(keys))
 
-    def quantize(self, type: str, *, imatrix: None = None, overrides: Iterable[Sequence[str]] = (), pure: bool = False,
-                 allow_requantize: bool = False) -> Plan:
-        """Give every tensor the type that llama-quantize would give it for the file type `type`.
+    def prune_layers(self, layers: Iterable[int]) -> Plan:
+        """Drop these blocks and renumber the rest; what depends on a block's number follows, or is a blocker."""
+        numbers = sorted({_whole(layer, "layer") for layer in layers})
+        if not numbers or numbers[0] < 0:
+            raise BadPlan("not the layers to drop", object="layers", found=repr(numbers), expected="[0, 1, ...]")
+        return self._with(PruneLayers(tuple(numbers)))
 
-        pure: `type` is a plain ggml type, for every tensor that llama-quantize would quantize. overrides: (regular
-        expression, ggml type or "copy") pairs, the first that matches (re.search) wins. allow_requantize: also encode
-        tensors that are already quantized, at a loss.
+    def quantize(self, type: str, *, imatrix: str | os.PathLike[str] | Imatrix | None = None,
+                 imatrix_missing: str = "default", include_weights: Iterable[str] = (),
+                 exclude_weights: Iterable[str] = (), overrides: Iterable[Sequence[str]] = (),
+                 output_type: str | None = None, token_embedding_type: str | None = None, pure: bool = False,
+                 leave_output: bool = False, allow_requantize: bool = False) -> Plan:
+        """Give every tensor the type and bytes that llama-quantize would give it for the file type `type`.
+
+        imatrix: an importance matrix, GGUF or the older .dat; only its names and counts are read now. It follows the
+        plan's cuts. imatrix_missing says what an expert that it never saw, or a tensor that it lacks, comes to:
+        "default" is llama-quantize's (ones; no importance, or a blocker where the type needs some), "fail" a blocker,
+        "ones" or "layer-mean" a substitute. include_weights, exclude_weights: parts of names of entries, not both.
+        overrides: (regular expression, ggml type or "copy") pairs, the first that matches (re.search) wins.
+        output_type, token_embedding_type: ggml types for output.weight and token_embd.weight; they come before
+        overrides. pure: `type` is a plain ggml type, for every tensor that llama-quantize would quantize.
+        leave_output: output.weight stays as it is. allow_requantize: also encode tensors that are already quantized, at
+        a loss.
         """
-        if imatrix is not None:
-            raise Unsupported("importance matrices are not there yet", object="imatrix")
         if any(isinstance(edit, Quantize) for edit in self.data.edits):
             raise BadPlan("a plan quantizes at most once", object="quantize")
-        name = mixes.file_type(type, pure).name
-        return self._with(Quantize(name, bool(pure), recipe.parse_overrides(overrides), bool(allow_requantize)))
+        use = recipe.use_imatrix(imatrix, imatrix_missing, include_weights, exclude_weights)
+        return self._with(Quantize(
+            mixes.file_type(type, pure).name, bool(pure), recipe.parse_overrides(overrides), bool(allow_requantize),
+            recipe.parse_type(output_type, "output_type"),
+            recipe.parse_type(token_embedding_type, "token_embedding_type"), bool(leave_output), use))
+
+    def recipe(self, name: str | os.PathLike[str], *, type: str | None = None,
+               overrides: Iterable[Sequence[str]] = (), **options: Any) -> Plan:
+        """quantize() as a recipe says: a name of the shipped ones or the path of a TOML file.
+
+        type replaces the recipe's base type; overrides come before its own; options are those of quantize().
+        """
+        loaded = recipe_file.load(name)
+        plan = self.quantize(**recipe.options_of(loaded, self.model.tensors, type, overrides, options))
+        if loaded.max_bytes is None:
+            return plan
+        *others, edit = plan.data.edits
+        return Plan(self.model, replace(plan.data, edits=(*others, replace(edit, max_bytes=loaded.max_bytes))))
+
+    def fit(self, *, size: int | str | None = None, bpw: float | None = None, memory: int | str = MEMORY,
+            threads: int = 0, io: str = "auto", progress: Progress | None = None) -> Plan:
+        """After quantize(): types of its family for each tensor, so that the file has at most `size` bytes ("22GB") or
+        `bpw` bits per weight, with the least error. It reads a sample of the rows, weighted by the importance matrix if
+        there is one; the choice stands in the plan as overrides that reproduce it. Call it last.
+        """
+        from .quantize.fit import fit
+
+        return self._with_overrides(fit(self.model, self.data, size=size, bpw=bpw, memory=memory, threads=threads,
+                                        io=io, progress=progress).overrides)
+
+    def split(self, *, max_size: int | str | None = None, max_tensors: int | None = None, keep: bool = False,
+              first_empty: bool = False) -> Plan:
+        """Write shards NAME-00001-of-00003.gguf, as llama-gguf-split would.
+
+        max_size: of the tensors of a shard ("2GB"); max_tensors: their number; keep: as the input is split. One of
+        these. first_empty: the first shard has all metadata and no tensors.
+        """
+        given = [name for name, x in (("max_size", max_size), ("max_tensors", max_tensors), ("keep", keep or None))
+                 if x is not None]
+        if len(given) != 1:
+            raise BadPlan("a split is by one of max_size, max_tensors, keep", object="split", found=given or "none")
+        nbytes = None if max_size is None else parse_size(max_size)
+        number = None if max_tensors is None else _whole(max_tensors, "max_tensors")
+        for what, n in (("max_size", nbytes), ("max_tensors", number)):
+            if n is not None and n < 1:
+                raise BadPlan("less than one", object=what, found=n)
+        return self._with(Split(nbytes, number, bool(keep), bool(first_empty)))
+
+    def _with_overrides(self, more: Sequence[tuple[str, str]]) -> Plan:
+        edits = tuple(replace(edit, overrides=(*edit.overrides, *more)) if isinstance(edit, Quantize) else edit
+                      for edit in self.data.edits)
+        return Plan(self.model, replace(self.data, edits=edits))
 
     def _with(self, edit: Edit) -> Plan:
         return Plan(self.model, replace(self.data, edits=(*self.data.edits, edit)))
@@ -140,7 +206,8 @@ class Plan:
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False, memory: int | str = MEMORY,
               threads: int = 0, io: str = "auto", progress: bool | Progress | None = False) -> Receipt:
-        """Check, then write the file at `path`: whole, or not at all. Raises the first blocker.
+        """Check, then write the file at `path` (of a split plan its shards): whole, or not at all. Raises the first
+        blocker.
 
         memory bounds all buffers of the run (at least 64MiB). threads: 0 is PGS_THREADS or all CPUs. io: how the input
         is read, "auto" | "mmap" | "pread" | "direct". progress: True, or a callable(done_bytes, total_bytes).

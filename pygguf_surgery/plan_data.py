@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ._core import Value
@@ -36,17 +36,54 @@ class RemoveMetadata:
 
 
 @dataclass(frozen=True)
+class PruneLayers:
+    """Drop these blocks, numbered as they are when the edit's turn comes, and renumber the rest."""
+
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UseImatrix:
+    """The importance matrix of a Quantize. path is absolute; digest is imatrix.Imatrix.digest, of its names, shapes and
+    counts. missing: what a missing entry and an expert never seen come to, one of imatrix.POLICIES. include, exclude:
+    parts of names; an entry is used if it has one of `include` (if there are any) and none of `exclude`."""
+
+    path: str
+    digest: str
+    missing: str = "default"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Quantize:
     """type: a llama-quantize file type ("MXFP4_MOE"), or any ggml type with pure. overrides: (pattern, ggml type or
-    "copy"), first match wins."""
+    "copy"), first match wins. output_type, token_embedding_type: a ggml type or None. max_bytes: a larger output is not
+    written."""
 
     type: str
     pure: bool = False
     overrides: tuple[tuple[str, str], ...] = ()
     allow_requantize: bool = False
+    output_type: str | None = None
+    token_embedding_type: str | None = None
+    leave_output: bool = False
+    imatrix: UseImatrix | None = None
+    max_bytes: int | None = None
 
 
-Edit = KeepExperts | SetMetadata | RemoveMetadata | Quantize
+@dataclass(frozen=True)
+class Split:
+    """Write shards. max_bytes bounds the tensor bytes of a shard, max_tensors their number (at most one of the two);
+    keep: as the input is split. first_empty: the first shard has the metadata and no tensors."""
+
+    max_bytes: int | None = None
+    max_tensors: int | None = None
+    keep: bool = False
+    first_empty: bool = False
+
+
+Edit = KeepExperts | PruneLayers | SetMetadata | RemoveMetadata | Quantize | Split
 
 
 # --- expressions: where an output tensor's rows come from ----------------------------------------------------------
@@ -84,10 +121,23 @@ class Remap:
 Expression = Copy | Take | Stack | Remap
 
 
+ONES = -1   # a row of ones in place of a row of an importance matrix
+MEAN = -2   # the mean of the entry's rows, weighted by their counts
+
+
+@dataclass(frozen=True)
+class Importance:
+    """The importance rows of an encoded tensor: one for all its rows, or one per slice of its third-fastest axis. ref is
+    the entry of the importance matrix, rows its row numbers, ONES or MEAN."""
+
+    ref: str
+    rows: tuple[int, ...]
+
+
 @dataclass
 class OutputTensor:
     """shape is outermost first, type a ggml type name. source_type is the type of the bytes that the expression gives;
-    where it differs from type they are decoded and encoded."""
+    where it differs from type they are decoded and encoded, with `importance` if there is one."""
 
     name: str
     shape: tuple[int, ...]
@@ -96,6 +146,7 @@ class OutputTensor:
     expression: Expression
     role: str = "other"
     notes: list[str] = field(default_factory=list)  # a fallback, a missing importance row, ...
+    importance: Importance | None = None
 
 
 @dataclass(frozen=True)
@@ -142,9 +193,16 @@ def edit_to_json(edit: Edit) -> dict[str, Any]:
             return {"edit": "set_metadata", "items": [[k, value_to_json(v)] for k, v in items]}
         case RemoveMetadata(keys):
             return {"edit": "remove_metadata", "keys": list(keys)}
-        case Quantize(type, pure, overrides, allow):
-            return {"edit": "quantize", "type": type, "pure": pure, "overrides": [list(o) for o in overrides],
-                    "allow_requantize": allow}
+        case Quantize():
+            return {"edit": "quantize", "type": edit.type, "pure": edit.pure,
+                    "overrides": [list(o) for o in edit.overrides], "allow_requantize": edit.allow_requantize,
+                    "output_type": edit.output_type, "token_embedding_type": edit.token_embedding_type,
+                    "leave_output": edit.leave_output,
+                    "imatrix": None if edit.imatrix is None else asdict(edit.imatrix), "max_bytes": edit.max_bytes}
+        case PruneLayers(layers):
+            return {"edit": "prune_layers", "layers": list(layers)}
+        case Split():
+            return {"edit": "split", **asdict(edit)}
     raise TypeError(edit)
 
 
@@ -152,6 +210,17 @@ def _text(x: Any) -> str:
     if not isinstance(x, str):
         raise TypeError(f"{x!r:.80} is not a string")
     return x
+
+
+def _texts(x: Any) -> tuple[str, ...]:
+    return tuple(_text(e) for e in x)
+
+
+def _imatrix_from_json(data: dict[str, Any] | None) -> UseImatrix | None:
+    if data is None:
+        return None
+    return UseImatrix(_text(data["path"]), _text(data["digest"]), _text(data["missing"]), _texts(data["include"]),
+                      _texts(data["exclude"]))
 
 
 def edit_from_json(data: dict[str, Any]) -> Edit:
@@ -165,7 +234,12 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
             return RemoveMetadata(tuple(_text(k) for k in data["keys"]))
         case "quantize":
             return Quantize(_text(data["type"]), data["pure"], tuple((p, t) for p, t in data["overrides"]),
-                            data["allow_requantize"])
+                            data["allow_requantize"], data.get("output_type"), data.get("token_embedding_type"),
+                            data.get("leave_output", False), _imatrix_from_json(data.get("imatrix")), data.get("max_bytes"))
+        case "prune_layers":
+            return PruneLayers(tuple(int(layer) for layer in data["layers"]))
+        case "split":
+            return Split(data["max_bytes"], data["max_tensors"], data["keep"], data["first_empty"])
     raise BadPlan("unknown edit", object=str(data["edit"]))
 
 

@@ -20,10 +20,12 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a run did. actions: how many tensors were copied, taken, encoded, ..."""
+    """What a run did. path: the file, or the first shard; paths: all files. actions: how many tensors were copied, taken,
+    encoded, ..."""
 
     path: str
-    file_bytes: int
+    paths: list[str]
+    file_bytes: int        # of all files
     seconds: float
     buffer_bytes: int      # the most that the run's buffers held
     bytes_read: int
@@ -39,28 +41,37 @@ class Receipt:
 def write(model: Model, checked: CheckedPlan, path: str | os.PathLike[str], *, overwrite: bool = False,
           memory: int | str = MEMORY, threads: int = 0, io: str = "auto",
           progress: bool | Progress | None = False) -> Receipt:
-    """Writes the file at `path`, whole or not at all. Raises the first blocker.
+    """Writes the file at `path` (of a split plan the shards that it names), whole or not at all. Raises the first blocker.
 
     progress: True shows a bar on stderr, a callable gets (done_bytes, total_bytes); what it raises cancels the run, as
     Ctrl-C does, and leaves nothing behind.
     """
     if checked.blockers:
         raise first_blocker(checked)
-    path = os.fsdecode(path)
+    paths = output_paths(checked, path)
     start = time.monotonic()
-    bar = ProgressBar(os.path.basename(path)) if progress is True else None
+    bar = ProgressBar(os.path.basename(paths[0])) if progress is True else None
+    sources = model.sources if checked.imatrix is None else [*model.sources, checked.imatrix.source]
     try:
         stats = _core.run(
-            model.sources, path, checked.header, checked.file_bytes, build_jobs(model, checked),
-            memory=parse_memory(memory), threads=threads, io=io, overwrite=overwrite,
+            sources, [(name, file.header, file.file_bytes) for name, file in zip(paths, checked.files)],
+            build_jobs(model, checked), memory=parse_memory(memory), threads=threads, io=io, overwrite=overwrite,
             progress=bar or progress or None)
     finally:
         if bar is not None:
             bar.close()
     return Receipt(
-        path=path, file_bytes=checked.file_bytes, seconds=time.monotonic() - start, buffer_bytes=stats["buffer_bytes"],
+        path=paths[0], paths=paths, file_bytes=checked.file_bytes, seconds=time.monotonic() - start, buffer_bytes=stats["buffer_bytes"],
         bytes_read=stats["bytes_read"], elements_encoded=stats["elements_encoded"], threads=stats["threads"],
         actions=checked.actions(), warnings=list(checked.warnings))
+
+
+def output_paths(checked: CheckedPlan, path: str | os.PathLike[str]) -> list[str]:
+    """The files that a plan writes: `path`, or its shards PATH-00001-of-00003.gguf."""
+    from .shards import shard_paths
+
+    path = os.fsdecode(path)
+    return shard_paths(path, len(checked.files)) if checked.split else [path]
 
 
 def first_blocker(checked: CheckedPlan) -> Exception:

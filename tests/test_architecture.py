@@ -16,13 +16,14 @@ CSRC = ROOT / "csrc"
 LONGEST = 650
 
 # A module imports only from modules listed before it.
-ORDER = ["_core", "errors", "units", "container", "model", "safetensors", "imatrix", "plan_data",
-         "experts.roles", "experts.rank", "experts.prune", "experts.merge", "experts.calibrate",
-         "quantize", "quantize.mixes", "quantize.recipe", "metadata", "shards", "check", "write", "plan",
+ORDER = ["_core", "errors", "units", "container", "model", "safetensors", "imatrix.files", "imatrix.tools",
+         "plan_data", "experts.roles", "blocks", "experts.rank", "experts.prune", "experts.merge", "experts.calibrate",
+         "quantize", "quantize.mixes", "quantize.importance", "quantize.recipe_file", "quantize.recipe", "metadata",
+         "layers", "shards", "check", "write", "quantize.fit", "plan",
          "report", "report.compare", "report.demo_model", "report.memory", "report.plots", "verify", "distributed",
          "cli"]
 # Folders whose own __init__ gathers names: they come after what they gather.
-GATHER = {"experts": "experts.calibrate"}
+GATHER = {"experts": "experts.calibrate", "imatrix": "imatrix.tools"}
 ROOMS = ["base", "io", "gguf", "quant", "engine", "bind"]
 # Imported inside functions only: not everybody has or needs them.
 LAZY = ["matplotlib", "dask", "ray", "llama_cpp"]
@@ -113,7 +114,7 @@ def test_importing_the_package_is_light():
 
 def test_public_names():
     assert sorted(n for n in pygguf_surgery.__all__) == sorted(
-        "open Model Tensor Metadata Plan Receipt Value quantize dequantize experts SurgeryError BadFile BadPlan "
+        "open Model Tensor Metadata Plan Receipt Value quantize dequantize experts imatrix SurgeryError BadFile BadPlan "
         "Unsupported SourceChanged OutOfSpace __version__".split())
     assert all(getattr(pygguf_surgery, name) is not None for name in pygguf_surgery.__all__)
     assert set(pygguf_surgery.__all__) <= set(dir(pygguf_surgery))

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from helpers import read_gguf
 
-from pygguf_surgery import Value
+from pygguf_surgery import Value, imatrix
+from pygguf_surgery import open as open_model
 from pygguf_surgery.cli import exit_code, main, options
 from pygguf_surgery.container import write_gguf
 from pygguf_surgery.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
@@ -59,8 +60,11 @@ def strongest(path, layer, n):
     ["prune", "x", "y", "--by", "aimer"], ["prune", "x", "y", "--keep", "many"],
     ["prune", "x", "y", "--keep", "1", "--io", "tape"], ["prune", "x", "y", "--kee", "1"],
     ["prune", "x", "y", "--keep", "1", "--memory", "lots"], ["prune", "x", "y", "--keep", "1", "--override", "no-type"],
-    ["quantize", "x", "y"], ["verify"], ["edit", "x", "y", "--set", "no-equals-sign"], ["info", ""],
-    ["edit", "x", ""], ["prune", "x", "y", "--keep", "1", "--ratio", "0.5"],
+    ["quantize", "x", "y.gguf"], ["quantize", "x"], ["quantize", "x", "y", "Q8_0", "many"],
+    ["quantize", "x", "y", "Q8_0", "2", "3"], ["quantize", "x", "y", "Q8_0", "--override-kv", "a=7"],
+    ["quantize", "x", "y", "Q8_0", "--prune-layers", "a"], ["quantize", "x", "y", "Q8_0", "--no-tensor-first-split"],
+    ["imatrix"], ["imatrix", "merge", "x"], ["split", "x"], ["verify"], ["edit", "x", "y", "--set", "no-equals-sign"],
+    ["info", ""], ["edit", "x", ""], ["prune", "x", "y", "--keep", "1", "--ratio", "0.5"],
 ])
 def test_wrong_usage_is_2_and_says_why_on_stderr(run, arguments):
     code, out, err = run(*arguments)
@@ -336,8 +340,10 @@ def test_a_missing_file_of_scores_is_3(run, model, tmp_path):
 def test_an_unknown_metric_or_type_is_4(run, model, tmp_path):
     assert run("prune", model, tmp_path / "out.gguf", "--keep", 4, "--by", "guess")[0] == 4
     assert run("prune", model, tmp_path / "out.gguf", "--keep", 4, "--by", "reap")[0] == 4
-    assert run("quantize", model, tmp_path / "out.gguf", "Q4_Z")[0] == 4
-    assert run("quantize", model, tmp_path / "out.gguf", "Q4_K_M")[0] == 4
+    for arguments in (["out.gguf", "Q4_Z"], ["Q4_Z"]):
+        code, out, err = run("quantize", model, *arguments)
+        assert (code, out) == (4, "")
+        assert err == "gguf-surgery: error: Q4_Z: unknown file type; nearest: Q4_K, Q4_1, Q4_0\n"
     assert os.listdir(tmp_path) == []
 
 
@@ -416,14 +422,23 @@ def test_what_cannot_be_written_is_said_before_all_weights_are_read(run, model, 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
+def everything_seen(model, path):
+    """An importance matrix of ones for every matrix of the model."""
+    with open_model(model) as source:
+        entries = {name: (np.ones(t.elements // t.ne[1], np.float32), np.ones(t.shape[0] if len(t.shape) == 3 else 1))
+                   for name, t in source.tensors.items() if len(t.shape) > 1}
+    imatrix.write(path, entries)
+
+
 def test_the_readme_s_python_example_runs(model, tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
     for written, here in (("Qwen3-Coder-Next-BF16-00001-of-00004.gguf", model), ("keep(256)", "keep(4)"),
-                          ("progress=True", "progress=False")):
+                          ("progress=True", "progress=False"), ("[40, 41, 42, 43]", "[3]")):
         assert written in code
         code = code.replace(written, here)
     names = {"array_f32": np.ones((2, 256), np.float32), "array_u8": np.zeros((2, 144), np.uint8)}
     monkeypatch.chdir(tmp_path)
+    everything_seen(model, "imatrix.gguf")
     exec(compile(code, "README.md", "exec"), names)
     assert names["receipt"].path == "out.gguf"
     metadata, tensors = read_gguf("out.gguf")
@@ -432,10 +447,13 @@ def test_the_readme_s_python_example_runs(model, tmp_path, monkeypatch):
 
 def test_the_readme_s_shell_examples_run(run, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    everything_seen(model, "imatrix.gguf")
+    os.mkdir("shards")
     lines = re.findall(r"^    gguf-surgery (.*)$", README.read_text().replace("\\\n", " "), re.MULTILINE)
-    assert len(lines) == 6
+    assert len(lines) == 9
     for line in lines:
-        for written, here in (("model.gguf", model), ("--keep 256", "--keep 4"), ("general.url", "general.type")):
+        for written, here in (("model.gguf", model), ("--keep 256", "--keep 4"), ("general.url", "general.type"),
+                              ("--split-max-size 45G", "--split-max-size 45K")):
             line = line.replace(written, here)
         code, _, err = run(*shlex.split(line), *(["--force"] if "out.gguf" in line and "verify" not in line else []))
         assert code == 0, (line, err)

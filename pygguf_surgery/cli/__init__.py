@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .options import make_parser
+from .options import make_parser, options_first
 from .words import PROGRAM, say
 
 # What a script may rely on.
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
     try:
-        args = make_parser(PROGRAM).parse_args(argv)
+        args = make_parser(PROGRAM).parse_args(options_first(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:  # argparse has printed help or what is wrong
         return int(stop.code or 0)
     if hasattr(sys.stdout, "reconfigure"):  # a value that the terminal's encoding lacks is no reason to stop

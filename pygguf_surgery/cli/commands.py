@@ -51,6 +51,12 @@ def verify(args: Namespace) -> int:
     return 0 if report.good else 3
 
 
+def imatrix(args: Namespace) -> int:
+    from . import imatrix as tools
+
+    return getattr(tools, args.imatrix_command)(args)
+
+
 def demo(args: Namespace) -> int:
     from .demo import run
 
@@ -71,6 +77,7 @@ def prune(args: Namespace) -> int:
 
 
 def quantize(args: Namespace) -> int:
+    _place_quantize(args)
     return _describe_or_write(args)
 
 
@@ -78,14 +85,68 @@ def edit(args: Namespace) -> int:
     return _describe_or_write(args)
 
 
+def split(args: Namespace) -> int:
+    if args.split_max_size is None and args.split_max_tensors is None:
+        args.split_max_tensors = 128  # as llama-gguf-split
+    return _describe_or_write(args)
+
+
+def join(args: Namespace) -> int:
+    return _describe_or_write(args)
+
+
+def _place_quantize(args: Namespace) -> None:
+    """IN [OUT] TYPE [THREADS] into args.input, output, type and threads. As in llama-quantize the second is the output
+    unless it is a type; with a recipe the type may be missing."""
+    from ..errors import SurgeryError
+    from ..quantize import mixes
+
+    args.input, *rest = args.arguments
+    args.output = args.type = None
+
+    def is_type(text: str) -> bool:
+        try:
+            mixes.file_type(text, args.pure)
+            return True
+        except SurgeryError:
+            return False
+
+    if rest and not is_type(rest[0]):
+        args.output = rest.pop(0)
+    if rest:
+        args.type = rest.pop(0)
+        mixes.file_type(args.type, args.pure)  # says what is wrong, with the nearest names
+    elif args.recipe is None:
+        if args.output is not None and not os.path.lexists(args.output) and not args.output.endswith(".gguf"):
+            mixes.file_type(args.output, args.pure)  # most likely a misspelt type
+        raise Usage("quantize needs a TYPE, such as Q4_K_M, or --recipe")
+    if rest:
+        if len(rest) > 1 or not rest[0].isdecimal() or args.threads:
+            raise Usage("quantize takes IN [OUT] TYPE [THREADS]")
+        args.threads = int(rest[0])
+    if args.output is None and not args.dry_run:
+        if args.type is None:
+            raise Usage("quantize needs an OUT")
+        name = f"ggml-model-{mixes.file_type(args.type, args.pure).name}.gguf"
+        args.output = os.path.join(os.path.dirname(args.input), name)
+    if args.max_buffer_size is not None:
+        args.memory = args.max_buffer_size << 20
+
+
 def _describe_or_write(args: Namespace) -> int:
     from ..model import open as open_model
-    from ..write import write
+    from ..write import output_paths, write
 
-    if getattr(args, "keep", None) is not None and args.ratio is not None:
+    given = vars(args)
+    if given.get("keep") is not None and args.ratio is not None:
         raise Usage("--keep and --ratio exclude each other")
-    if not args.dry_run and not args.force and os.path.lexists(args.output):  # before the weights are ranked
-        raise FileExistsError(errno.EEXIST, "exists already; --force replaces it", args.output)
+    shards = any(given.get(name) for name in ("keep_split", "split_max_size", "split_max_tensors"))
+    if given.get("no_tensor_first_split") and not shards:
+        raise Usage("--no-tensor-first-split goes with --split-max-size or --split-max-tensors")
+    if given.get("target_size") is not None and args.target_bpw is not None:
+        raise Usage("--target-size and --target-bpw exclude each other")
+    if not args.dry_run and not args.force and not shards:  # before the weights are read to choose
+        _refuse_existing([args.output])
     limits = dict(memory=args.memory, threads=args.threads, io=args.io)
     quiet = getattr(args, "quiet", False)
     with open_model(args.input) as model:
@@ -100,6 +161,8 @@ def _describe_or_write(args: Namespace) -> int:
             for blocker in checked.blockers:
                 words.say(f"error: {blocker}")
             return 4
+        if not args.force:
+            _refuse_existing(output_paths(checked, args.output))
         with _progress("writing", quiet) as progress:
             receipt = write(model, checked, args.output, overwrite=args.force, progress=progress, **limits)
     if args.json:
@@ -110,8 +173,14 @@ def _describe_or_write(args: Namespace) -> int:
     return 0
 
 
+def _refuse_existing(paths: list[str]) -> None:
+    for path in paths:
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "exists already; --force replaces it", path)
+
+
 def make_plan(model: Model, args: Namespace) -> Plan:
-    """The plan that the options describe; a command lacks some of them. Ranking comes last: it may read the weights."""
+    """The plan that the options describe; a command lacks some of them. What reads weights comes last."""
     from ..plan import Plan
 
     given = vars(args)
@@ -120,11 +189,10 @@ def make_plan(model: Model, args: Namespace) -> Plan:
         result = result.remove_metadata(*args.remove)
     if given.get("set"):
         result = result.set_metadata_text(args.set)
-    if given.get("type") is not None or given.get("override"):
-        result = result.quantize("COPY" if args.type is None else args.type, overrides=args.override, pure=args.pure,
-                                 allow_requantize=args.allow_requantize)
-    elif given.get("pure"):
-        raise Usage("--pure goes with --type")
+    if given.get("override_kv"):
+        result = result.set_metadata(dict(args.override_kv))
+    result = _add_types(result, given)
+    result = _add_shards(result, args)
     if any(given.get(option) is not None for option in ("keep", "ratio", "by")):
         from ..experts.rank import rank
 
@@ -136,7 +204,72 @@ def make_plan(model: Model, args: Namespace) -> Plan:
         result = result.keep_experts(ranking.keep(args.keep, ratio=args.ratio), mtp=args.mtp)
     elif given.get("mtp") == "drop":
         raise Usage("--mtp drop goes with --keep or --ratio")
+    if given.get("prune_layers"):
+        result = result.prune_layers(args.prune_layers)
+    if given.get("target_size") is not None or given.get("target_bpw") is not None:
+        result = _fit(result, args)
     return result
+
+
+# argparse's name -> the argument of Plan.quantize
+_TYPE_OPTIONS = {"pure": "pure", "output_tensor_type": "output_type", "token_embedding_type": "token_embedding_type",
+                 "leave_output_tensor": "leave_output", "allow_requantize": "allow_requantize", "imatrix": "imatrix",
+                 "include_weights": "include_weights", "exclude_weights": "exclude_weights"}
+
+
+def _add_types(plan: Plan, given: dict) -> Plan:
+    if "override" not in given:
+        return plan
+    overrides = list(given["override"])
+    if given["tensor_type_file"] is not None:
+        overrides += _overrides_in(given["tensor_type_file"])
+    options = {name: given[word] for word, name in _TYPE_OPTIONS.items() if given[word]}
+    if given["imatrix_missing"] != "default":
+        options["imatrix_missing"] = given["imatrix_missing"]
+    if given["recipe"] is not None:
+        return plan.recipe(given["recipe"], type=given["type"], overrides=overrides, **options)
+    if given["type"] is not None or overrides:
+        return plan.quantize("COPY" if given["type"] is None else given["type"], overrides=overrides, **options)
+    if options:
+        raise Usage(f"--{next(word for word in _TYPE_OPTIONS if given[word]).replace('_', '-')} goes with a type")
+    return plan
+
+
+def _overrides_in(path: str) -> list[tuple[str, str]]:
+    from argparse import ArgumentTypeError
+
+    from .options import override
+
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        try:
+            return [override(word) for word in file.read().split()]
+        except ArgumentTypeError as error:
+            raise Usage(f"{path}: {error}") from None
+
+
+def _add_shards(plan: Plan, args: Namespace) -> Plan:
+    given = vars(args)
+    by = {name: given[option] for option, name in (("split_max_size", "max_size"), ("split_max_tensors", "max_tensors"),
+                                                   ("keep_split", "keep"))
+          if given.get(option) not in (None, False)}
+    return plan.split(**by, first_empty=args.no_tensor_first_split) if by else plan
+
+
+def _fit(plan: Plan, args: Namespace) -> Plan:
+    """Prints the choice as overrides that reproduce it."""
+    from ..plan_data import Quantize
+
+    if args.type is None and args.recipe is None:
+        raise Usage("--target-size and --target-bpw go with a type, which names the family")
+    before = next(edit for edit in plan.data.edits if isinstance(edit, Quantize)).overrides
+    with _progress("measuring", vars(args).get("quiet", False)) as progress:
+        plan = plan.fit(size=args.target_size, bpw=args.target_bpw, memory=args.memory, threads=args.threads, io=args.io,
+                        progress=progress)
+    after = next(edit for edit in plan.data.edits if isinstance(edit, Quantize)).overrides
+    if not vars(args).get("quiet", False):
+        words.say("types chosen; these options give them again:")
+        words.explain("\n".join(f"  --tensor-type '{pattern}={type}'" for pattern, type in after[len(before):]))
+    return plan
 
 
 def _refuse_early(model: Model, plan: Plan, args: Namespace) -> None:
@@ -172,5 +305,6 @@ def _receipt(receipt) -> str:
 
     rate = receipt.bytes_read / receipt.seconds if receipt.seconds else 0
     done = ", ".join(f"{n} {action}" for action, n in sorted(receipt.actions.items()))
-    return (f"{receipt.path}: {human(receipt.file_bytes)} in {receipt.seconds:.1f} s, reading {human(int(rate))}/s; "
-            f"tensors: {done}")
+    shards = f" in {len(receipt.paths)} shards" if len(receipt.paths) > 1 else ""
+    return (f"{receipt.path}: {human(receipt.file_bytes)}{shards} in {receipt.seconds:.1f} s, "
+            f"reading {human(int(rate))}/s; tensors: {done}")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from . import imatrix
 
 # name -> what argparse wants. Each option is defined once, whichever commands have it.
 OPTIONS = {
@@ -12,12 +16,48 @@ OPTIONS = {
                  '{"kept": {"0": [ids]}} or {"scores": {"0": [numbers]}}'),
     "--mtp": dict(choices=("keep", "drop"), default="keep", help="multi-token prediction blocks: cut them with the "
                   "rest (keep, the default) or remove them (drop)"),
-    "--type": dict(metavar="TYPE", help="quantize to this file type of llama-quantize: MXFP4_MOE, Q8_0, F16, BF16, "
-                   "F32, COPY; with --pure any ggml type"),
-    "--pure": dict(action="store_true", help="one ggml type for every tensor that may be quantized"),
+    "--prune-layers": dict(type=lambda text: numbers(text), metavar="L0,L1,...",
+                           help="drop these blocks; unlike in llama-quantize everything that counts blocks follows, and "
+                           "what cannot is refused"),
+    "--type": dict(metavar="TYPE", help="quantize to this file type of llama-quantize, such as Q4_K_M or MXFP4_MOE; "
+                   "with --pure any ggml type"),
+    "--recipe": dict(metavar="NAME", help="quantize as a recipe says, a TOML file or a shipped one (attention-bf16, "
+                     "mxfp4-moe, spark-128g); TYPE replaces its base type"),
+    "--pure": dict(action="store_true", help="one ggml type for every tensor that may be quantized (TYPE is that type: "
+                   "IQ2_S is IQ2_S, where llama-quantize takes IQ2_XS)"),
     "--override": dict(action="append", default=[], metavar="REGEX=TYPE", type=lambda text: override(text),
-                       help="type (or copy) of the tensors whose name matches; may be repeated, the first match wins"),
+                       help="type (or copy) of the tensors whose name matches; may be repeated, the first match wins. "
+                       "Case matters, F16, BF16 and F32 as TYPE do not switch it off, and one that matches nothing is "
+                       "an error (all unlike llama-quantize)"),
+    "--tensor-type": dict(action="append", dest="override", metavar="REGEX=TYPE", type=lambda text: override(text),
+                          help="the same as --override"),
+    "--tensor-type-file": dict(metavar="FILE", help="overrides from a file, REGEX=TYPE between blanks or lines"),
+    "--output-tensor-type": dict(metavar="TYPE", help="ggml type of output.weight, before any override"),
+    "--token-embedding-type": dict(metavar="TYPE", help="ggml type of token_embd.weight, before any override"),
+    "--leave-output-tensor": dict(action="store_true", help="leave output.weight as it is"),
     "--allow-requantize": dict(action="store_true", help="let tensors that are quantized already be encoded again"),
+    "--imatrix": dict(metavar="FILE", type=lambda text: not_empty(text),
+                      help="importance matrix, GGUF or .dat; it follows every cut of experts and layers. An entry of "
+                      "another size is an error, for token_embd too"),
+    "--imatrix-missing": dict(choices=("default", "fail", "ones", "layer-mean"), default="default",
+                              help="for an expert that the matrix never saw, or a tensor that it lacks: as llama-quantize "
+                              "(default: ones; no importance), an error, ones, or the mean of the layer's experts"),
+    "--include-weights": dict(action="append", default=[], metavar="NAME", help="use the importance matrix only for "
+                              "tensors whose name contains this; may be repeated"),
+    "--exclude-weights": dict(action="append", default=[], metavar="NAME", help="do not use it for tensors whose name "
+                              "contains this; may be repeated"),
+    "--target-size": dict(metavar="SIZE", type=lambda text: size(text), help="choose each tensor's type, within the "
+                          "family of TYPE, so that the output has at most this size, such as 22GB"),
+    "--target-bpw": dict(metavar="BITS", type=float, help="the same by bits per weight, such as 4.2"),
+    "--split-max-size": dict(metavar="SIZE", type=lambda text: split_size(text),
+                             help="write shards with at most this size of tensors, such as 45G (10^9 bytes each)"),
+    "--split-max-tensors": dict(metavar="N", type=int, help="write shards of at most N tensors"),
+    "--no-tensor-first-split": dict(action="store_true", help="the first shard holds the metadata only"),
+    "--keep-split": dict(action="store_true", help="write shards as the input has them"),
+    "--override-kv": dict(action="append", default=[], metavar="KEY=TYPE:VALUE", type=lambda text: override_kv(text),
+                          help="metadata as llama-quantize takes it, TYPE int, float, bool or str; but an existing key "
+                          "keeps its type, and neither is a negative number made positive nor a string cut"),
+    "--max-buffer-size": dict(metavar="MIB", type=int, help="--memory in MiB"),
     "--set": dict(action="append", default=[], metavar="KEY=VALUE", type=lambda text: assignment(text), help="metadata, KEY=VALUE or KEY:TYPE=VALUE; an "
                   "existing key keeps its type, a new one is a string; may be repeated"),
     "--remove": dict(action="append", default=[], metavar="KEY",
@@ -38,8 +78,13 @@ OPTIONS = {
 }
 
 EXPERTS = ("--keep", "--ratio", "--by", "--mtp")
-TYPES = ("--pure", "--override", "--allow-requantize")
-METADATA = ("--set", "--remove")
+LAYERS = ("--prune-layers",)
+TYPES = ("--recipe", "--pure", "--override", "--tensor-type", "--tensor-type-file", "--output-tensor-type",
+         "--token-embedding-type", "--leave-output-tensor", "--allow-requantize", "--imatrix", "--imatrix-missing",
+         "--include-weights", "--exclude-weights", "--target-size", "--target-bpw")
+SPLIT_BY = ("--split-max-size", "--split-max-tensors", "--no-tensor-first-split")
+SHARDS = SPLIT_BY + ("--keep-split",)
+METADATA = ("--set", "--remove", "--override-kv")
 RUN = ("--memory", "--threads", "--io")
 OUTPUT = ("--force", "--dry-run", "--quiet")
 JSON = ("--json", "--full")
@@ -48,11 +93,15 @@ JSON = ("--json", "--full")
 COMMANDS = {
     "info": ("what is in a model", ("IN",), JSON),
     "plan": ("describe what prune, quantize or edit would write", ("IN",),
-             EXPERTS + ("--type",) + TYPES + METADATA + RUN + JSON),
+             EXPERTS + LAYERS + ("--type",) + TYPES + METADATA + SHARDS + RUN + JSON),
     "prune": ("drop experts; quantize and edit metadata in the same pass", ("IN", "OUT"),
-              EXPERTS + ("--type",) + TYPES + METADATA + RUN + OUTPUT + JSON),
-    "quantize": ("change the types of tensors", ("IN", "OUT", "TYPE"), TYPES + METADATA + RUN + OUTPUT + JSON),
-    "edit": ("set and remove metadata, copy the rest", ("IN", "OUT"), METADATA + RUN + OUTPUT + JSON),
+              EXPERTS + LAYERS + ("--type",) + TYPES + METADATA + SHARDS + RUN + OUTPUT + JSON),
+    "quantize": ("change the types of tensors, with llama-quantize's arguments", ("QUANTIZE",),
+                 LAYERS + TYPES + METADATA + SHARDS + ("--max-buffer-size",) + RUN + OUTPUT + JSON),
+    "edit": ("set and remove metadata, drop layers, copy the rest", ("IN", "OUT"),
+             LAYERS + METADATA + SHARDS + RUN + OUTPUT + JSON),
+    "split": ("write shards, as llama-gguf-split does", ("IN", "OUT"), SPLIT_BY + RUN + OUTPUT + JSON),
+    "join": ("make one file of shards", ("IN", "OUT"), RUN + OUTPUT + JSON),
     "verify": ("check a file as llama.cpp would, and against its source", ("FILE",),
                ("--against", "--no-data", "--quiet", "--json")),
     "demo": ("make a small model, cut it in half, show what was lost", (),
@@ -61,10 +110,14 @@ COMMANDS = {
 
 POSITIONALS = {
     "IN": ("input", "a GGUF file; of a split model any shard"),
-    "OUT": ("output", "the GGUF file to write"),
+    "OUT": ("output", "the GGUF file to write; of shards the part of their names before -00001-of-..."),
     "FILE": ("file", "the GGUF file to check"),
-    "TYPE": ("type", "a file type, such as MXFP4_MOE; with --pure any ggml type"),
+    "QUANTIZE": ("arguments", "as llama-quantize takes them: IN [OUT] TYPE [THREADS]. TYPE is a file type by name or "
+                 "number, such as Q4_K_M, MXFP4_MOE or COPY; without OUT the output is ggml-model-TYPE.gguf beside IN. "
+                 "Unlike llama-quantize an existing output needs --force"),
 }
+# These take no fixed number of positional arguments.
+_SEVERAL = {"QUANTIZE": "IN [OUT] TYPE [THREADS]"}
 
 
 def make_parser(program: str) -> argparse.ArgumentParser:
@@ -73,13 +126,47 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (help, positionals, options) in COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+        command = _add_command(commands, name, help)
         for metavar in positionals:
             dest, text = POSITIONALS[metavar]
-            command.add_argument(dest, metavar=metavar, help=text, type=not_empty)
+            several = dict(nargs="+") if metavar in _SEVERAL else {}
+            command.add_argument(dest, metavar=_SEVERAL.get(metavar, metavar), help=text, type=not_empty, **several)
         for option in options:
             command.add_argument(option, **OPTIONS[option])
+    group = _add_command(commands, "imatrix", "show, merge, slice and convert importance matrices").add_subparsers(
+        dest="imatrix_command", required=True, metavar="COMMAND")
+    for name, (help, positionals, options) in imatrix.COMMANDS.items():
+        command = _add_command(group, name, help)
+        for metavar in positionals:
+            dest, text, nargs = imatrix.POSITIONALS[metavar]
+            command.add_argument(dest, metavar=metavar.removesuffix("..."), help=text, type=not_empty, nargs=nargs)
+        for option in options:
+            command.add_argument(option, **imatrix.OPTIONS[option])
     return parser
+
+
+def _add_command(commands, name: str, help: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+
+
+def options_first(argv: Sequence[str]) -> list[str]:
+    """The arguments with a command's positional ones moved behind its options: argparse takes those of a changing number
+    only if they stand together."""
+    if not argv or not any(metavar in _SEVERAL for metavar in COMMANDS.get(argv[0], ("", (), ()))[1]):
+        return list(argv)
+    options, positionals, rest = [], [], list(argv[1:])
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            positionals += rest
+            break
+        if not word.startswith("--"):
+            positionals.append(word)
+            continue
+        options.append(word)
+        if "=" not in word and rest and word in OPTIONS and OPTIONS[word].get("action") != "store_true":
+            options.append(rest.pop(0))
+    return [argv[0], *options, *(["--"] if positionals else []), *positionals]
 
 
 class _Version(argparse.Action):
@@ -101,6 +188,31 @@ def override(text: str) -> tuple[str, str]:
     if not equals or not pattern or not type:
         raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=TYPE")
     return pattern, type
+
+
+def override_kv(text: str) -> tuple[str, Any]:
+    """KEY=TYPE:VALUE as llama-quantize writes it -> (key, Python value)."""
+    key, equals, value = text.partition("=")
+    kind, colon, value = value.partition(":")
+    try:
+        if not key or not equals or not colon:
+            raise ValueError
+        return key, {"int": int, "float": float, "str": str,
+                     "bool": lambda word: {"true": True, "false": False}[word]}[kind](value)
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=TYPE:VALUE with TYPE int, float, bool or str") from None
+
+
+def numbers(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 3,4,5")
+    return [int(part) for part in parts]
+
+
+def split_size(text: str) -> int:
+    """llama-gguf-split's 500M and 45G, powers of 1000, and what size() takes."""
+    return size(f"{text}B" if text[:-1].isdecimal() and text[-1:] in "KMG" else text)
 
 
 def assignment(text: str) -> str:

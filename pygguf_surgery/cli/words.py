@@ -20,6 +20,11 @@ def say(text: str) -> None:
     print(f"{PROGRAM}: {printable(' '.join(text.split()))}", file=sys.stderr)
 
 
+def explain(text: str) -> None:
+    """Lines for a person, on stderr, to be copied as they are."""
+    print(printable(text), file=sys.stderr)
+
+
 def show(text: str) -> None:
     """Lines for a person, on stdout."""
     print(printable(text))

@@ -1,20 +1,28 @@
-"""Apply a Quantize edit: the file type's choice, then the overrides, then the fallbacks."""
+"""Apply a Quantize edit: options and overrides, the file type's choice for the rest, fallbacks, importance."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from .._core import Value
 from .._core import types as _core_types
 from ..errors import BadPlan, SurgeryError, Unsupported
-from ..plan_data import OutputTensor, Quantize
-from . import mixes
+from ..plan_data import OutputTensor, Quantize, UseImatrix
+from . import importance, mixes
+
+if TYPE_CHECKING:
+    from ..imatrix import Imatrix
+    from ..model import Model
+    from .recipe_file import Recipe
 
 QUANTIZATION_VERSION = 2  # ggml's GGML_QNT_VERSION
 _FLOATS = ("F32", "F16", "BF16")
+_LISTED = 8  # overrides that work as they should are named one by one up to this number
 
 
 @dataclass
@@ -55,10 +63,62 @@ def parse_overrides(overrides: Iterable[Sequence[str]]) -> tuple[tuple[str, str]
     return tuple(parsed)
 
 
-def apply(architecture: str, tensors: list[OutputTensor], metadata: dict[str, Value], edit: Quantize) -> Outcome:
-    """Pure. What cannot be done is in the outcome's blockers, never raised."""
+def parse_type(type: Any, what: str) -> str | None:
+    """The ggml type of an option such as output_type, as ggml writes it; None for None."""
+    if type is None:
+        return None
+    (_, name), = parse_overrides([("", type)])
+    if name == "copy":
+        raise BadPlan("a ggml type is needed", object=what, found=name)
+    return name
+
+
+def use_imatrix(imatrix: Any, missing: str, include: Iterable[str], exclude: Iterable[str]) -> UseImatrix | None:
+    """What an edit keeps of an importance matrix, given as a path or open; it must be readable now."""
+    include, exclude = _parts(include, "include_weights"), _parts(exclude, "exclude_weights")
+    if imatrix is None:
+        if include or exclude or missing != "default":
+            raise BadPlan("an option of the importance matrix without one", object="imatrix")
+        return None
+    from .. import imatrix as reader
+
+    if missing not in reader.POLICIES:
+        raise BadPlan("unknown choice", object="imatrix_missing", found=repr(missing),
+                      expected=", ".join(reader.POLICIES))
+    if include and exclude:
+        raise BadPlan("include_weights and exclude_weights exclude each other", object="imatrix")
+    if isinstance(imatrix, reader.Imatrix):
+        return UseImatrix(imatrix.path, imatrix.digest, missing, include, exclude)
+    with reader.open(imatrix) as opened:
+        return UseImatrix(opened.path, opened.digest, missing, include, exclude)
+
+
+def _parts(names: Iterable[str], what: str) -> tuple[str, ...]:
+    parts = (names,) if isinstance(names, str) else tuple(names)
+    if not all(isinstance(part, str) and part for part in parts):
+        raise BadPlan("not parts of names", object=what, found=repr(parts))
+    return parts
+
+
+def options_of(loaded: Recipe, names: Collection[str], type: str | None, overrides: Iterable[Sequence[str]],
+               options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of Plan.quantize for a recipe; what the caller gives comes first. names: of the model's tensors,
+    for the recipe's overrides that may match none."""
+    own = [(o.pattern, o.type) for o in loaded.overrides
+           if not o.optional or any(re.search(o.pattern, name) for name in names)]
+    defaults = {name: value for name in ("pure", "output_type", "token_embedding_type", "leave_output",
+                                         "allow_requantize") if (value := getattr(loaded, name))}
+    base = type if type is not None else loaded.type
+    if base is None:
+        raise BadPlan("the recipe names no base type", object=loaded.name, hint="give one")
+    return {**defaults, **options, "type": base, "overrides": [*overrides, *own]}
+
+
+def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value], edit: Quantize, *,
+          imatrix: Imatrix | None = None, file_order: bool = False) -> Outcome:
+    """Pure, but for the counts and values of the importance matrix. What cannot be done is in the outcome's blockers,
+    never raised. file_order: llama-quantize's --keep-split visits the tensors as they lie in the shards."""
     facts = {t["name"]: t for t in _core_types()}
-    blocks = {name: t["block"] for name, t in facts.items()}
     out = Outcome([], dict(metadata), [], [])
     try:
         file_type = mixes.file_type(edit.type, edit.pure)
@@ -66,57 +126,126 @@ def apply(architecture: str, tensors: list[OutputTensor], metadata: dict[str, Va
     except SurgeryError as error:  # a plan from JSON; Plan.quantize has refused it at once
         return Outcome(tensors, dict(metadata), [error], [])
 
-    tied = not any(t.name in mixes.OUTPUT for t in tensors)
+    entries = 0 if imatrix is None or edit.imatrix is None else importance.used_entries(imatrix, edit.imatrix)
+    if imatrix is not None and not entries:
+        out.warnings.append("no entry of the importance matrix is used: it is as if there were none")
+        imatrix = None
+    wanted = _wanted(model.architecture, tensors, metadata, edit, file_type, overrides, imatrix, file_order, out)
     requantized: list[OutputTensor] = []
-    unweighted: dict[str, list[str]] = {}
     fallbacks: Counter[tuple[str, str]] = Counter()
     for tensor in tensors:
-        allowed = mixes.allows(architecture, tensor.name, tensor.shape)
-        wanted = overrides.type_for(tensor, allowed, out.blockers)
-        if wanted is None:
-            wanted = tensor.source_type
-            if allowed and file_type.type is not None:
-                wanted = mixes.choose(file_type, architecture, tensor.name, tensor.shape, tied)
-        elif wanted == "copy":
-            wanted = tensor.source_type
-        row = tensor.shape[-1] if tensor.shape else 1
-        # A tensor that keeps its type keeps its bytes, whatever its rows.
-        type = wanted if wanted == tensor.source_type else mixes.fallback(wanted, row, blocks)
-        notes = list(tensor.notes)
-        if type is None:
-            out.blockers.append(BadPlan(
-                f"a row is no multiple of the block of {wanted}, which has no fallback", object=tensor.name,
-                found=f"{row} elements", expected=f"a multiple of {blocks[wanted]}",
-                hint=f'an override such as ("{re.escape(tensor.name)}", "Q8_0")'))
-            type = tensor.source_type
-        elif type != wanted:
-            fallbacks[wanted, type] += 1
-            notes.append(f"{wanted} needs rows of a multiple of {blocks[wanted]}, this has {row}: {type}")
-        if type != tensor.source_type:
-            if facts[tensor.source_type]["quantized"]:
-                requantized.append(tensor)
-            if facts[type]["needs_importance"] or mixes.wants_importance(file_type, tensor.name, type):
-                unweighted.setdefault(type, []).append(tensor.name)
-        out.tensors.append(replace(tensor, type=type, notes=notes))
-
+        type, notes = _fitting(tensor, wanted[tensor.name], facts, fallbacks, out.blockers)
+        if type != tensor.source_type and facts[tensor.source_type]["quantized"]:
+            requantized.append(tensor)
+        out.tensors.append(replace(tensor, type=type, notes=[*tensor.notes, *notes]))
     if requantized and not edit.allow_requantize:
         out.blockers.append(BadPlan(
             f"already quantized{_with_others(requantized)}", object=requantized[0].name,
             found=requantized[0].source_type,
             hint="allow_requantize=True (--allow-requantize) decodes and encodes it again, at a loss; or override it "
                  'with "copy"'))
-    for type, names in unweighted.items():
-        out.blockers.append(Unsupported(
-            f"{type} needs an importance matrix{_with_others(names)}", object=names[0],
-            hint="this version reads none: choose another type"))
+    _weigh(model, edit, file_type, imatrix, facts, out)
     overrides.report(out)
-    for (wanted, type), count in sorted(fallbacks.items()):
-        out.warnings.append(f"{_tensors(count)} with rows that {wanted} cannot hold became {type}")
+    for (wished, type), count in sorted(fallbacks.items()):
+        out.warnings.append(f"{_tensors(count)} with rows that {wished} cannot hold became {type}")
     if any(t.type != t.source_type for t in out.tensors):
         if file_type.number is not None:
             out.metadata["general.file_type"] = Value(file_type.number, "u32")
         out.metadata["general.quantization_version"] = Value(QUANTIZATION_VERSION, "u32")
+        if imatrix is not None:
+            out.metadata.update(_imatrix_metadata(imatrix, entries))
     return out
+
+
+def _wanted(architecture: str, tensors: list[OutputTensor], metadata: dict[str, Value], edit: Quantize,
+            file_type: mixes.FileType, overrides: _Overrides, imatrix: Imatrix | None, file_order: bool,
+            out: Outcome) -> dict[str, str]:
+    """The type that each tensor is to have, whether its rows can or not."""
+    decided: dict[str, str] = {}
+    for tensor in tensors:
+        allowed = mixes.allows(architecture, tensor.name, tensor.shape, edit.leave_output)
+        option = None
+        if allowed and tensor.name in mixes.OUTPUT:
+            option = edit.output_type
+        elif allowed and tensor.name in mixes.TOKEN_EMBEDDING:
+            option = edit.token_embedding_type
+            if tensor.name != mixes.TOKEN_EMBEDDING[0] and overrides.names(tensor.name):
+                option = None  # per_layer_token_embd follows only where no override names it
+        type = option or overrides.type_for(tensor, allowed, out.blockers)
+        if option:
+            overrides.skip(tensor.name)
+        if type is not None:
+            decided[tensor.name] = tensor.source_type if type == "copy" else type
+    wanted = {tensor.name: tensor.source_type for tensor in tensors}
+    if file_type.type is not None:
+        try:
+            facts = mixes.model_facts(architecture, lambda key: metadata[key].value if key in metadata else None)
+        except SurgeryError as error:
+            out.blockers.append(error)
+            return wanted | decided
+        shapes = {tensor.name: tensor.shape for tensor in tensors}
+        order = list(shapes) if file_order else mixes.loader_order(shapes)
+        chosen, errors = mixes.choose_types(
+            file_type, facts, [(name, shapes[name]) for name in order], decided=decided,
+            has_imatrix=imatrix is not None, output_type=edit.output_type, leave_output=edit.leave_output)
+        wanted |= chosen
+        out.blockers += errors
+    return wanted | decided
+
+
+def _fitting(tensor: OutputTensor, wanted: str, facts: dict[str, dict[str, Any]], fallbacks: Counter[tuple[str, str]],
+             blockers: list[SurgeryError]) -> tuple[str, list[str]]:
+    """`wanted`, or what llama-quantize falls back to where a row is no multiple of its block; and what to note."""
+    if wanted == tensor.source_type:  # it keeps its bytes, whatever its rows
+        return wanted, []
+    row = tensor.shape[-1] if tensor.shape else 1
+    type = mixes.fallback(wanted, row, {name: t["block"] for name, t in facts.items()})
+    block = facts[wanted]["block"]
+    if type is None:
+        blockers.append(BadPlan(
+            f"a row is no multiple of the block of {wanted}, which has no fallback", object=tensor.name,
+            found=f"{row} elements", expected=f"a multiple of {block}",
+            hint=f'an override such as ("{re.escape(tensor.name)}", "Q8_0")'))
+        return tensor.source_type, []
+    if type == wanted:
+        return type, []
+    fallbacks[wanted, type] += 1
+    return type, [f"{wanted} needs rows of a multiple of {block}, this has {row}: {type}"]
+
+
+def _weigh(model: Model, edit: Quantize, file_type: mixes.FileType, imatrix: Imatrix | None,
+           facts: dict[str, dict[str, Any]], out: Outcome) -> None:
+    """Gives each encoded tensor its importance; what needs one and has none is a blocker."""
+    encoded, refused = [t for t in out.tensors if t.type != t.source_type], set()
+    if imatrix is not None and edit.imatrix is not None:
+        found = importance.resolve(imatrix, edit.imatrix, model, encoded)
+        out.blockers += found.blockers
+        refused = {error.object for error in found.blockers}
+        out.warnings += found.warnings
+        for tensor in encoded:
+            tensor.importance = found.importance.get(tensor.name)
+            tensor.notes += found.notes.get(tensor.name, [])
+    without: dict[str, list[str]] = {}
+    for tensor in encoded:
+        needs = facts[tensor.type]["needs_importance"] or mixes.wants_importance(file_type, tensor.name, tensor.type)
+        if needs and tensor.importance is None and tensor.name not in refused:
+            without.setdefault(tensor.type, []).append(tensor.name)
+    hint = "imatrix= (--imatrix) gives one" if imatrix is None else \
+        "the one given has no entry for it; imatrix_missing= (--imatrix-missing) says what to do then"
+    for type, names in without.items():
+        out.blockers.append(BadPlan(f"{type} needs an importance matrix{_with_others(names)}", object=names[0],
+                                    hint=hint))
+
+
+def _imatrix_metadata(imatrix: Imatrix, entries: int) -> dict[str, Value]:
+    """The keys that llama-quantize writes. It cuts texts at 127 bytes and gives the whole path; here neither."""
+    keys = {"file": Value(os.path.basename(imatrix.path), "str")}
+    if imatrix.datasets:
+        keys["dataset"] = Value(imatrix.datasets[0], "str")
+    keys["entries_count"] = Value(entries, "u32")
+    if imatrix.chunk_count > 0:
+        keys["chunks_count"] = Value(imatrix.chunk_count, "u32")
+    return {f"quantize.imatrix.{name}": value for name, value in keys.items()}
 
 
 class _Overrides:
@@ -127,6 +256,14 @@ class _Overrides:
         self.matched = [0] * len(pairs)  # tensors whose name the pattern finds
         self.first = [0] * len(pairs)    # of these, the ones that no earlier pattern took
         self.left = [0] * len(pairs)     # of these, the ones that llama-quantize would not quantize
+
+    def names(self, name: str) -> bool:
+        return any(regex.search(name) for _, regex, _ in self.pairs)
+
+    def skip(self, name: str) -> None:
+        """This tensor is decided by an option that comes before all overrides."""
+        for i, (_, regex, _) in enumerate(self.pairs):
+            self.matched[i] += bool(regex.search(name))
 
     def type_for(self, tensor: OutputTensor, allowed: bool, blockers: list[SurgeryError]) -> str | None:
         """The type that the first matching override gives, "copy", or None."""
@@ -150,17 +287,25 @@ class _Overrides:
         return type
 
     def report(self, out: Outcome) -> None:
+        plain = []
         for (pattern, _, type), matched, first, left in zip(self.pairs, self.matched, self.first, self.left):
             if matched == 0:
                 out.blockers.append(BadPlan("an override that matches no tensor", object=pattern,
                                             hint="patterns are Python's re.search and case-sensitive"))
                 continue
             text = f"override {pattern}={type}: {_tensors(first)}"
+            if first == matched and not left:
+                plain.append((text, first))
+                continue
             if first < matched:
-                text += f", {matched - first} more belong to an earlier override"
+                text += f", {matched - first} more belong to an earlier override or option"
             if left:
                 text += f", {left} of them left as they are (norm, router, convolution or vector: give the full name)"
             out.warnings.append(text)
+        if len(plain) <= _LISTED:
+            out.warnings += [text for text, _ in plain]
+        else:
+            out.warnings.append(f"{len(plain)} overrides: {_tensors(sum(n for _, n in plain))}")
 
 
 def _is_full_name(pattern: str, name: str) -> bool:
