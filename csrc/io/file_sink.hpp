@@ -32,7 +32,7 @@ public:
     // Data fsync, once; after it only the name is missing. By any thread, after the last write_at has returned.
     void finish();
     void examine() const { examine_target(target_, options_); }
-    bool step_aside();   // gives the old file a hidden name; false if there is none
+    void step_aside();   // gives the old file, if there is one, a hidden name
     void place_alone();  // gives the output its name; EEXIST if a file is there, even with `overwrite`
     void sync_folder();
     bool withdraw() noexcept;   // takes back place_alone; true if the new file is not at the target

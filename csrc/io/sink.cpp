@@ -184,13 +184,12 @@ void FileSink::place_over() {
     temp_.name.clear();
 }
 
-bool FileSink::step_aside() {
-    if (!examine_target(target_, options_)) return false;
+void FileSink::step_aside() {
+    if (!examine_target(target_, options_)) return;
     std::string name = hidden_name(target_, Hidden::old);
     if (::renameat(target_.folder_fd(), target_.name.c_str(), target_.folder_fd(), name.c_str()) != 0)
         throw os_error(errno, "replace", target_.path);
     old_name_ = std::move(name);
-    return true;
 }
 
 void FileSink::place_alone() {

@@ -24,7 +24,9 @@ public:
         constexpr std::chrono::milliseconds patience(30'000), step(10);
         for (std::chrono::milliseconds waited(0); ::flock(fd_, LOCK_EX | LOCK_NB) != 0; waited += step) {
             if (errno != EWOULDBLOCK) return;  // a file system without it
-            if (waited >= patience) throw os_error(EWOULDBLOCK, "lock the folder", target.folder_path);
+            if (waited >= patience)
+                throw os_error(EWOULDBLOCK, "lock the folder", target.folder_path)
+                    .advise("another program keeps it locked (flock)");
             std::this_thread::sleep_for(step);
         }
     }
@@ -50,7 +52,7 @@ FileId file_id(int fd, const std::string& path) {
 
 }  // namespace
 
-SinkSet::SinkSet(const std::vector<SinkFile>& files, const SinkOptions& options) {
+SinkSet::SinkSet(const std::vector<SinkFile>& files, const SinkOptions& options) : overwrite_(options.overwrite) {
     if (files.empty()) throw Error(Kind::bad_plan, "no output file");
     if (files.size() == 1) {
         sinks_.push_back(create_file_sink(files[0].path, files[0].size, options));
@@ -82,6 +84,8 @@ void SinkSet::create(const std::vector<SinkFile>& files, const SinkOptions& opti
             throw Error(Kind::bad_plan, "two outputs are the same file").in(target.path);
         targets.push_back(std::move(target));
     }
+    // One who locks the folder for long would be an error of commit, when all the work is done.
+    { const FolderLock briefly(targets[0]); }
     for (const Target& target : targets) remove_stale(target, Hidden::temp);
     for (std::size_t i = 0; i < files.size(); ++i)
         sinks_.push_back(std::make_unique<FileSink>(std::move(targets[i]), options, files[i].size));
@@ -126,13 +130,14 @@ void SinkSet::commit() {
     }
     for (auto& sink : sinks_) {
         sink->drop_old();
-        remove_stale(sink->target(), Hidden::old);
+        if (overwrite_) remove_stale(sink->target(), Hidden::old);
     }
 }
 
 void SinkSet::place_all() {
     for (auto& sink : sinks_) sink->examine();  // all of them before the first change
-    if (sinks_[0]->step_aside()) sync_folders();
+    sinks_[0]->step_aside();
+    sync_folders();  // even if it was not there: a killed run may just have moved it
     for (std::size_t i = sinks_.size(); i-- > 1;) {
         sinks_[i]->step_aside();
         sinks_[i]->place_alone();
@@ -145,6 +150,10 @@ void SinkSet::place_all() {
 bool SinkSet::take_back() {
     bool clean = sinks_[0]->withdraw();
     for (std::size_t i = 1; i < sinks_.size(); ++i) clean &= sinks_[i]->withdraw() && sinks_[i]->restore();
+    try {
+        sync_folders();
+    } catch (...) {  // may be why all of this is taken back
+    }
     return clean && sinks_[0]->restore();
 }
 

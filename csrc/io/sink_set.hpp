@@ -27,8 +27,8 @@ struct SinkFile {
 //   the new one its place; the new first file comes last. Folders are synced in between, for the sake of power cuts.
 // - An error takes all of that back: the old files are there again, the new ones are gone. Should even that fail, the
 //   first file stays away and the error says under which names the old files are.
-// - A process killed in the middle leaves each old file under its name or its hidden one. Only the next run that completes
-//   the set removes the hidden ones.
+// - A process killed in the middle leaves each old file under its name or its hidden one. Only the next run that
+//   completes the set with `overwrite` removes the hidden ones.
 // - Commits of sets whose first files are in one folder wait for each other (flock of the folder).
 class SinkSet {
 public:
@@ -51,6 +51,7 @@ private:
     void sync_folders();
 
     std::vector<std::unique_ptr<FileSink>> sinks_;
+    const bool overwrite_;
 };
 
 }  // namespace pgs

@@ -104,8 +104,10 @@ std::optional<struct stat> examine_target(const Target& target, const SinkOption
     if (!options.overwrite) throw os_error(EEXIST, "create", target.path);
     // The folder's permission would do, but who protected the file meant it; and a sticky folder would refuse only at
     // the end of the run.
-    if (::faccessat(target.folder_fd(), target.name.c_str(), W_OK, AT_EACCESS) != 0)
+    if (::faccessat(target.folder_fd(), target.name.c_str(), W_OK, AT_EACCESS) != 0) {
+        if (errno == ENOENT) return std::nullopt;  // another run has just moved it aside
         throw os_error(errno, "replace", target.path);
+    }
     return st;
 }
 
