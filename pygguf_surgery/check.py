@@ -60,6 +60,7 @@ class CheckedPlan:
     peak_memory_bytes: int      # over the interpreter's own: buffers, header, lists
     blockers: list[SurgeryError]
     warnings: list[str]
+    notes: list[str]            # what is as it should be, counted: overrides, importance
     source_bytes: int           # of the input's tensors
     architecture: str
     experts: tuple[int | None, int | None]  # before, after
@@ -102,6 +103,8 @@ class CheckedPlan:
             types = Counter(self.tensors[i].type for i in indices)
             lines.append(f"{role:<14} {len(indices):>7} {human(size):>11} {100 * size / total:>5.1f}%  "
                          + ", ".join(f"{type} x{count}" for type, count in types.most_common()))
+        if self.notes:
+            lines += ["", "notes:"] + [f"  {text}" for text in self.notes]
         if self.warnings:
             lines += ["", "warnings:"] + [f"  {text}" for text in self.warnings]
         if self.blockers:
@@ -117,7 +120,8 @@ class CheckedPlan:
                 {"name": t.name, "role": t.role, "type": t.type, "shape": list(t.shape), "nbytes": n,
                  "action": action(t), "source_type": t.source_type,
                  "expression": shorten(expression_to_json(t.expression)),
-                 **({"importance": t.importance.ref} if t.importance else {}), **({"notes": t.notes} if t.notes else {})}
+                 **({"importance": t.importance.ref} if t.importance else {}),
+                 **({"notes": t.notes} if t.notes else {})}
                 for t, n in zip(self.tensors, self.nbytes)],
             "metadata": {key: value_for_json(value, full) for key, value in self.metadata.items()},
             "file_bytes": self.file_bytes,
@@ -126,6 +130,7 @@ class CheckedPlan:
             "peak_memory_bytes": self.peak_memory_bytes,
             "blockers": [error_for_json(error) for error in self.blockers],
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
             "plan": shorten(plan_to_json(self.data)),
         }
 
@@ -213,7 +218,7 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
         warnings += outcome.warnings
     dropped = uncut.keys() - metadata.keys()  # with the experts: that the caller removes these too is no error
     metadata = _edit_metadata(model.architecture, metadata, metadata_edits, False, blockers, dropped)
-    imatrix = None
+    imatrix, notes = None, []
     if quantize is not None:
         imatrix = _open_imatrix(quantize.imatrix, blockers)
         quantized = recipe.apply(model, tensors, metadata, quantize, imatrix=imatrix,
@@ -221,6 +226,7 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
         tensors, metadata = quantized.tensors, quantized.metadata
         blockers += quantized.blockers
         warnings += quantized.warnings
+        notes += quantized.notes
     metadata = metadata_rules.drop_tensor_extra(metadata, model.tensors.keys() - {t.name for t in tensors})
     metadata, alignment = _derived(model, metadata, warnings)
     blockers += _check_tensors(model, tensors)
@@ -231,7 +237,8 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
 
     checked = CheckedPlan(
         data=data, tensors=tensors, nbytes=[_target_bytes(t) for t in tensors], offsets=[], metadata=metadata,
-        alignment=alignment, files=[], split=False, file_bytes=0, peak_memory_bytes=0, blockers=blockers, warnings=warnings,
+        alignment=alignment, files=[], split=False, file_bytes=0, peak_memory_bytes=0, blockers=blockers,
+        warnings=warnings, notes=notes,
         source_bytes=sum(t.nbytes for t in model.tensors.values()), architecture=model.architecture,
         experts=(_count(before, model.architecture), _count(metadata, model.architecture)), imatrix=imatrix)
     _lay_out(model, checked, split)
@@ -260,8 +267,9 @@ def _open_imatrix(use: UseImatrix | None, blockers: list[SurgeryError]) -> Imatr
         if opened.digest != use.digest:
             raise SourceChanged("the importance matrix is not the one that the plan was made with", path=use.path)
         return opened
-    except OSError as error:
-        blockers.append(BadFile("the importance matrix cannot be read", path=use.path, found=error.strerror or error))
+    except (OSError, ValueError) as error:  # ValueError: a path from JSON that is none
+        blockers.append(BadFile("the importance matrix cannot be read", path=use.path,
+                                found=getattr(error, "strerror", None) or error))
     except SurgeryError as error:
         blockers.append(error)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -44,9 +45,10 @@ class PruneLayers:
 
 @dataclass(frozen=True)
 class UseImatrix:
-    """The importance matrix of a Quantize. path is absolute; digest is imatrix.Imatrix.digest, of its names, shapes and
-    counts. missing: what a missing entry and an expert never seen come to, one of imatrix.POLICIES. include, exclude:
-    parts of names; an entry is used if it has one of `include` (if there are any) and none of `exclude`."""
+    """The importance matrix of a Quantize. path is absolute; digest is imatrix.Imatrix.digest, of its names, shapes,
+    counts and some sums. missing: what a missing entry and an expert never seen come to, one of imatrix.POLICIES.
+    include, exclude: parts of names; an entry is used if it has one of `include`, where there are any, and none of
+    `exclude`."""
 
     path: str
     digest: str
@@ -206,19 +208,38 @@ def edit_to_json(edit: Edit) -> dict[str, Any]:
     raise TypeError(edit)
 
 
-def _text(x: Any) -> str:
-    if not isinstance(x, str):
-        raise TypeError(f"{x!r:.80} is not a string")
+def _typed(x: Any, kind: type, what: str) -> Any:
+    """x, if it is exactly of this kind: JSON edited by hand may say "false", 1.5 or "abc" for false, 1 or ["abc"]."""
+    if type(x) is not kind:
+        raise TypeError(f"{x!r:.80} is not {what}")
     return x
 
 
+def _text(x: Any) -> str:
+    return _typed(x, str, "a string")
+
+
+def _flag(x: Any) -> bool:
+    return _typed(x, bool, "true or false")
+
+
+def _number(x: Any) -> int:
+    return _typed(x, int, "a whole number")
+
+
 def _texts(x: Any) -> tuple[str, ...]:
-    return tuple(_text(e) for e in x)
+    return tuple(_text(e) for e in _typed(x, list, "a list"))
 
 
-def _imatrix_from_json(data: dict[str, Any] | None) -> UseImatrix | None:
-    if data is None:
-        return None
+def _numbers(x: Any) -> tuple[int, ...]:
+    return tuple(_number(e) for e in _typed(x, list, "a list"))
+
+
+def _maybe(read: Callable[[Any], Any], x: Any) -> Any:
+    return None if x is None else read(x)
+
+
+def _imatrix_from_json(data: dict[str, Any]) -> UseImatrix:
     return UseImatrix(_text(data["path"]), _text(data["digest"]), _text(data["missing"]), _texts(data["include"]),
                       _texts(data["exclude"]))
 
@@ -226,20 +247,23 @@ def _imatrix_from_json(data: dict[str, Any] | None) -> UseImatrix | None:
 def edit_from_json(data: dict[str, Any]) -> Edit:
     match data["edit"]:
         case "keep_experts":
-            return KeepExperts({int(k): tuple(v) for k, v in data["kept"].items()}, _text(data["metric"]), data["mtp"],
-                               {int(k): tuple(v) for k, v in data.get("order", {}).items()})
+            return KeepExperts({int(k): _numbers(v) for k, v in data["kept"].items()}, _text(data["metric"]),
+                               _text(data["mtp"]), {int(k): _numbers(v) for k, v in data.get("order", {}).items()})
         case "set_metadata":
-            return SetMetadata(tuple((_text(k), value_from_json(v)) for k, v in data["items"]))
+            return SetMetadata(tuple((_text(k), value_from_json(v)) for k, v in _typed(data["items"], list, "a list")))
         case "remove_metadata":
-            return RemoveMetadata(tuple(_text(k) for k in data["keys"]))
-        case "quantize":
-            return Quantize(_text(data["type"]), data["pure"], tuple((p, t) for p, t in data["overrides"]),
-                            data["allow_requantize"], data.get("output_type"), data.get("token_embedding_type"),
-                            data.get("leave_output", False), _imatrix_from_json(data.get("imatrix")), data.get("max_bytes"))
+            return RemoveMetadata(_texts(data["keys"]))
+        case "quantize":  # .get: plans of the time when an edit had no more than the first four
+            overrides = tuple((_text(p), _text(t)) for p, t in _typed(data["overrides"], list, "a list"))
+            return Quantize(_text(data["type"]), _flag(data["pure"]), overrides, _flag(data["allow_requantize"]),
+                            _maybe(_text, data.get("output_type")), _maybe(_text, data.get("token_embedding_type")),
+                            _flag(data.get("leave_output", False)), _maybe(_imatrix_from_json, data.get("imatrix")),
+                            _maybe(_number, data.get("max_bytes")))
         case "prune_layers":
-            return PruneLayers(tuple(int(layer) for layer in data["layers"]))
+            return PruneLayers(_numbers(data["layers"]))
         case "split":
-            return Split(data["max_bytes"], data["max_tensors"], data["keep"], data["first_empty"])
+            return Split(_maybe(_number, data["max_bytes"]), _maybe(_number, data["max_tensors"]), _flag(data["keep"]),
+                         _flag(data["first_empty"]))
     raise BadPlan("unknown edit", object=str(data["edit"]))
 
 
@@ -267,6 +291,6 @@ def plan_from_json(data: dict[str, Any]) -> PlanData:
         raise BadPlan("not a plan of this version", object="format", found=found, expected=FORMAT)
     try:
         return PlanData(_text(data["source"]), _text(data["header_sha256"]),
-                        tuple(edit_from_json(e) for e in data["edits"]))
+                        tuple(edit_from_json(e) for e in _typed(data["edits"], list, "a list")))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadPlan(f"not a plan: {error!r}") from None

@@ -51,8 +51,12 @@ def partition(split: Split, nbytes: Sequence[int], source_shards: Sequence[int],
     elif split.max_bytes is not None:
         padded = [-(-n // alignment) * alignment for n in nbytes]
         shards = _by_bytes(padded, split.max_bytes)
-        warnings = [f"{names[i] if i < len(names) else f'tensor {i}'} alone has {human(n)}, more than the "
-                    f"{human(split.max_bytes)} of a shard" for i, n in enumerate(padded) if n > split.max_bytes]
+        large = [i for i, n in enumerate(padded) if n > split.max_bytes]
+        if large:
+            i = max(large, key=lambda i: padded[i])
+            more = f"; {len(large) - 1} more tensors are too large" if len(large) > 1 else ""
+            warnings.append(f"{names[i] if i < len(names) else f'tensor {i}'} alone has {human(padded[i])}, more than "
+                            f"the {human(split.max_bytes)} of a shard{more}")
     else:
         n = MAX_TENSORS if split.max_tensors is None else split.max_tensors
         shards = [everything[first:first + n] for first in range(0, len(everything), n)] or [[]]

@@ -20,8 +20,8 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a run did. path: the file, or the first shard; paths: all files. actions: how many tensors were copied, taken,
-    encoded, ..."""
+    """What a run did. path: the file, or the first shard; paths: all files. actions: how many tensors were copied,
+    taken, encoded, ..."""
 
     path: str
     paths: list[str]
@@ -33,6 +33,7 @@ class Receipt:
     threads: int
     actions: dict[str, int]
     warnings: list[str]
+    notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,7 +42,8 @@ class Receipt:
 def write(model: Model, checked: CheckedPlan, path: str | os.PathLike[str], *, overwrite: bool = False,
           memory: int | str = MEMORY, threads: int = 0, io: str = "auto",
           progress: bool | Progress | None = False) -> Receipt:
-    """Writes the file at `path` (of a split plan the shards that it names), whole or not at all. Raises the first blocker.
+    """Writes the file at `path` (of a split plan the shards that it names), whole or not at all. Raises the first
+    blocker.
 
     progress: True shows a bar on stderr, a callable gets (done_bytes, total_bytes); what it raises cancels the run, as
     Ctrl-C does, and leaves nothing behind.
@@ -61,9 +63,11 @@ def write(model: Model, checked: CheckedPlan, path: str | os.PathLike[str], *, o
         if bar is not None:
             bar.close()
     return Receipt(
-        path=paths[0], paths=paths, file_bytes=checked.file_bytes, seconds=time.monotonic() - start, buffer_bytes=stats["buffer_bytes"],
+        path=paths[0], paths=paths, file_bytes=checked.file_bytes, seconds=time.monotonic() - start,
+        buffer_bytes=stats["buffer_bytes"],
         bytes_read=stats["bytes_read"], elements_encoded=stats["elements_encoded"], threads=stats["threads"],
-        actions=checked.actions(), warnings=list(checked.warnings))
+        actions=checked.actions(), warnings=list(checked.warnings),
+        notes=list(checked.notes))
 
 
 def output_paths(checked: CheckedPlan, path: str | os.PathLike[str]) -> list[str]:
@@ -85,10 +89,12 @@ def first_blocker(checked: CheckedPlan) -> Exception:
 
 
 class ProgressBar:
-    """Bytes, rate and remaining time: a bar that redraws itself on a terminal, elsewhere one line per 10 s."""
+    """Bytes (or `unit`, what else is counted), rate and remaining time: a bar that redraws itself on a terminal,
+    elsewhere one line per 10 s."""
 
-    def __init__(self, label: str, stream: TextIO | None = None):
+    def __init__(self, label: str, stream: TextIO | None = None, unit: str | None = None):
         self._label = label
+        self._unit = unit
         self._stream = sys.stderr if stream is None else stream
         self._terminal = self._stream.isatty()
         self._start = self._last = time.monotonic()
@@ -102,6 +108,8 @@ class ProgressBar:
         rate = done / max(now - self._start, 1e-9)
         left = duration((total - done) / rate) if done else "?"
         text = f"{human(done)} of {human(total)}, {human(int(rate))}/s, {left} left"
+        if self._unit is not None:
+            text = f"{done} of {total} {self._unit}, {left} left"
         if not self._terminal:
             print(f"{self._label}: {text}", file=self._stream, flush=True)
             return

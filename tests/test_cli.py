@@ -64,6 +64,9 @@ def strongest(path, layer, n):
     ["quantize", "x", "y", "Q8_0", "2", "3"], ["quantize", "x", "y", "Q8_0", "--override-kv", "a=7"],
     ["quantize", "x", "y", "Q8_0", "--prune-layers", "a"], ["quantize", "x", "y", "Q8_0", "--no-tensor-first-split"],
     ["imatrix"], ["imatrix", "merge", "x"], ["split", "x"], ["verify"], ["edit", "x", "y", "--set", "no-equals-sign"],
+    ["quantize", "x", "y", "Q8_0", "9" * 5000], ["edit", "x", "y", "--prune-layers", "9" * 5000],
+    ["quantize", "x", "y", "Q8_0", "--token-embedding-type", ""], ["quantize", "x", "y", "--recipe", ""],
+    ["quantize", "x", "y", "Q8_0", "--imatrix", "z", "--include-weights", ""],
     ["info", ""], ["edit", "x", ""], ["prune", "x", "y", "--keep", "1", "--ratio", "0.5"],
 ])
 def test_wrong_usage_is_2_and_says_why_on_stderr(run, arguments):
@@ -398,6 +401,23 @@ def test_closed_streams_get_no_traceback(model, tmp_path):
 def test_an_empty_option_is_not_the_default(run, model, tmp_path, option):
     code, out, err = run("prune", model, tmp_path / "out.gguf", "--keep", BEST, option, "")
     assert code == 4 and out == "" and "unknown" in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--split-max-size", "--split-max-tensors"])
+def test_shards_of_nothing_are_refused(run, model, tmp_path, option):
+    for words in (["split", model, tmp_path / "out"], ["quantize", model, tmp_path / "out.gguf", "Q8_0"]):
+        code, _, err = run(*words, option, 0)
+        assert code == 4 and "less than one (found 0)" in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [["--imatrix-missing", "ones"], ["--pure"], ["--imatrix", "x"]])
+def test_options_of_a_type_without_one(run, model, option):
+    code, _, err = run("plan", model, *option)
+    assert code == 2 and f"error: {option[0]} goes with a type" in err.replace(chr(10), " ")
+
+
+def test_the_usage_says_once_what_quantize_takes(run):
+    assert run("quantize", "--help")[1].split(chr(10) + chr(10))[0].count("[OUT]") == 1
 
 
 def test_a_demo_that_keeps_no_expert(run, model):

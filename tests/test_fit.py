@@ -389,6 +389,11 @@ def test_what_is_no_target(model, target, message):
     assert str(error.value) == message
 
 
+def test_a_second_fit_finds_nothing_to_choose(model):
+    with pytest.raises(BadPlan, match="nothing to choose: overrides and options decide every tensor"):
+        Plan(model).quantize("Q4_0").fit(size="1GB").fit(bpw=0.5)
+
+
 def test_too_small_names_the_smallest_size(model):
     plan = Plan(model).quantize("Q4_0")
     smallest, _ = limits(plan)
@@ -401,6 +406,14 @@ def test_too_small_names_the_smallest_size(model):
         plan.fit(bpw=0.5)
     bits = float(error.value.found.removesuffix(" bits per weight"))
     assert plan.fit(bpw=bits).check().file_bytes == smallest
+
+
+def test_too_small_names_the_types_that_need_an_importance_matrix(model, imatrix):
+    for use, more in ((None, "; IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS need an importance matrix"), (imatrix, "")):
+        with pytest.raises(BadPlan) as error:
+            Plan(model).quantize("IQ2_M", imatrix=use).fit(bpw=0.5)
+        assert error.value.hint == ("the family is IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ4_XS, Q5_K, Q6_K, "
+                                    f"Q8_0{more}")
 
 
 def test_a_plan_that_does_not_quantize(model):

@@ -210,7 +210,17 @@ def test_sums_are_streamed_in_pieces(tmp_path, monkeypatch, piece):
         assert max(sizes) <= max(piece, 16)
 
 
-def test_opening_reads_no_sums(tmp_path):
+def test_the_digest_tells_two_texts_of_the_same_length_apart(tmp_path):
+    digests = set()
+    for i, sums in enumerate(([1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 4])):
+        path = tmp_path / f"{i}.gguf"
+        imatrix.write(path, {"x": (np.array(sums, np.float32), [3])}, datasets=["text"], chunk_count=1, chunk_size=3)
+        with imatrix.open(path) as m:
+            digests.add(m.digest)
+    assert len(digests) == 2
+
+
+def test_opening_reads_only_the_first_sums(tmp_path):
     path = tmp_path / "x.gguf"
     with open(path, "wb") as file:  # a hole of 64 GiB
         head = build(METADATA, [info("x.in_sum2", (2**34,)), info("x.counts", (1,), offset=2**36)])

@@ -292,3 +292,32 @@ def test_the_table_of_options_is_complete():
     assert {o for _, _, given in cli.COMMANDS.values() for o in given} == set(cli.OPTIONS)
     assert {p for _, given, _ in cli.COMMANDS.values() for p in given} == set(cli.POSITIONALS)
     assert all(callable(getattr(cli, name)) for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1, 2**31])
+def test_merge_refuses_what_is_no_chunk_size(tmp_path, chunk_size):
+    imatrix.write(tmp_path / "a.gguf", {UP: (np.ones(4), [1, 2])})
+    with pytest.raises(BadPlan, match="not a chunk size"):
+        imatrix.merge([tmp_path / "a.gguf"], tmp_path / "out.gguf", chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("experts", [0, -1])
+def test_slice_refuses_what_is_no_number_of_experts(tmp_path, experts):
+    imatrix.write(tmp_path / "a.gguf", {UP: (np.ones(4), [1, 2])})
+    with pytest.raises(BadPlan, match="not a number of experts"):
+        imatrix.slice(tmp_path / "a.gguf", tmp_path / "out.gguf", {0: [0]}, experts=experts)
+
+
+@pytest.mark.parametrize("metadata", [
+    {"pgs.experts.0.kept": Value("abc", "str")}, {"pgs.experts.0.kept": Value(3, "u32")},
+    {"pgs.experts.0.kept": Value([0.5], "f32[]")}, {"pgs.experts.0.kept": Value([True], "bool[]")},
+    {"pgs.experts.0.kept": Value([0], "u32[]"), "pgs.layers.kept": Value(3, "u32")},
+    {"pgs.experts." + "9" * 5000 + ".kept": Value([0], "u32[]")},
+])
+def test_a_pruned_model_with_nonsense_for_its_kept_experts(tmp_path, metadata):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, {"general.architecture": Value("llama", "str"), **metadata},
+               {"x": (np.ones(32, np.float32), "F32", (32,))})
+    with pytest.raises((BadFile, BadPlan)) as caught:
+        cli.read_kept(str(path))
+    assert caught.value.path == str(path)

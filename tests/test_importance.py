@@ -73,8 +73,8 @@ def test_each_tensor_gets_the_rows_of_its_entry(ask):
     heads = encoded(V_B, (3, 5, 2))
     out = ask({UP: SEEN, Q: ([1, 2], 7), V_B: (np.ones(6), 7)}, [encoded(UP, (4, 3, 2)), encoded(Q, (3, 2)), heads])
     assert out.importance == {UP: Importance(UP, (0, 1, 2, 3)), Q: Importance(Q, (0,)), V_B: Importance(V_B, (0, 1, 2))}
-    assert (out.blockers, out.missing, out.notes) == ([], [], {})
-    assert out.warnings == ["importance: 3 tensors"]
+    assert (out.blockers, out.missing, out.notes, out.warnings) == ([], [], {}, [])
+    assert out.summary == ["importance: 3 tensors"]
 
 
 def test_only_types_that_use_importance_ask_for_it(ask):
@@ -435,3 +435,12 @@ def test_a_plan_encodes_with_these_rows(tmp_path, missing, old):
             array = arrays[name] if name == Q else arrays[name][kept]
             assert m.tensors[name].type == "Q4_K"
             assert np.array_equal(m.tensors[name].bytes(), pgs.quantize(array, "Q4_K", importance_rows).ravel()), name
+
+
+def test_an_importance_matrix_of_another_model_is_one_blocker(ask):
+    names = [f"blk.{i}.attn_q.weight" for i in range(20)]
+    out = ask({n: ([1] * 6, 1) for n in names}, [encoded(n, (3, 4)) for n in names])
+    assert [str(e).partition(": ")[2] for e in out.blockers] == [
+        f"{names[0]}: importance of another size (and 19 more tensors) (found 6, expected 4); "
+        f"exclude_weights= (--exclude-weights) {names[0]} leaves it out"]
+    assert out.refused == set(names)

@@ -18,7 +18,8 @@ def tensor(name, *shape, type="F16"):
 
 
 def quantize(tensors, type, architecture="qwen3next", metadata=None, **options):
-    return recipe.apply(SimpleNamespace(architecture=architecture), tensors, metadata or {}, Quantize(type, **options))
+    model = SimpleNamespace(architecture=architecture, tensors={})
+    return recipe.apply(model, tensors, metadata or {}, Quantize(type, **options))
 
 
 def types(tensors, type, architecture="qwen3next", **options):
@@ -411,7 +412,7 @@ def test_requantizing_needs_permission():
                tensor("blk.0.attn_k.weight", 4, 256, type="Q8_0")]
     out = quantize(tensors, "Q8_0")
     assert [(type(b), b.object, b.found) for b in out.blockers] == [(BadPlan, "output.weight", "Q4_K")]
-    assert "1 tensor more" in out.blockers[0].problem
+    assert "1 more tensor" in out.blockers[0].problem
     assert types(tensors, "Q8_0", allow_requantize=True) == ["Q8_0"] * 3
     assert types(tensors, "Q8_0", overrides=(("output|attn_q", "copy"),)) == ["Q4_K", "Q6_K", "Q8_0"]
 

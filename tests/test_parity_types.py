@@ -117,6 +117,24 @@ def test_options(llama, small, option):
         assert {t.name: t.type for t in checked.tensors} == expected
 
 
+@pytest.mark.parametrize("file_type", ["Q4_K_M", "Q3_K_M", "Q5_K_M", "IQ4_XS"])
+def test_keep_split_gives_the_same_shards(llama, small, tmp_path, file_type):
+    """There llama-quantize visits the tensors as they lie in the shards, which the rules that count them notice."""
+    _, source, _ = small
+    with pgs.open(source) as model:
+        first, *more = pgs.Plan(model).split(max_tensors=37).write(tmp_path / "in.gguf").paths
+    assert more
+    llama_oracle.quantize(llama, first, tmp_path / "theirs", NUMBERS[file_type], keep_split=True)
+    with pgs.open(first) as model:
+        ours = pgs.Plan(model).quantize(file_type).split(keep=True).write(tmp_path / "ours.gguf").paths
+    assert len(ours) == len(more) + 1
+    theirs = [path.replace("/ours-", "/theirs-") for path in ours]
+    for a, b in zip(ours, theirs):
+        names = [[t.name for t in _core.read_header(_core.Source(path)).tensors] for path in (a, b)]
+        assert names[0] == names[1]
+    llama_oracle.assert_same_tensors(ours[0], theirs[0])
+
+
 @pytest.mark.parametrize("name", ["llama_8_experts", "qwen3next", "deepseek2"])
 def test_nvfp4_moe_is_q8_0_with_experts_in_nvfp4(llama, tmp_path, name):
     source = str(quant_models.ALL[name]().write(tmp_path / "in.gguf"))

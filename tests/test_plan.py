@@ -186,6 +186,73 @@ def test_text_that_is_no_plan(model, text):
         Plan.from_json(text, model)
 
 
+QUANTIZE = {"edit": "quantize", "type": "Q8_0", "pure": False, "overrides": [], "allow_requantize": False}  # of old
+USE = {"path": "x", "digest": "", "missing": "default", "include": [], "exclude": []}
+SPLIT = {"edit": "split", "max_bytes": None, "max_tensors": 2, "keep": False, "first_empty": False}
+
+
+def by_hand(model, edit):
+    return Plan.from_json(json.dumps({"format": 1, "source": model.path, "header_sha256": model.header_sha256,
+                                      "edits": [edit]}), model)
+
+
+def test_plans_of_the_time_before_imatrix_and_shards_still_load(model):
+    assert by_hand(model, QUANTIZE) == Plan(model).quantize("Q8_0")
+    assert by_hand(model, {"edit": "keep_experts", "kept": {"0": [0, 1], "1": [2, 3]}, "metric": "given", "mtp": "keep"}
+                   ) == Plan(model).keep_experts({0: [0, 1], 1: [2, 3]})
+
+
+@pytest.mark.parametrize("edit", [
+    {**QUANTIZE, "pure": "false"}, {**QUANTIZE, "allow_requantize": 1}, {**QUANTIZE, "leave_output": "no"},
+    {**QUANTIZE, "output_type": 3}, {**QUANTIZE, "max_bytes": "1GB"}, {**QUANTIZE, "max_bytes": 1.5},
+    {**QUANTIZE, "overrides": "ab"}, {**QUANTIZE, "overrides": [["a", None]]}, {**QUANTIZE, "imatrix": "x"},
+    {**QUANTIZE, "imatrix": {**USE, "include": "ffn"}}, {**SPLIT, "max_tensors": "2"}, {**SPLIT, "max_bytes": []},
+    {**SPLIT, "keep": "no"}, {"edit": "prune_layers", "layers": [1.5]}, {"edit": "prune_layers", "layers": "1"},
+    {"edit": "keep_experts", "kept": {"0": [True]}, "metric": "", "mtp": "keep"},
+    {"edit": "remove_metadata", "keys": "a"},
+])
+def test_json_edited_by_hand_into_another_type(model, edit):
+    with pytest.raises(BadPlan, match="not a plan"):
+        by_hand(model, edit)
+
+
+@pytest.mark.parametrize("edit", [
+    {**QUANTIZE, "output_type": "NOTHING"}, {**QUANTIZE, "token_embedding_type": "copy"},
+    {**QUANTIZE, "type": "9" * 5000}, {**QUANTIZE, "overrides": [["(" * 3000, "Q8_0"]]},
+    {**QUANTIZE, "overrides": [["a{99999999999}", "Q8_0"]]}, {**QUANTIZE, "imatrix": {**USE, "path": "\0"}},
+    {**QUANTIZE, "imatrix": {**USE, "path": "\ud800"}}, {**SPLIT, "max_tensors": 0},
+])
+def test_nonsense_of_the_right_type_is_a_blocker(model, edit):
+    assert by_hand(model, edit).check().blockers
+
+
+def test_an_importance_matrix_of_another_model(model, folder):
+    path = folder / "other-imatrix.gguf"
+    name = "blk.0.attn_q.weight"
+    row = model.tensors[name].shape[-1]
+    pgs.imatrix.write(path, {"blk.0.ffn_up.7.weight": (np.ones(row), 1)})
+    blockers = Plan(model).quantize("Q4_K_M", imatrix=path).check().blockers
+    assert [b.problem for b in blockers] == ["the importance matrix of another model"]
+    pgs.imatrix.write(path, {"blk.0.ffn_up.7.weight": (np.ones(row), 1), name: (np.ones(row), 1)}, overwrite=True)
+    checked = Plan(model).quantize("Q4_K_M", imatrix=path).check()
+    assert not checked.blockers
+    assert "importance: 1 of 2 entries belong to no tensor of the model (blk.0.ffn_up.7.weight)" in checked.warnings
+
+
+def test_the_importance_matrix_of_the_parent_after_layers_were_dropped(model, folder):
+    cut, path = folder / "one-layer.gguf", folder / "parent-imatrix.gguf"
+    Plan(model).prune_layers([0]).write(cut)
+    names = [f"blk.{layer}.attn_q.weight" for layer in range(2)]
+    row = model.tensors[names[0]].shape[-1]
+    pgs.imatrix.write(path, {name: (np.ones(row), 1) for name in names})
+    assert not Plan(model).prune_layers([0]).quantize("Q4_K_M", imatrix=path).check().blockers
+    with pgs.open(cut) as child:
+        blocker, = Plan(child).quantize("Q4_K_M", imatrix=path).check().blockers
+        assert blocker.object == names[1] and "before its layers were dropped" in blocker.problem
+        pgs.imatrix.write(path, {names[0]: (np.ones(row), 1)}, overwrite=True)  # its own
+        assert not Plan(child).quantize("Q4_K_M", imatrix=path).check().blockers
+
+
 def test_a_plan_for_another_file(model, folder):
     other = pgs.open(moe_models.qwen3moe(folder / "other.gguf", experts=8))
     with pytest.raises(SourceChanged):
@@ -208,7 +275,7 @@ def test_check_fixes_everything_before_a_byte_is_written(model, tmp_path):
 
 def test_the_json_of_a_check(model):
     data = full_plan(model).check().to_json()
-    assert set(data) == {"tensors", "metadata", "file_bytes", "peak_memory_bytes", "blockers", "warnings", "plan"}
+    assert set(data) == {"tensors", "metadata", "file_bytes", "peak_memory_bytes", "blockers", "warnings", "notes", "plan"}
     by_name = {t["name"]: t for t in data["tensors"]}
     exps = by_name["blk.0.ffn_up_exps.weight"]
     assert (exps["role"], exps["type"], exps["shape"], exps["action"]) == ("expert", "MXFP4", [4, 32, 32], "encode")

@@ -218,3 +218,12 @@ def test_mxfp4_moe_is_llama_quantizes_but_for_mla(tmp_path):
             assert {recipe[name] for name in different} <= {"Q8_0"}
             assert all(re.search(r"attn_[kv]_b\.weight$", name) for name in different)
             assert bool(different) == (build is qm.deepseek2)
+
+
+@pytest.mark.parametrize("text", ["type = " + "9" * 5000, "[[override]]\ntype = 'copy'\npattern = '" + "(" * 3000 + "'",
+                                  "[[override]]\ntype = 'copy'\npattern = 'a{99999999999}'"])
+def test_numbers_and_patterns_too_large_for_python(tmp_path, text):
+    path = write(tmp_path, text)
+    with pytest.raises(BadPlan) as caught:
+        load(path)
+    assert caught.value.path == str(path)

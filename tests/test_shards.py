@@ -52,7 +52,7 @@ def test_by_size_as_llama_gguf_split(nbytes, most, first_empty):
     assert not ours.blockers and not ours.single
     assert ours.shards == (theirs or gguf_split(nbytes, max_bytes=most, first_empty=first_empty, strict=False))
     assert [i for shard in ours.shards for i in shard] == list(range(len(nbytes)))
-    assert len(ours.warnings) == sum((n + 31) // 32 * 32 > most for n in nbytes)
+    assert bool(ours.warnings) == any((n + 31) // 32 * 32 > most for n in nbytes)
 
 
 @given(sizes, st.integers(1, 50), st.booleans())
@@ -238,8 +238,9 @@ def test_a_large_tensor_is_named(tmp_path, source):
     with pgs.open(str(source)) as model:
         checked = pgs.Plan(model).split(max_size=20_000).check()
         large = [t.name for t in model.tensors.values() if t.nbytes > 20_000]
-    assert large and not checked.blockers
-    assert [w.split(" ")[0] for w in checked.warnings] == large
+    assert len(large) > 2 and not checked.blockers
+    (text,) = checked.warnings
+    assert text.split(" ")[0] in large and text.endswith(f"; {len(large) - 1} more tensors are too large")
 
 
 def test_a_shard_name_is_no_output(tmp_path, source):

@@ -274,6 +274,16 @@ def test_the_bar_on_a_terminal(monkeypatch):
     assert stream.getvalue().endswith("0:00 left\n") and stream.getvalue().count("\n") == 1
 
 
+def test_the_bar_counts_what_it_is_told(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    bar = write.ProgressBar("measuring", stream, "tensors")
+    now[0] += 10
+    bar(20, 60)
+    assert stream.getvalue() == "measuring: 20 of 60 tensors, 0:20 left\n"
+
+
 @pytest.mark.parametrize("columns", [20, 50, 60, 80, 200])
 @pytest.mark.parametrize("label", ["o.gguf", "a-rather-long-name-of-a-model-MXFP4_MOE.gguf"])
 def test_the_bar_never_wraps(monkeypatch, columns, label):

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..plan import Plan
 
 RANKED = ("router-norm", "aimer")
+_EXCLUSIVE = (("keep", "ratio"), ("target_size", "target_bpw"), ("include_weights", "exclude_weights"),
+              ("split_max_size", "split_max_tensors"), ("keep_split", "split_max_size"),
+              ("keep_split", "split_max_tensors"))
 
 
 class Usage(Exception):
@@ -100,6 +103,7 @@ def _place_quantize(args: Namespace) -> None:
     unless it is a type; with a recipe the type may be missing."""
     from ..errors import SurgeryError
     from ..quantize import mixes
+    from ..units import MEMORY_LEAST
 
     args.input, *rest = args.arguments
     args.output = args.type = None
@@ -121,7 +125,7 @@ def _place_quantize(args: Namespace) -> None:
             mixes.file_type(args.output, args.pure)  # most likely a misspelt type
         raise Usage("quantize needs a TYPE, such as Q4_K_M, or --recipe")
     if rest:
-        if len(rest) > 1 or not rest[0].isdecimal() or args.threads:
+        if len(rest) > 1 or not rest[0].isdecimal() or len(rest[0]) > 9 or args.threads:
             raise Usage("quantize takes IN [OUT] TYPE [THREADS]")
         args.threads = int(rest[0])
     if args.output is None and not args.dry_run:
@@ -130,7 +134,9 @@ def _place_quantize(args: Namespace) -> None:
         name = f"ggml-model-{mixes.file_type(args.type, args.pure).name}.gguf"
         args.output = os.path.join(os.path.dirname(args.input), name)
     if args.max_buffer_size is not None:
-        args.memory = args.max_buffer_size << 20
+        if not 0 < args.max_buffer_size < 1 << 40:
+            raise Usage("--max-buffer-size takes a number of MiB")
+        args.memory = max(args.max_buffer_size << 20, MEMORY_LEAST)
 
 
 def _describe_or_write(args: Namespace) -> int:
@@ -138,13 +144,12 @@ def _describe_or_write(args: Namespace) -> int:
     from ..write import output_paths, write
 
     given = vars(args)
-    if given.get("keep") is not None and args.ratio is not None:
-        raise Usage("--keep and --ratio exclude each other")
-    shards = any(given.get(name) for name in ("keep_split", "split_max_size", "split_max_tensors"))
+    shards = bool(_split_by(given))
     if given.get("no_tensor_first_split") and not shards:
         raise Usage("--no-tensor-first-split goes with --split-max-size or --split-max-tensors")
-    if given.get("target_size") is not None and args.target_bpw is not None:
-        raise Usage("--target-size and --target-bpw exclude each other")
+    for one, other in _EXCLUSIVE:
+        if given.get(one) not in (None, False, []) and given.get(other) not in (None, False, []):
+            raise Usage(f"--{one.replace('_', '-')} and --{other.replace('_', '-')} exclude each other")
     if not args.dry_run and not args.force and not shards:  # before the weights are read to choose
         _refuse_existing([args.output])
     limits = dict(memory=args.memory, threads=args.threads, io=args.io)
@@ -168,6 +173,8 @@ def _describe_or_write(args: Namespace) -> int:
     if args.json:
         words.print_json(receipt.to_json())
     elif not quiet:
+        for text in receipt.notes:
+            words.say(text)
         _warn(receipt.warnings)
         words.show(_receipt(receipt))
     return 0
@@ -231,7 +238,8 @@ def _add_types(plan: Plan, given: dict) -> Plan:
     if given["type"] is not None or overrides:
         return plan.quantize("COPY" if given["type"] is None else given["type"], overrides=overrides, **options)
     if options:
-        raise Usage(f"--{next(word for word in _TYPE_OPTIONS if given[word]).replace('_', '-')} goes with a type")
+        word = next((word for word in _TYPE_OPTIONS if given[word]), "imatrix_missing")
+        raise Usage(f"--{word.replace('_', '-')} goes with a type")
     return plan
 
 
@@ -247,11 +255,15 @@ def _overrides_in(path: str) -> list[tuple[str, str]]:
             raise Usage(f"{path}: {error}") from None
 
 
+def _split_by(given: dict) -> dict:
+    """The arguments of Plan.split that the options give; 0 is one of them, for Plan.split to refuse."""
+    by = {"max_size": given.get("split_max_size"), "max_tensors": given.get("split_max_tensors"),
+          "keep": given.get("keep_split") or None}
+    return {name: value for name, value in by.items() if value is not None}
+
+
 def _add_shards(plan: Plan, args: Namespace) -> Plan:
-    given = vars(args)
-    by = {name: given[option] for option, name in (("split_max_size", "max_size"), ("split_max_tensors", "max_tensors"),
-                                                   ("keep_split", "keep"))
-          if given.get(option) not in (None, False)}
+    by = _split_by(vars(args))
     return plan.split(**by, first_empty=args.no_tensor_first_split) if by else plan
 
 
@@ -262,7 +274,7 @@ def _fit(plan: Plan, args: Namespace) -> Plan:
     if args.type is None and args.recipe is None:
         raise Usage("--target-size and --target-bpw go with a type, which names the family")
     before = next(edit for edit in plan.data.edits if isinstance(edit, Quantize)).overrides
-    with _progress("measuring", vars(args).get("quiet", False)) as progress:
+    with _progress("measuring", vars(args).get("quiet", False), "tensors") as progress:
         plan = plan.fit(size=args.target_size, bpw=args.target_bpw, memory=args.memory, threads=args.threads, io=args.io,
                         progress=progress)
     after = next(edit for edit in plan.data.edits if isinstance(edit, Quantize)).overrides
@@ -287,12 +299,12 @@ def _refuse_early(model: Model, plan: Plan, args: Namespace) -> None:
         raise first_blocker(checked)
 
 
-def _progress(what: str, quiet: bool):
+def _progress(what: str, quiet: bool, unit: str | None = None):
     if quiet:
         return nullcontext()
     from ..write import ProgressBar
 
-    return closing(ProgressBar(what))
+    return closing(ProgressBar(what, unit=unit))
 
 
 def _warn(warnings) -> None:

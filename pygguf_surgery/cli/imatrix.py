@@ -37,7 +37,7 @@ POSITIONALS = {
     "OUT": ("output", "the importance matrix to write", None),
 }
 
-_KEPT = re.compile(r"pgs\.experts\.([0-9]+)\.kept")
+_KEPT = re.compile(r"pgs\.experts\.([0-9]{1,9})\.kept")
 _SHOWN = 16  # ids of experts in a line
 
 
@@ -94,8 +94,8 @@ def read_kept(path: str) -> dict[int, list[int]]:
     if magic == b"GGUF":
         with open_model(path, metadata_only=True) as model:
             # The imatrix has the layers of the model that was cut, which may have lost some too.
-            layers = model.metadata.get("pgs.layers.kept", range(MAX_LAYERS))
-            kept = {layers[int(match[1])]: model.metadata[key] for key in model.metadata
+            layers = _whole(path, "pgs.layers.kept", model.metadata.get("pgs.layers.kept", range(MAX_LAYERS)))
+            kept = {layers[int(match[1])]: _whole(path, key, model.metadata[key]) for key in model.metadata
                     if (match := _KEPT.fullmatch(key)) and int(match[1]) < len(layers)}
         if not kept:
             raise BadPlan("this model does not say which experts it kept", path=path,
@@ -111,6 +111,14 @@ def read_kept(path: str) -> dict[int, list[int]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadPlan(f"not a list of experts: {error}", path=path, expected=form) from None
     return layers
+
+
+def _whole(path: str, key: str, values: Any) -> list[int]:
+    from ..errors import BadFile
+
+    if not isinstance(values, (list, range)) or any(type(i) is not int for i in values):
+        raise BadFile("not an array of whole numbers", path=path, object=key)
+    return list(values)
 
 
 def _check_output(args: Namespace) -> None:

@@ -19,10 +19,10 @@ OPTIONS = {
     "--prune-layers": dict(type=lambda text: numbers(text), metavar="L0,L1,...",
                            help="drop these blocks; unlike in llama-quantize everything that counts blocks follows, and "
                            "what cannot is refused"),
-    "--type": dict(metavar="TYPE", help="quantize to this file type of llama-quantize, such as Q4_K_M or MXFP4_MOE; "
-                   "with --pure any ggml type"),
-    "--recipe": dict(metavar="NAME", help="quantize as a recipe says, a TOML file or a shipped one (attention-bf16, "
-                     "mxfp4-moe, spark-128g); TYPE replaces its base type"),
+    "--type": dict(metavar="TYPE", help="quantize to this file type of "
+                   "llama-quantize, such as Q4_K_M or MXFP4_MOE; with --pure any ggml type"),
+    "--recipe": dict(type=lambda text: not_empty(text), metavar="NAME", help="quantize as a recipe says, a "
+                     "TOML file or a shipped one (attention-bf16, mxfp4-moe, spark-128g); TYPE replaces its base type"),
     "--pure": dict(action="store_true", help="one ggml type for every tensor that may be quantized (TYPE is that type: "
                    "IQ2_S is IQ2_S, where llama-quantize takes IQ2_XS)"),
     "--override": dict(action="append", default=[], metavar="REGEX=TYPE", type=lambda text: override(text),
@@ -31,9 +31,12 @@ OPTIONS = {
                        "an error (all unlike llama-quantize)"),
     "--tensor-type": dict(action="append", dest="override", metavar="REGEX=TYPE", type=lambda text: override(text),
                           help="the same as --override"),
-    "--tensor-type-file": dict(metavar="FILE", help="overrides from a file, REGEX=TYPE between blanks or lines"),
-    "--output-tensor-type": dict(metavar="TYPE", help="ggml type of output.weight, before any override"),
-    "--token-embedding-type": dict(metavar="TYPE", help="ggml type of token_embd.weight, before any override"),
+    "--tensor-type-file": dict(type=lambda text: not_empty(text), metavar="FILE",
+                               help="overrides from a file, REGEX=TYPE between blanks or lines"),
+    "--output-tensor-type": dict(type=lambda text: not_empty(text), metavar="TYPE",
+                                 help="ggml type of output.weight, before any override"),
+    "--token-embedding-type": dict(type=lambda text: not_empty(text), metavar="TYPE",
+                                   help="ggml type of token_embd.weight, before any override"),
     "--leave-output-tensor": dict(action="store_true", help="leave output.weight as it is"),
     "--allow-requantize": dict(action="store_true", help="let tensors that are quantized already be encoded again"),
     "--imatrix": dict(metavar="FILE", type=lambda text: not_empty(text),
@@ -42,10 +45,12 @@ OPTIONS = {
     "--imatrix-missing": dict(choices=("default", "fail", "ones", "layer-mean"), default="default",
                               help="for an expert that the matrix never saw, or a tensor that it lacks: as llama-quantize "
                               "(default: ones; no importance), an error, ones, or the mean of the layer's experts"),
-    "--include-weights": dict(action="append", default=[], metavar="NAME", help="use the importance matrix only for "
-                              "tensors whose name contains this; may be repeated"),
-    "--exclude-weights": dict(action="append", default=[], metavar="NAME", help="do not use it for tensors whose name "
-                              "contains this; may be repeated"),
+    "--include-weights": dict(action="append", default=[], type=lambda text: not_empty(text),
+                              metavar="NAME",
+                              help="use the importance matrix only for tensors whose name contains this; may be repeated"),
+    "--exclude-weights": dict(action="append", default=[], type=lambda text: not_empty(text),
+                              metavar="NAME",
+                              help="do not use it for tensors whose name contains this; may be repeated"),
     "--target-size": dict(metavar="SIZE", type=lambda text: size(text), help="choose each tensor's type, within the "
                           "family of TYPE, so that the output has at most this size, such as 22GB"),
     "--target-bpw": dict(metavar="BITS", type=float, help="the same by bits per weight, such as 4.2"),
@@ -57,9 +62,10 @@ OPTIONS = {
     "--override-kv": dict(action="append", default=[], metavar="KEY=TYPE:VALUE", type=lambda text: override_kv(text),
                           help="metadata as llama-quantize takes it, TYPE int, float, bool or str; but an existing key "
                           "keeps its type, and neither is a negative number made positive nor a string cut"),
-    "--max-buffer-size": dict(metavar="MIB", type=int, help="--memory in MiB"),
-    "--set": dict(action="append", default=[], metavar="KEY=VALUE", type=lambda text: assignment(text), help="metadata, KEY=VALUE or KEY:TYPE=VALUE; an "
-                  "existing key keeps its type, a new one is a string; may be repeated"),
+    "--max-buffer-size": dict(metavar="MIB", type=int, help="--memory in MiB; less than 64 is taken as 64"),
+    "--set": dict(action="append", default=[], metavar="KEY=VALUE", type=lambda text: assignment(text),
+                  help="metadata, KEY=VALUE or KEY:TYPE=VALUE; an existing key keeps its type, a new one is a string; "
+                  "may be repeated"),
     "--remove": dict(action="append", default=[], metavar="KEY",
                      help="remove a metadata key, before any is set; may be repeated"),
     "--memory": dict(default="512MiB", metavar="SIZE", type=lambda text: size(text),
@@ -114,7 +120,8 @@ POSITIONALS = {
     "FILE": ("file", "the GGUF file to check"),
     "QUANTIZE": ("arguments", "as llama-quantize takes them: IN [OUT] TYPE [THREADS]. TYPE is a file type by name or "
                  "number, such as Q4_K_M, MXFP4_MOE or COPY; without OUT the output is ggml-model-TYPE.gguf beside IN. "
-                 "Unlike llama-quantize an existing output needs --force"),
+                 "Unlike llama-quantize an existing output needs --force, the output keeps the order of tensors "
+                 "and alignment, and an architecture that llama.cpp does not know is no error"),
 }
 # These take no fixed number of positional arguments.
 _SEVERAL = {"QUANTIZE": "IN [OUT] TYPE [THREADS]"}
@@ -146,12 +153,13 @@ def make_parser(program: str) -> argparse.ArgumentParser:
 
 
 def _add_command(commands, name: str, help: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+    return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False,
+                               formatter_class=_Formatter)
 
 
 def options_first(argv: Sequence[str]) -> list[str]:
-    """The arguments with a command's positional ones moved behind its options: argparse takes those of a changing number
-    only if they stand together."""
+    """The arguments with a command's positional ones moved behind its options: argparse takes those of a changing
+    number only if they stand together."""
     if not argv or not any(metavar in _SEVERAL for metavar in COMMANDS.get(argv[0], ("", (), ()))[1]):
         return list(argv)
     options, positionals, rest = [], [], list(argv[1:])
@@ -160,13 +168,21 @@ def options_first(argv: Sequence[str]) -> list[str]:
         if word == "--":
             positionals += rest
             break
-        if not word.startswith("--"):
+        if not word.startswith("-") or word == "-":
             positionals.append(word)
             continue
         options.append(word)
         if "=" not in word and rest and word in OPTIONS and OPTIONS[word].get("action") != "store_true":
             options.append(rest.pop(0))
     return [argv[0], *options, *(["--"] if positionals else []), *positionals]
+
+
+class _Formatter(argparse.HelpFormatter):
+    def _format_args(self, action, default_metavar):
+        """Without argparse's "X [X ...]" where X says already how many."""
+        if action.metavar in _SEVERAL.values():
+            return action.metavar
+        return super()._format_args(action, default_metavar)
 
 
 class _Version(argparse.Action):
@@ -205,7 +221,7 @@ def override_kv(text: str) -> tuple[str, Any]:
 
 def numbers(text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
+    if not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 3,4,5")
     return [int(part) for part in parts]
 

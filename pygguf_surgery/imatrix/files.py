@@ -29,6 +29,7 @@ CHUNK_SIZE = 512  # tokens of a chunk where a file does not say: the default of 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _DATASETS, _CHUNK_COUNT, CHUNK_SIZE_KEY = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 _PIECE = 16 << 20    # bytes of sums in memory at once
+_DIGESTED = 16       # sums of an entry in the digest
 _COUNTS_MOST = 1 << 20  # rows of an entry: experts or heads
 _NAME_MOST = 4096    # bytes of a tensor's name in a legacy file
 _TEXT_MOST = 1 << 20  # bytes of its data set
@@ -65,8 +66,8 @@ class Imatrix:
 
     path: absolute. format: "gguf" or "legacy". datasets: the texts it was made from. chunk_count, chunk_size: how many
     pieces of text, tokens of each (0 where the file does not say). entries: by name, sorted as llama.cpp sorts. digest:
-    sha256 of all this with names, sizes, counts and the size of the file; not of the sums. source: the open file.
-    warnings: what is odd and harmless.
+    sha256 of all this with names, sizes, counts, the first sums of each entry and the size of the file. source: the
+    open file. warnings: what is odd and harmless.
     """
 
     def __init__(self, source: _core.Source, format: str, datasets: list[str], chunk_count: int, chunk_size: int,
@@ -97,6 +98,8 @@ class Imatrix:
         digest = hashlib.sha256(json.dumps(head).encode())
         for entry in self.entries.values():
             digest.update(entry.counts.astype("<f4").tobytes())
+            # A dense model's counts are the same for every text of that length, but not the sums.
+            digest.update(self.source.read(entry.offset, 4 * min(entry.size, _DIGESTED)))
         return digest.hexdigest()
 
     # --- values -----------------------------------------------------------------------------------------------------

@@ -27,6 +27,11 @@ def _check_paths(inputs: Sequence[Any], output: str | os.PathLike[str], overwrit
         raise FileExistsError(errno.EEXIST, "exists already", os.fsdecode(output))
 
 
+def _check_chunk_size(chunk_size: int | None) -> None:
+    if chunk_size is not None and not 1 <= chunk_size < 2**31:
+        raise BadPlan("not a chunk size", object="chunk_size", found=chunk_size)
+
+
 def _stream(imatrix: Imatrix, name: str, change: Callable[[Any], Any] | None = None) -> Sums:
     """The sums of an entry, `change` done to each piece."""
     def pieces():
@@ -47,6 +52,7 @@ def merge(paths: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str
     """
     if not paths:
         raise BadPlan("nothing to merge")
+    _check_chunk_size(chunk_size)
     _check_paths(paths, output, overwrite)
     with ExitStack() as stack:
         inputs = [stack.enter_context(open(path)) for path in paths]
@@ -117,8 +123,7 @@ def convert(path: str | os.PathLike[str], output: str | os.PathLike[str], *, chu
     BadPlan, OSError, OutOfSpace.
     """
     _check_paths([path], output, overwrite)
-    if chunk_size is not None and not 1 <= chunk_size < 2**31:
-        raise BadPlan("not a chunk size", object="chunk_size", found=chunk_size)
+    _check_chunk_size(chunk_size)
     with open(path) as imatrix:
         size = chunk_size or imatrix.chunk_size or CHUNK_SIZE
         if os.fsdecode(output).endswith(".dat"):
@@ -180,6 +185,8 @@ def slice(path: str | os.PathLike[str], output: str | os.PathLike[str], kept: Ma
     named twice, a layer with experts that `kept` lacks, a part of the experts that share a chunk expert; BadFile,
     OSError.
     """
+    if experts is not None and experts < 1:
+        raise BadPlan("not a number of experts", object="experts", found=experts)
     _check_paths([path], output, overwrite)
     with open(path) as imatrix:
         layers = _experts(imatrix)

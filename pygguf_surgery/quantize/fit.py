@@ -118,10 +118,13 @@ def fit(model: Model, data: PlanData, *, size: int | str | None = None, bpw: flo
         excess = solution.take([0] * len(tensors))
         if solution.plan.blockers:
             raise solution.plan.blockers[0]
+        if excess > 0 and not tensors:
+            raise BadPlan("nothing to choose: overrides and options decide every tensor", object=target.name,
+                          found=target.found(solution.plan), expected=target.text)
         if excess > 0:
             raise BadPlan("even the smallest types are too large", object=target.name,
                           found=target.found(solution.plan), expected=target.text,
-                          hint=f"the family is {', '.join(rungs)}")
+                          hint=f"the family is {', '.join(rungs)}{_needing(rungs) if base.imatrix is None else ''}")
         notes = []
         if solution.take([len(t.steps) - 1 for t in tensors]) <= 0:
             notes.append("the largest types of the family fit")
@@ -138,6 +141,12 @@ def fit(model: Model, data: PlanData, *, size: int | str | None = None, bpw: flo
     choices = [Choice(t.name, t.role, t.type, nbytes, by_name[t.name].error(t.type) if t.name in by_name else None)
                for t, nbytes in zip(plan.tensors, plan.nbytes)]
     return Fitted(solution.overrides, plan.file_bytes, _bpw(plan), choices, notes)
+
+
+def _needing(rungs: Sequence[str]) -> str:
+    """What to say of the types that are left out where there is no importance matrix."""
+    needing = [name for name in rungs if name in mixes.WANT_IMPORTANCE]
+    return f"; {', '.join(needing)} need an importance matrix" if needing else ""
 
 
 def _bpw(plan: CheckedPlan) -> float:

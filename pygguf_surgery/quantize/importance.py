@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections import Counter
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..model import Model
 
 _FILL = "imatrix_missing= (--imatrix-missing) ones or layer-mean"
+_LISTED = 8  # blockers of one kind are listed up to this number, above it counted
 _WORDS = {ONES: "ones", MEAN: "the entry's mean"}
 
 # A tensor without an entry -> tensors whose entry has the same inputs, best first; MEAN: the mean over their heads.
@@ -35,13 +37,16 @@ _TWINS: tuple[tuple[str, tuple[tuple[str, int | None], ...]], ...] = (
 @dataclass
 class ImportanceOutcome:
     """importance: by the name of the output tensor. missing: names of those that are encoded without, though their type
-    uses it. notes: by name; what deviates from the entry's own rows."""
+    uses it; refused: of those that a blocker is about. notes: by name; what deviates from the entry's own rows.
+    summary: what would be a warning if it were not as it should be."""
 
     importance: dict[str, Importance] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     blockers: list[SurgeryError] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    summary: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
 
 
 def used(name: str, use: UseImatrix) -> bool:
@@ -92,12 +97,14 @@ class _Resolver:
     def run(self, tensors: Sequence[OutputTensor]) -> None:
         facts = type_facts()
         chosen = [t for t in tensors if t.type != t.source_type and facts[t.type]["uses_importance"]]
+        errors: list[SurgeryError] = []
         for tensor in chosen:
             self.notes: list[str] = []
             try:
                 importance = self.importance(tensor, facts[tensor.type]["needs_importance"])
             except SurgeryError as error:
-                self.out.blockers.append(error)
+                self.out.refused.add(tensor.name)
+                errors.append(error)
                 continue
             if importance is None:
                 self.out.missing.append(tensor.name)
@@ -105,6 +112,7 @@ class _Resolver:
                 self.out.importance[tensor.name] = importance
             if self.notes:
                 self.out.notes[tensor.name] = self.notes
+        self.out.blockers += _counted(errors)
         self.summarize(len(chosen))
 
     def summarize(self, tensors: int) -> None:
@@ -122,7 +130,8 @@ class _Resolver:
         for (what, problem), (n, several) in self.replaced.items():
             parts.append(f"{_number(n, what)} {problem} in {_number(several, 'tensor')}")
         if tensors:
-            self.out.warnings.append(f"importance: {', '.join(parts)}")
+            normal = not self.counts and not self.replaced and set(names) <= {*OUTPUT, *TOKEN_EMBEDDING}
+            (self.out.summary if normal else self.out.warnings).append(f"importance: {', '.join(parts)}")
 
     def importance(self, tensor: OutputTensor, needed: bool) -> Importance | None:
         ref = tensor.expression.ref if isinstance(tensor.expression, (Copy, Take)) else tensor.name
@@ -225,6 +234,22 @@ class _Resolver:
                 fits = {_slices(tensor.shape), _slices(source.shape) if source else 0, 1}
                 if how == MEAN or entry.size // tensor.shape[-1] in fits:
                     yield entry, how
+
+
+def _counted(errors: Sequence[SurgeryError]) -> list[SurgeryError]:
+    """The errors; of a kind that is there very often, as with an importance matrix of another model, the first with the
+    number of the others."""
+    often = {problem: n for problem, n in Counter(error.problem for error in errors).items() if n > _LISTED}
+    found = []
+    for error in errors:
+        n = often.get(error.problem, 1)
+        if n > 1:
+            often[error.problem] = 0
+            error = copy.copy(error)  # Imatrix.problem keeps its own
+            error.problem += f" (and {_number(n - 1, 'more tensor')})"
+        if n:
+            found.append(error)
+    return found
 
 
 def _slices(shape: tuple[int, ...]) -> int:

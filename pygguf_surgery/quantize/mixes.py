@@ -60,7 +60,7 @@ def file_type(name: str, pure: bool) -> FileType:
         raise BadPlan("a file type is a name", object=repr(name), expected="such as MXFP4_MOE")
     name = name.upper()
     if name.isdecimal():
-        name = next((n for n, (number, _) in FILE_TYPES.items() if number == int(name)), name)
+        name = next((n for n, (number, _) in FILE_TYPES.items() if str(number) == (name.lstrip("0") or "0")), name)
     if name == "COPY":
         return FileType(name, None, None, None)
     facts = {t["name"]: t for t in _core_types()}

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .._core import Value
 from .._core import types as _core_types
 from ..errors import BadPlan, SurgeryError, Unsupported
-from ..plan_data import OutputTensor, Quantize, UseImatrix
+from ..experts import roles
+from ..plan_data import OutputTensor, Quantize, Stack, UseImatrix
 from . import importance, mixes
+from .recipe_file import compile_pattern
 
 if TYPE_CHECKING:
     from ..imatrix import Imatrix
@@ -31,6 +33,7 @@ class Outcome:
     metadata: dict[str, Value]
     blockers: list[SurgeryError]
     warnings: list[str]
+    notes: list[str] = field(default_factory=list)  # what is as it should be, counted
 
 
 def parse_overrides(overrides: Iterable[Sequence[str]]) -> tuple[tuple[str, str], ...]:
@@ -46,7 +49,7 @@ def parse_overrides(overrides: Iterable[Sequence[str]]) -> tuple[tuple[str, str]
         if not isinstance(pattern, str):
             raise BadPlan("a pattern is a string", object=repr(pattern))
         try:
-            re.compile(pattern)
+            compile_pattern(pattern)
         except re.error as error:
             raise BadPlan(f"not a regular expression: {error}", object=pattern) from None
         name = getattr(type, "name", type)  # also gguf.GGMLQuantizationType
@@ -55,7 +58,8 @@ def parse_overrides(overrides: Iterable[Sequence[str]]) -> tuple[tuple[str, str]
         if name.lower() == "copy":
             parsed.append((pattern, "copy"))
         elif name.upper() not in facts:
-            raise Unsupported("unknown type", object=name, hint=mixes.nearest(name.upper(), list(facts)))
+            raise Unsupported("unknown type", object=name, hint=mixes.nearest(
+                name.upper(), [known for known, t in facts.items() if t["encodes"]]))
         elif not facts[name.upper()]["encodes"]:
             raise Unsupported("ggml does not quantize to this type", object=name)
         else:
@@ -67,7 +71,7 @@ def parse_type(type: Any, what: str) -> str | None:
     """The ggml type of an option such as output_type, as ggml writes it; None for None."""
     if type is None:
         return None
-    (_, name), = parse_overrides([("", type)])
+    (_, name), = parse_overrides([(what, type)])
     if name == "copy":
         raise BadPlan("a ggml type is needed", object=what, found=name)
     return name
@@ -123,9 +127,12 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
     try:
         file_type = mixes.file_type(edit.type, edit.pure)
         overrides = _Overrides(parse_overrides(edit.overrides))
+        for what in ("output_type", "token_embedding_type"):
+            parse_type(getattr(edit, what), what)
     except SurgeryError as error:  # a plan from JSON; Plan.quantize has refused it at once
         return Outcome(tensors, dict(metadata), [error], [])
 
+    unreadable = edit.imatrix is not None and imatrix is None  # which is a blocker already
     entries = 0 if imatrix is None or edit.imatrix is None else importance.used_entries(imatrix, edit.imatrix)
     if imatrix is not None and not entries:
         out.warnings.append("no entry of the importance matrix is used: it is as if there were none")
@@ -144,8 +151,9 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
             found=requantized[0].source_type,
             hint="allow_requantize=True (--allow-requantize) decodes and encodes it again, at a loss; or override it "
                  'with "copy"'))
-    _weigh(model, edit, file_type, imatrix, facts, out)
-    overrides.report(out)
+    if not unreadable:
+        _weigh(model, edit, file_type, imatrix, facts, out)
+    overrides.report(out, lambda: _dropped(model, tensors))
     for (wished, type), count in sorted(fallbacks.items()):
         out.warnings.append(f"{_tensors(count)} with rows that {wished} cannot hold became {type}")
     if any(t.type != t.source_type for t in out.tensors):
@@ -155,6 +163,14 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
         if imatrix is not None:
             out.metadata.update(_imatrix_metadata(imatrix, entries))
     return out
+
+
+def _dropped(model: Model, tensors: list[OutputTensor]) -> set[str]:
+    """The model's tensors that no output tensor is made of."""
+    refs: set[str] = set()
+    for tensor in tensors:
+        refs.update(tensor.expression.refs if isinstance(tensor.expression, Stack) else [tensor.expression.ref])
+    return set(model.tensors) - refs
 
 
 def _wanted(architecture: str, tensors: list[OutputTensor], metadata: dict[str, Value], edit: Quantize,
@@ -218,10 +234,13 @@ def _weigh(model: Model, edit: Quantize, file_type: mixes.FileType, imatrix: Ima
     """Gives each encoded tensor its importance; what needs one and has none is a blocker."""
     encoded, refused = [t for t in out.tensors if t.type != t.source_type], set()
     if imatrix is not None and edit.imatrix is not None:
+        if encoded and not _belongs(imatrix, model, out):
+            return
         found = importance.resolve(imatrix, edit.imatrix, model, encoded)
         out.blockers += found.blockers
-        refused = {error.object for error in found.blockers}
+        refused = found.refused
         out.warnings += found.warnings
+        out.notes += found.summary
         for tensor in encoded:
             tensor.importance = found.importance.get(tensor.name)
             tensor.notes += found.notes.get(tensor.name, [])
@@ -235,6 +254,28 @@ def _weigh(model: Model, edit: Quantize, file_type: mixes.FileType, imatrix: Ima
     for type, names in without.items():
         out.blockers.append(BadPlan(f"{type} needs an importance matrix{_with_others(names)}", object=names[0],
                                     hint=hint))
+
+
+def _belongs(imatrix: Imatrix, model: Model, out: Outcome) -> bool:
+    """False, and a blocker, where the entries are those of another model; a warning where some have no tensor."""
+    strangers = [name for name in imatrix.entries if name not in model.tensors]
+    if len(strangers) == len(imatrix.entries):
+        out.blockers.append(BadPlan("the importance matrix of another model", path=imatrix.path,
+                                    found=f"entries such as {strangers[0]}", expected="names of the model's tensors"))
+        return False
+    block_count = model.metadata.get(f"{model.architecture}.block_count")
+    if "pgs.layers.kept" in model.metadata and isinstance(block_count, int):  # the layers have other numbers now
+        beyond = [name for name in strangers if (roles.layer_of(name) or 0) >= block_count]
+        if beyond:
+            out.blockers.append(BadPlan(
+                "the importance matrix of the model before its layers were dropped", path=imatrix.path,
+                object=beyond[0], hint="prune layers and quantize the original in one plan: the matrix follows then"))
+            return False
+    if strangers:
+        first = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+        out.warnings.append(f"importance: {len(strangers)} of {len(imatrix.entries)} entries belong to no tensor of "
+                            f"the model ({first})")
+    return True
 
 
 def _imatrix_metadata(imatrix: Imatrix, entries: int) -> dict[str, Value]:
@@ -252,7 +293,7 @@ class _Overrides:
     """The overrides of one edit and what became of them."""
 
     def __init__(self, pairs: Sequence[tuple[str, str]]):
-        self.pairs = [(pattern, re.compile(pattern), type) for pattern, type in pairs]
+        self.pairs = [(pattern, compile_pattern(pattern), type) for pattern, type in pairs]
         self.matched = [0] * len(pairs)  # tensors whose name the pattern finds
         self.first = [0] * len(pairs)    # of these, the ones that no earlier pattern took
         self.left = [0] * len(pairs)     # of these, the ones that llama-quantize would not quantize
@@ -286,9 +327,12 @@ class _Overrides:
             return "copy"
         return type
 
-    def report(self, out: Outcome) -> None:
+    def report(self, out: Outcome, dropped: Callable[[], Collection[str]]) -> None:
         plain = []
-        for (pattern, _, type), matched, first, left in zip(self.pairs, self.matched, self.first, self.left):
+        for (pattern, regex, type), matched, first, left in zip(self.pairs, self.matched, self.first, self.left):
+            if matched == 0 and (gone := sum(bool(regex.search(name)) for name in dropped())):
+                out.warnings.append(f"override {pattern}={type}: no tensor, the plan drops the {gone} that it matches")
+                continue
             if matched == 0:
                 out.blockers.append(BadPlan("an override that matches no tensor", object=pattern,
                                             hint="patterns are Python's re.search and case-sensitive"))
@@ -303,9 +347,9 @@ class _Overrides:
                 text += f", {left} of them left as they are (norm, router, convolution or vector: give the full name)"
             out.warnings.append(text)
         if len(plain) <= _LISTED:
-            out.warnings += [text for text, _ in plain]
+            out.notes += [text for text, _ in plain]
         else:
-            out.warnings.append(f"{len(plain)} overrides: {_tensors(sum(n for _, n in plain))}")
+            out.notes.append(f"{len(plain)} overrides: {_tensors(sum(n for _, n in plain))}")
 
 
 def _is_full_name(pattern: str, name: str) -> bool:
@@ -317,4 +361,5 @@ def _tensors(count: int) -> str:
 
 
 def _with_others(items: Sequence[object]) -> str:
-    return f" (as {_tensors(len(items) - 1)} more)" if len(items) > 1 else ""
+    more = len(items) - 1
+    return f" (and {more} more tensor{'s' * (more > 1)})" if more else ""

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,9 @@ def load(name_or_path: str | os.PathLike[str]) -> Recipe:
     if not isinstance(name, str):
         raise BadPlan("a recipe is a name or a path", object=repr(name))
     if os.sep in name or name.endswith(".toml") or not isinstance(name_or_path, str):
-        with open(name, "rb") as file:
+        with open(name, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BadPlan("not a regular file", path=name)
             return parse(file.read(), name, name)
     from importlib.resources import files
 
@@ -91,6 +94,10 @@ def load(name_or_path: str | os.PathLike[str]) -> Recipe:
                       hint="a file is named by a path with a / in it or that ends in .toml")
     file = files(__package__).joinpath("recipes", f"{name}.toml")
     return parse(file.read_bytes(), name, str(file))
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a FIFO without a writer
 
 
 def parse(data: bytes, name: str, path: str) -> Recipe:
@@ -130,6 +137,8 @@ def _toml(data: bytes, path: str) -> dict[str, Any]:
         raise BadPlan(f"not TOML: {error}", path=path, object=f"line {line[1]}" if line else None) from None
     except RecursionError:
         raise BadPlan("not TOML: nested too deep", path=path) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise BadPlan(f"not TOML: {error}", path=path) from None
 
 
 def _check_keys(table: dict[str, Any], keys: dict[str, type], path: str, where: str) -> None:
@@ -149,13 +158,21 @@ def _override(table: Any, path: str, where: str) -> Override:
         if key not in table:
             raise BadPlan("missing key", path=path, object=f"{where}: {key}")
     try:
-        re.compile(table["pattern"])
+        compile_pattern(table["pattern"])
     except re.error as error:
         raise BadPlan(f"not a regular expression: {error}", path=path, object=f"{where}: pattern",
                       found=table["pattern"]) from None
     copy = table["type"].lower() == "copy"
     type = "copy" if copy else _ggml_type(table["type"], path, f"{where}: type")
     return Override(table["pattern"], type, table.get("reason", ""), table.get("optional", False))
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """re.compile, with re.error for all that it refuses."""
+    try:
+        return re.compile(pattern)
+    except (OverflowError, RecursionError) as error:  # x{99999999999}, ((((...
+        raise re.error(str(error)) from None
 
 
 def _ggml_type(name: str | None, path: str, key: str) -> str | None:
