@@ -259,7 +259,7 @@ def test_a_small_disk(tmp_path):
 def child(code, *args, **options):
     package = str(Path(pygguf_surgery.__file__).parents[1])
     return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": package}, **options)
+                          env={**os.environ, "PYTHONPATH": package}, cwd="/", **options)
 
 
 def test_too_many_open_files(old):
@@ -403,7 +403,8 @@ def traced(folder, overwrite, *options, **environment):
     package = str(Path(pygguf_surgery.__file__).parents[1])
     result = subprocess.run(
         ["strace", "-f", "-qq", "-o", log, *options, sys.executable, "-S", "-c", PROGRAM, folder, str(overwrite)],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": package, **environment})
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": package, **environment},
+        cwd="/")  # not the checkout: it has the sources without the core
     if "ptrace" in result.stderr and "not permitted" in result.stderr:
         pytest.skip("strace may not trace here")
     return result.stdout.strip(), log.read_text()
