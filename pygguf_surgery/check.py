@@ -244,7 +244,7 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
     _lay_out(model, checked, split)
     if quantize is not None and quantize.max_bytes is not None and checked.file_bytes > quantize.max_bytes:
         blockers.append(BadPlan("the output is too large", object="max_size", found=human(checked.file_bytes),
-                                expected=f"at most {human(quantize.max_bytes)}"))
+                                expected=f"at most {human(quantize.max_bytes)}", hint="the recipe allows no more"))
     _budget(model, checked, budget, threads, io)
     return checked
 

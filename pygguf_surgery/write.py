@@ -64,10 +64,9 @@ def write(model: Model, checked: CheckedPlan, path: str | os.PathLike[str], *, o
             bar.close()
     return Receipt(
         path=paths[0], paths=paths, file_bytes=checked.file_bytes, seconds=time.monotonic() - start,
-        buffer_bytes=stats["buffer_bytes"],
-        bytes_read=stats["bytes_read"], elements_encoded=stats["elements_encoded"], threads=stats["threads"],
-        actions=checked.actions(), warnings=list(checked.warnings),
-        notes=list(checked.notes))
+        buffer_bytes=stats["buffer_bytes"], bytes_read=stats["bytes_read"],
+        elements_encoded=stats["elements_encoded"], threads=stats["threads"], actions=checked.actions(),
+        warnings=list(checked.warnings), notes=list(checked.notes))
 
 
 def output_paths(checked: CheckedPlan, path: str | os.PathLike[str]) -> list[str]:

@@ -127,8 +127,8 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
     try:
         file_type = mixes.file_type(edit.type, edit.pure)
         overrides = _Overrides(parse_overrides(edit.overrides))
-        for what in ("output_type", "token_embedding_type"):
-            parse_type(getattr(edit, what), what)
+        edit = replace(edit, **{what: parse_type(getattr(edit, what), what)
+                                for what in ("output_type", "token_embedding_type")})
     except SurgeryError as error:  # a plan from JSON; Plan.quantize has refused it at once
         return Outcome(tensors, dict(metadata), [error], [])
 
