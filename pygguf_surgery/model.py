@@ -151,11 +151,13 @@ class Tensor:
         return self._model.paths[self.source]
 
     def _index(self, index: Any, count: int) -> int:
+        # A mask is not a list of indices. Older versions of numpy only warn of its elements.
+        mask = isinstance(index, bool) or getattr(getattr(index, "dtype", None), "kind", "") == "b"
         try:
-            i = operator.index(index)
+            i = None if mask else operator.index(index)
         except TypeError:
             i = None
-        if i is None or isinstance(index, bool):  # a mask is not a list of indices
+        if i is None:
             raise BadPlan("an index is a whole number", object=self.name, found=repr(index)[:80])
         if not 0 <= i < count:
             raise BadPlan(f"index {i} out of range", object=self.name, expected=f"0..{count - 1}")
