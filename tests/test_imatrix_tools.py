@@ -229,8 +229,9 @@ def test_coverage_names_the_experts_never_seen(tmp_path):
                   datasets=["d"], chunk_count=2, chunk_size=6)
     with imatrix.open(path) as m:
         data = json.loads(json.dumps(imatrix.coverage(m)))
-    assert data["layers"] == [{"layer": 0, "experts": 4, "seen": 2, "least": 0, "most": 7, "never": [1, 3]},
-                              {"layer": 1, "experts": 4, "seen": 4, "least": 1, "most": 4, "never": []}]
+    assert data["layers"] == [
+        {"layer": 0, "experts": 4, "seen": 2, "least": 0, "most": 7, "never": [1, 3], "tokens": [5, 0, 7, 0]},
+        {"layer": 1, "experts": 4, "seen": 4, "least": 1, "most": 4, "never": [], "tokens": [1, 2, 3, 4]}]
     assert data["entries"][0] == {"name": "a", "size": 2, "rows": 1, "least": 12, "most": 12}
     assert (data["format"], data["datasets"], data["chunk_count"], data["chunk_size"]) == ("gguf", ["d"], 2, 6)
     with imatrix.open(put(tmp_path, ONE)) as m:

@@ -148,10 +148,10 @@ def _describe(data: dict[str, Any], nbytes: int) -> str:
         rows.append(("never seen", f"{len(never)} tensors: {_list(never)}"))
     text = words.table(rows, left=2)
     if data["layers"]:
-        lines = [("layer", "experts seen", "least", "most", "never seen")]
+        lines = [("layer", "experts seen", "least", "median", "most", "never seen")]
         for layer in data["layers"]:
             lines.append((str(layer["layer"]), f"{layer['seen']} of {layer['experts']}", words.count(layer["least"]),
-                          words.count(layer["most"]), _list(layer["never"])))
+                          words.count(sorted(layer["tokens"])[layer["experts"] // 2]), words.count(layer["most"]), _list(layer["never"])))
         text += f"\n\ntokens of each expert:\n{words.table(lines, left=0)}"
     elif data["format"] == "legacy":
         text += "\n\nthis format has lost how often each expert was used"

@@ -272,8 +272,8 @@ def _cut(sums: Sums, counts: Any, ids: list[int], experts: int) -> tuple[Sums, A
 def coverage(imatrix: Imatrix) -> dict[str, Any]:
     """What an importance matrix has seen, ready for JSON: "path", "format", "datasets", "chunk_count", "chunk_size",
     "warnings", "entries": [{"name", "size", "rows", "least", "most"}] (rows are counts of their own, least and most of
-    the tokens that were counted), "layers": [{"layer", "experts", "seen", "least", "most", "never"}], never being the
-    ids of the experts that no token reached. A legacy file has lost the counts: "least" and "most" are null there, and
+    the tokens that were counted), "layers": [{"layer", "experts", "seen", "least", "most", "never", "tokens"}], never
+    being the ids of the experts that no token reached, tokens those of each expert (the least of its tensors). A legacy file has lost the counts: "least" and "most" are null there, and
     layers whose experts share one count are left out."""
     layers = []
     for layer, experts in sorted(_experts(imatrix).items()):
@@ -281,10 +281,11 @@ def coverage(imatrix: Imatrix) -> dict[str, Any]:
             continue
         counts = [e.counts for name, e in imatrix.entries.items()
                   if (match := _EXPERTS.fullmatch(name)) and int(match[1]) == layer and len(e.counts) == experts]
-        never = [i for i in range(experts) if any(c[i] == 0 for c in counts)]
+        tokens = [min(int(c[i]) for c in counts) for i in range(experts)]
+        never = [i for i, n in enumerate(tokens) if n == 0]
         layers.append({"layer": layer, "experts": experts, "seen": experts - len(never),
-                       "least": min(int(c.min()) for c in counts), "most": max(int(c.max()) for c in counts),
-                       "never": never})
+                       "least": min(tokens), "most": max(int(c.max()) for c in counts), "never": never,
+                       "tokens": tokens})
     entries = [{"name": e.name, "size": e.size, "rows": len(e.counts),
                 "least": None if e.legacy else int(e.counts.min()),
                 "most": None if e.legacy else int(e.counts.max())} for e in imatrix.entries.values()]
