@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import quant_models as qm
-from helpers import SHARED, make_gguf
+from helpers import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 
