@@ -89,8 +89,10 @@ def edit(args: Namespace) -> int:
 
 
 def split(args: Namespace) -> int:
+    from ..shards import MAX_TENSORS
+
     if args.split_max_size is None and args.split_max_tensors is None:
-        args.split_max_tensors = 128  # as llama-gguf-split
+        args.split_max_tensors = MAX_TENSORS
     return _describe_or_write(args)
 
 
