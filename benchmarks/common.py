@@ -57,6 +57,19 @@ def warm(path: str, length: int) -> None:
             length -= n
 
 
+def equal_tensors(ours: str, theirs: str) -> int:
+    """How many tensors two files hold, all of the same type, shape and bytes; asserts that they are."""
+    import pygguf_surgery as pgs
+
+    with pgs.open(ours) as a, pgs.open(theirs) as b:
+        assert sorted(a.tensors) == sorted(b.tensors)
+        for name, t in a.tensors.items():
+            other = b.tensors[name]
+            assert (t.type, t.shape) == (other.type, other.shape), name
+            assert (t.bytes() == other.bytes()).all(), f"{name}: bytes differ"
+        return len(a.tensors)
+
+
 def show(label: str, seconds: list[float], peak: float) -> None:
     print(f"{label:44s} median {statistics.median(seconds):7.2f} s   ({min(seconds):.2f} to {max(seconds):.2f}, "
           f"{len(seconds)} runs)   peak RSS {peak:6.0f} MiB", flush=True)

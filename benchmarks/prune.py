@@ -9,20 +9,7 @@ import statistics
 import sys
 import tempfile
 
-from common import SURGERY, show, timed, warm
-
-import pygguf_surgery as pgs
-
-
-def equal_tensors(ours: str, theirs: str) -> int:
-    with pgs.open(ours) as a, pgs.open(theirs) as b:
-        assert sorted(a.tensors) == sorted(b.tensors)
-        for name, t in a.tensors.items():
-            other = b.tensors[name]
-            assert (t.type, t.shape) == (other.type, other.shape), name
-            assert (t.bytes() == other.bytes()).all(), f"{name}: bytes differ"
-        return len(a.tensors)
-
+from common import SURGERY, equal_tensors, show, timed, warm
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("model")

@@ -73,11 +73,13 @@ class Sink:
     def __exit__(self, *args: Any) -> None: ...
 
 def types() -> list[dict[str, Any]]:
-    """[{"id", "name", "block", "block_bytes", "quantized", "encodes", "decodes", "needs_importance", "uses_importance"}]"""
+    """[{"id", "name", "block", "block_bytes", "quantized", "encodes", "decodes", "needs_importance", "uses_importance",
+    "has_best"}]; has_best: an encoder with less error than ggml's, which uses importance"""
 
 def type_id(name: str) -> int: ...  # any case; Unsupported with the nearest names
-def quantize(rows: NDArray[np.float32], type: int, importance: NDArray[np.float32] | None, threads: int) -> NDArray[np.uint8]:
-    """rows [n, k] -> [n, bytes of a row]. importance [g, k], g divides n: consecutive n / g rows share one."""
+def quantize(rows: NDArray[np.float32], type: int, importance: NDArray[np.float32] | None, threads: int,
+             best: bool = False) -> NDArray[np.uint8]:
+    """rows [n, k] -> [n, bytes of a row]. importance [g, k], g divides n: consecutive n / g rows share one. best: see Job."""
 
 def dequantize(rows: NDArray[np.uint8], type: int, threads: int) -> NDArray[np.float32]:
     """rows [n, bytes of a row] -> [n, k]."""
@@ -109,6 +111,7 @@ class Job:
         importance_divisors: NDArray[np.float32] | None = None,  # [g]: each value read is divided by it, in float32
         remap: tuple[Sequence[int], Sequence[int], int] | None = None,  # table, substitutes, column
         file: int = 0,  # index of the output file
+        best: bool = False,  # with less error than ggml's encoder, where the type has_best; else ggml's bytes
     ) -> None: ...
 
 IN_MEMORY: int  # the "source index" of importance rows that the job itself holds

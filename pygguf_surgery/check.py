@@ -428,7 +428,7 @@ def build_jobs(model: Model, checked: CheckedPlan) -> list[_core.Job]:
         jobs.append(_core.Job(
             tensor.name, source_type=facts[tensor.source_type]["id"], target_type=facts[tensor.type]["id"],
             row_elements=row, rows=elements // row, target_offset=offset, runs=runs, remap=remap, file=file_of[i],
-            **_importance(tensor, checked.imatrix, len(model.sources))))
+            best=tensor.best, **_importance(tensor, checked.imatrix, len(model.sources))))
     return jobs
 
 

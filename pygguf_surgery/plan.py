@@ -119,7 +119,7 @@ class Plan:
                  imatrix_missing: str = "default", include_weights: Iterable[str] = (),
                  exclude_weights: Iterable[str] = (), overrides: Iterable[Sequence[str]] = (),
                  output_type: str | None = None, token_embedding_type: str | None = None, pure: bool = False,
-                 leave_output: bool = False, allow_requantize: bool = False) -> Plan:
+                 leave_output: bool = False, allow_requantize: bool = False, quality: str = "default") -> Plan:
         """Give every tensor the type and bytes that llama-quantize would give it for the file type `type`.
 
         imatrix: an importance matrix, GGUF or the older .dat; only its names and counts are read now. It follows the
@@ -130,7 +130,8 @@ class Plan:
         output_type, token_embedding_type: ggml types for output.weight and token_embd.weight; they come before
         overrides. pure: `type` is a plain ggml type, for every tensor that llama-quantize would quantize.
         leave_output: output.weight stays as it is. allow_requantize: also encode tensors that are already quantized, at
-        a loss.
+        a loss. quality: "best" encodes MXFP4 with less error, weighted by the importance matrix if there is one; such
+        bytes are valid, but not llama-quantize's.
         """
         if any(isinstance(edit, Quantize) for edit in self.data.edits):
             raise BadPlan("a plan quantizes at most once", object="quantize")
@@ -138,7 +139,8 @@ class Plan:
         return self._with(Quantize(
             mixes.file_type(type, pure).name, bool(pure), recipe.parse_overrides(overrides), bool(allow_requantize),
             recipe.parse_type(output_type, "output_type"),
-            recipe.parse_type(token_embedding_type, "token_embedding_type"), bool(leave_output), use))
+            recipe.parse_type(token_embedding_type, "token_embedding_type"), bool(leave_output), use,
+            quality=recipe.parse_quality(quality)))
 
     def recipe(self, name: str | os.PathLike[str], *, type: str | None = None,
                overrides: Iterable[Sequence[str]] = (), **options: Any) -> Plan:

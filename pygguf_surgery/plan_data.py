@@ -61,7 +61,7 @@ class UseImatrix:
 class Quantize:
     """type: a llama-quantize file type ("MXFP4_MOE"), or any ggml type with pure. overrides: (pattern, ggml type or
     "copy"), first match wins. output_type, token_embedding_type: a ggml type or None. max_bytes: a larger output is not
-    written."""
+    written. quality: of quantize.QUALITIES."""
 
     type: str
     pure: bool = False
@@ -72,6 +72,7 @@ class Quantize:
     leave_output: bool = False
     imatrix: UseImatrix | None = None
     max_bytes: int | None = None
+    quality: str = "default"
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ class OutputTensor:
     role: str = "other"
     notes: list[str] = field(default_factory=list)  # a fallback, a missing importance row, ...
     importance: Importance | None = None
+    best: bool = False  # encoded with less error than ggml's encoder has
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,8 @@ def edit_to_json(edit: Edit) -> dict[str, Any]:
                     "overrides": [list(o) for o in edit.overrides], "allow_requantize": edit.allow_requantize,
                     "output_type": edit.output_type, "token_embedding_type": edit.token_embedding_type,
                     "leave_output": edit.leave_output,
-                    "imatrix": None if edit.imatrix is None else asdict(edit.imatrix), "max_bytes": edit.max_bytes}
+                    "imatrix": None if edit.imatrix is None else asdict(edit.imatrix), "max_bytes": edit.max_bytes,
+                    "quality": edit.quality}
         case PruneLayers(layers):
             return {"edit": "prune_layers", "layers": list(layers)}
         case Split():
@@ -258,7 +261,7 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
             return Quantize(_text(data["type"]), _flag(data["pure"]), overrides, _flag(data["allow_requantize"]),
                             _maybe(_text, data.get("output_type")), _maybe(_text, data.get("token_embedding_type")),
                             _flag(data.get("leave_output", False)), _maybe(_imatrix_from_json, data.get("imatrix")),
-                            _maybe(_number, data.get("max_bytes")))
+                            _maybe(_number, data.get("max_bytes")), _text(data.get("quality", "default")))
         case "prune_layers":
             return PruneLayers(_numbers(data["layers"]))
         case "split":

@@ -311,7 +311,7 @@ def test_a_full_disk_of_12_mb(tiny_disk, large):
         assert 11 << 20 < found < 12 << 20 and expected == large.stat().st_size
         assert f"{expected - found} bytes missing" in str(error.value)
         assert seen == []
-        pgs.Plan(model).quantize("Q4_K", pure=True).write(output, overwrite=True)  # 3.5 MB
+        pgs.Plan(model).quantize("IQ3_S", pure=True).write(output, overwrite=True)  # 3.5 MB
     assert os.listdir(tiny_disk) == ["out.gguf"]
 
 
@@ -387,7 +387,7 @@ def change_during_run(tmp_path, large, change, at_end, io):
             change(source)
 
     with pgs.open(source) as model, pytest.raises(pgs.SourceChanged) as error:
-        pgs.Plan(model).quantize("Q4_K", pure=True).write(output, overwrite=True, threads=1, io=io, progress=progress)
+        pgs.Plan(model).quantize("IQ3_S", pure=True).write(output, overwrite=True, threads=1, io=io, progress=progress)
     assert moments and (at_end or moments[0] < 1)
     assert output.read_bytes() == b"old"
     assert set(os.listdir(tmp_path)) <= {"out.gguf", "source.gguf"}

@@ -1,12 +1,16 @@
 """Every set of kernels gives the linked ggml's bytes, and the forced set is the one that runs."""
+import kernel_data
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pygguf_surgery import _core, errors
 
+TYPES = {t["name"]: t for t in _core.types()}
+ENCODED = [name for name, t in TYPES.items() if t["encodes"] and name != "F32"]
+DECODED = [name for name in ("F16", "BF16", "Q8_0", "Q4_K", "Q6_K", "MXFP4")]
 MXFP4, F16 = _core.type_id("MXFP4"), _core.type_id("F16")
 
 
@@ -19,7 +23,7 @@ def available(name):
             return False
 
 
-SETS = [name for name in ("scalar", "avx2", "avx512") if available(name)]
+SETS = [name for name in ("scalar", "sse", "neon", "avx2", "avx512") if available(name)]
 
 
 def with_kernels(name, work):
@@ -29,16 +33,34 @@ def with_kernels(name, work):
         return work()
 
 
-def mxfp4(x):
-    return _core.quantize(x, MXFP4, None, 1)
+# (type, with importance) of everything that ggml encodes
+CASES = [(name, weighted) for name in ENCODED for weighted in (False, True)
+         if (TYPES[name]["uses_importance"] if weighted else not TYPES[name]["needs_importance"])]
 
 
-def assert_all_sets_equal(x):
-    expected = with_kernels("ggml", lambda: mxfp4(x))
+def encode(name, x, importance=None, best=False):
+    return _core.quantize(x, TYPES[name]["id"], importance, 1, best)
+
+
+def outcome(work):
+    """Bytes, or what the error says."""
+    try:
+        return work().tobytes()
+    except errors.BadPlan as error:
+        return str(error)
+
+
+def assert_all_sets_equal(work):
+    expected = with_kernels("ggml", lambda: outcome(work))
     for name in SETS:
-        found = with_kernels(name, lambda: mxfp4(x))
-        assert np.array_equal(found, expected), name
+        found = with_kernels(name, lambda: outcome(work))
+        if found != expected:
+            assert isinstance(found, bytes) and isinstance(expected, bytes), (name, found[:200], expected[:200])
+            a, b = np.frombuffer(found, np.uint8), np.frombuffer(expected, np.uint8)
+            raise AssertionError(f"{name}: {(a != b).sum()} of {a.size} bytes differ, first at {np.argmax(a != b)}")
 
+
+# --- which set runs ------------------------------------------------------------------------------------------------
 
 def test_default_is_the_best_set(monkeypatch):
     monkeypatch.delenv("PGS_KERNELS", raising=False)
@@ -52,56 +74,69 @@ def test_unknown_set_is_an_error_and_empty_means_default(monkeypatch, name):
         assert _core.kernels() == SETS[-1]
     else:
         with pytest.raises(errors.Unsupported, match="PGS_KERNELS: no such kernels .*scalar"):
-            mxfp4(np.zeros((1, 32), np.float32))
+            encode("MXFP4", np.zeros((1, 32), np.float32))
 
 
-def test_mxfp4_on_every_exponent_and_where_log2f_rounds_up():
-    """The largest value of a block runs over all normal exponents, with the 64 largest mantissas and others."""
-    rng = np.random.default_rng(0)
-    # Exponents 1 and 2 give a scale that llama.cpp refuses or that wraps; the error paths are in test_quant.
-    exponents = np.arange(3, 255, dtype=np.uint32)
-    mantissas = np.concatenate([0x7FFFFF - np.arange(64), rng.integers(0, 0x800000, 64), [0, 1, 2]]).astype(np.uint32)
-    largest = ((exponents[:, None] << 23) | mantissas[None, :]).ravel().view(np.float32)
-    x = (rng.uniform(-1, 1, (len(largest), 32)).astype(np.float32) * largest[:, None]).astype(np.float32)
-    x[np.arange(len(largest)), rng.integers(0, 32, len(largest))] = largest * rng.choice([-1, 1], len(largest))
-    assert_all_sets_equal(x)
+def test_a_set_of_another_machine_is_an_error(monkeypatch):
+    monkeypatch.setenv("PGS_KERNELS", "avx2" if "neon" in SETS else "neon")
+    with pytest.raises(errors.Unsupported, match="PGS_KERNELS"):
+        encode("MXFP4", np.zeros((1, 32), np.float32))
 
 
-def test_mxfp4_at_and_beside_every_midpoint():
-    """Ties go to the smaller magnitude; a float above or below does not."""
-    for power in (-120, -20, -1, 0, 3, 100):
-        d = np.float32(2.0) ** power
-        points = np.array([0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 7.9999], np.float32) * d
-        near = np.concatenate([points, np.nextafter(points, np.float32(np.inf)), np.nextafter(points, np.float32(0))])
-        x = np.zeros((2 * len(near), 32), np.float32)
-        x[:, 0] = 7.5 * d  # fixes the exponent
-        x[:, 5:11] = np.concatenate([near, -near])[:, None]
-        assert_all_sets_equal(x)
+# --- every type ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("name", "weighted"), CASES)
+@pytest.mark.parametrize("kind", ["ordinary", "strange", "tiny"])
+def test_bytes_of_rows(name, weighted, kind):
+    """Rows of one block, of several, of an odd number; fewer blocks than lanes, and more."""
+    block = TYPES[name]["block"]
+    for seed, (rows, blocks) in enumerate([(1, 1), (3, 1), (37, 1), (5, 3), (2, 8)]):
+        k = block * blocks
+        x = getattr(kernel_data, kind)(rows, k, seed)
+        weights = kernel_data.importance(k, seed, seed % 3)[None] if weighted else None
+        assert_all_sets_equal(lambda: encode(name, x, weights))
 
 
-def test_mxfp4_of_many_weights():
-    rng = np.random.default_rng(1)
-    x = rng.standard_normal((2048, 1024), np.float32)
-    x *= np.exp(rng.normal(0, 8, (2048, 1))).astype(np.float32)  # scales over many powers of two
-    x[rng.random(x.shape) < 0.05] = 0
-    x[rng.random(x.shape) < 0.01] *= 1000
-    assert_all_sets_equal(x)
+numbers = st.one_of(
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    st.floats(-4, 4, width=32),
+    st.sampled_from([0.0, -0.0, 1.0, -6.0, 0.75, 2.0**-149, -(2.0**-126), 2.0**-15, 65504.0, 2.0**47, 2.0**48, 2.0**100]),
+    st.integers(-24, 24).map(lambda n: n / 4))
+weights = st.one_of(st.floats(0, 100, width=32), st.sampled_from([0.0, 1.0, 1e-20, 2.0**-140, 2.0**49]))
 
 
-blocks = hnp.arrays(np.float32, (2, 64), elements=st.one_of(
-    st.floats(width=32, allow_nan=False, allow_infinity=False), st.sampled_from([0.0, -0.0, 1.0, -6.0, 0.75, 2.0**-149]),
-    st.integers(-24, 24).map(lambda n: n / 4)))
+@st.composite
+def rows_of(draw, block):
+    """One or two rows of one or two blocks: a few values, many of them equal."""
+    shape = (draw(st.integers(1, 2)), block * draw(st.integers(1, 2)))
+    few = draw(st.lists(numbers, min_size=1, max_size=12))
+    choice = draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 255), fill=st.just(0)))
+    scale = draw(st.sampled_from([1.0, 1.0, 2.0**-12, 2.0**-30, 2.0**-120]))
+    return np.array(few, np.float32)[choice % len(few)] * np.float32(scale)
 
 
-@given(blocks)
-def test_mxfp4_of_any_block(x):
-    results = []
-    for name in ("ggml", *SETS):
-        try:
-            results.append(with_kernels(name, lambda: mxfp4(x)).tobytes())
-        except errors.BadPlan as error:
-            results.append(str(error))
-    assert len(set(results)) == 1
+@pytest.mark.parametrize(("name", "weighted"), CASES)
+@given(st.data())
+@settings(max_examples=20)
+def test_bytes_of_any_block(name, weighted, data):
+    x = data.draw(rows_of(TYPES[name]["block"]))
+    importance = None
+    if weighted:
+        few = data.draw(st.lists(weights, min_size=1, max_size=6).filter(any))
+        choice = data.draw(hnp.arrays(np.uint8, (1, x.shape[1]), elements=st.integers(0, 255), fill=st.just(0)))
+        importance = np.array(few, np.float32)[choice % len(few)]
+    assert_all_sets_equal(lambda: encode(name, x, importance))
+
+
+@pytest.mark.parametrize("name", DECODED)
+@given(st.data())
+def test_numbers_of_any_bytes(name, data):
+    size = TYPES[name]["block_bytes"]
+    blocks = data.draw(hnp.arrays(np.uint8, (data.draw(st.integers(1, 3)), size * data.draw(st.integers(1, 20)))))
+    decoded = [with_kernels(s, lambda: _core.dequantize(blocks, TYPES[name]["id"], 1)) for s in ("ggml", *SETS)]
+    for found in decoded[1:]:
+        assert np.array_equal(found.view(np.uint32), decoded[0].view(np.uint32)) or (
+            np.array_equal(found, decoded[0], equal_nan=True) and np.isnan(found).any())
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -121,4 +156,48 @@ def test_every_set_finds_what_is_no_number(name, place, bad):
     x = np.ones((1, 32), np.float32)
     x[0, place] = bad
     with pytest.raises(errors.BadPlan, match=f"row 0, column {place}"):
-        with_kernels(name, lambda: mxfp4(x))
+        with_kernels(name, lambda: encode("MXFP4", x))
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(("name", "weighted"), CASES)
+def test_bytes_of_a_hundred_million_weights(name, weighted):
+    """In every set, half of them ordinary; PGS_KERNEL_WEIGHTS takes another number."""
+    import os
+
+    wanted, k, threads = int(float(os.environ.get("PGS_KERNEL_WEIGHTS", 1e8))), 2048, len(os.sched_getaffinity(0))
+    rows = 512
+    for seed in range(max(1, wanted // (rows * k))):
+        x = (kernel_data.strange if seed % 2 else kernel_data.ordinary)(rows, k, seed + 1000)
+        weights = kernel_data.importance(k, seed, seed % 3)[None] if weighted else None
+        expected = with_kernels("ggml", lambda: _core.quantize(x, TYPES[name]["id"], weights, threads))
+        for kernels in SETS:
+            found = with_kernels(kernels, lambda: _core.quantize(x, TYPES[name]["id"], weights, threads))
+            assert np.array_equal(found, expected), (kernels, seed)
+
+
+# --- MXFP4 ---------------------------------------------------------------------------------------------------------
+
+def test_mxfp4_on_every_exponent_and_where_log2f_rounds_up():
+    """The largest value of a block runs over all normal exponents, with the 64 largest mantissas and others."""
+    rng = np.random.default_rng(0)
+    # Exponents 1 and 2 give a scale that llama.cpp refuses or that wraps; the error paths are in test_quant.
+    exponents = np.arange(3, 255, dtype=np.uint32)
+    mantissas = np.concatenate([0x7FFFFF - np.arange(64), rng.integers(0, 0x800000, 64), [0, 1, 2]]).astype(np.uint32)
+    largest = ((exponents[:, None] << 23) | mantissas[None, :]).view(np.float32)
+    for row in largest:  # an exponent at a time: those above 2^48 are ggml's own
+        x = (rng.uniform(-1, 1, (len(row), 32)).astype(np.float32) * row[:, None]).astype(np.float32)
+        x[np.arange(len(row)), rng.integers(0, 32, len(row))] = row * rng.choice([-1, 1], len(row))
+        assert_all_sets_equal(lambda: encode("MXFP4", x))
+
+
+def test_mxfp4_at_and_beside_every_midpoint():
+    """Ties go to the smaller magnitude; a float above or below does not."""
+    for power in (-120, -20, -1, 0, 3, 40, 100):
+        d = np.float32(2.0) ** power
+        points = np.array([0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 7.9999], np.float32) * d
+        near = np.concatenate([points, np.nextafter(points, np.float32(np.inf)), np.nextafter(points, np.float32(0))])
+        x = np.zeros((2 * len(near), 32), np.float32)
+        x[:, 0] = 7.5 * d  # fixes the exponent
+        x[:, 5:11] = np.concatenate([near, -near])[:, None]
+        assert_all_sets_equal(lambda: encode("MXFP4", x))

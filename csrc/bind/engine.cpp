@@ -16,8 +16,9 @@ pgs::Job make_job(std::string name, std::int32_t source_type, std::int32_t targe
                   const std::optional<py::bytes>& literal, const std::optional<FloatRows>& importance,
                   const std::optional<RunRows>& importance_rows, const std::optional<FloatRows>& importance_divisors,
                   const std::optional<std::tuple<std::vector<std::int32_t>, std::vector<std::int32_t>, std::uint64_t>>& remap,
-                  std::uint32_t file) {
+                  std::uint32_t file, bool best) {
     pgs::Job job;
+    job.best = best;
     job.name = std::move(name);
     job.file = file;
     job.source_type = source_type;
@@ -144,7 +145,7 @@ void bind_engine(py::module_& m) {
              py::arg("row_elements"), py::arg("rows"), py::arg("target_offset"), py::arg("runs") = py::none(),
              py::arg("literal") = py::none(), py::arg("importance") = py::none(),
              py::arg("importance_rows") = py::none(), py::arg("importance_divisors") = py::none(),
-             py::arg("remap") = py::none(), py::arg("file") = 0)
+             py::arg("remap") = py::none(), py::arg("file") = 0, py::arg("best") = false)
         .def_readonly("name", &pgs::Job::name)
         .def_readonly("target_offset", &pgs::Job::target_offset)
         .def_readonly("target_bytes", &pgs::Job::target_bytes);

@@ -26,6 +26,7 @@ py::list types() {
         d["decodes"] = pgs::type_can_decode(type);
         d["needs_importance"] = pgs::type_needs_importance(type);
         d["uses_importance"] = pgs::type_uses_importance(type);
+        d["has_best"] = pgs::type_has_best(type);
         out.append(d);
     }
     return out;
@@ -52,7 +53,7 @@ void over_rows(std::uint64_t rows, std::uint64_t chunk, int threads, Work work) 
 }
 
 py::array_t<std::uint8_t> quantize(const py::array_t<float, array_style>& rows, std::int32_t type,
-                                   const py::object& importance_or_none, int threads) {
+                                   const py::object& importance_or_none, int threads, bool best) {
     if (rows.ndim() != 2) throw py::value_error("rows must have two dimensions");
     const std::uint64_t n = rows.shape(0), k = rows.shape(1);
     const auto& facts = pgs::type_table()[type];
@@ -62,7 +63,7 @@ py::array_t<std::uint8_t> quantize(const py::array_t<float, array_style>& rows, 
     py::array_t<float, array_style> importance;
     std::uint64_t group = 1;
     const float* weights = nullptr;
-    if (!importance_or_none.is_none() && pgs::type_uses_importance(type)) {
+    if (!importance_or_none.is_none() && (pgs::type_uses_importance(type) || (best && pgs::type_has_best(type)))) {
         importance = importance_or_none.cast<py::array_t<float, array_style>>();
         const std::uint64_t g = importance.ndim() == 2 ? importance.shape(0) : 0;
         if (importance.ndim() != 2 || static_cast<std::uint64_t>(importance.shape(1)) != k || g == 0 || n % g)
@@ -80,7 +81,7 @@ py::array_t<std::uint8_t> quantize(const py::array_t<float, array_style>& rows, 
         while (count) {  // a chunk never crosses from one importance row to the next
             const std::uint64_t some = weights ? std::min(count, group - first % group) : count;
             pgs::encode_rows(type, source + first * k, target + first * bytes, some, k,
-                             weights ? weights + first / group * k : nullptr, first);
+                             weights ? weights + first / group * k : nullptr, first, best);
             first += some;
             count -= some;
         }
@@ -117,9 +118,10 @@ void bind_quant(py::module_& m) {
     m.def("type_id", &pgs::type_from_name, py::arg("name"));
     m.def("kernels", [] { return std::string(pgs::choose_kernels().name); });
     m.def("ggml_version", &pgs::ggml_version_text);
-    m.def("quantize", [](const py::array_t<float, array_style>& rows, std::int32_t type, const py::object& importance, int threads) {
-        return quantize(rows, checked_type(type), importance, threads);
-    }, py::arg("rows"), py::arg("type"), py::arg("importance"), py::arg("threads"));
+    m.def("quantize", [](const py::array_t<float, array_style>& rows, std::int32_t type, const py::object& importance, int threads,
+                         bool best) {
+        return quantize(rows, checked_type(type), importance, threads, best);
+    }, py::arg("rows"), py::arg("type"), py::arg("importance"), py::arg("threads"), py::arg("best") = false);
     m.def("first_invalid_block", [](const py::array_t<std::uint8_t, array_style>& data, std::int32_t type) {
         const auto* bytes = reinterpret_cast<const std::byte*>(data.data());
         const std::uint64_t n = data.nbytes();

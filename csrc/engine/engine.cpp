@@ -60,6 +60,7 @@ private:
 void encode_tile(const Job& job, std::uint64_t first, std::uint64_t count, const std::byte* source, Buffers& buffers,
                  std::byte* target, const Cancel& cancel) {
     float* const floats = floats_of(buffers.floats);
+    static const std::int32_t f32 = type_from_name("F32");
     const std::uint64_t source_row = row_bytes(job.source_type, job.row_elements);
     const std::uint64_t target_row = row_bytes(job.target_type, job.row_elements);
     const std::uint64_t per_importance = job.importance_rows.empty() ? 0 : job.rows / job.importance_rows.size();
@@ -72,8 +73,11 @@ void encode_tile(const Job& job, std::uint64_t first, std::uint64_t count, const
             n = std::min(n, per_importance - row % per_importance);
             importance = buffers.importance.row(job, row / per_importance);
         }
-        decode_rows(job.source_type, source + (row - first) * source_row, floats, n, job.row_elements);
-        encode_rows(job.target_type, floats, target + (row - first) * target_row, n, job.row_elements, importance, row);
+        const std::byte* from = source + (row - first) * source_row;
+        const bool as_is = job.source_type == f32 && reinterpret_cast<std::uintptr_t>(from) % alignof(float) == 0;
+        if (!as_is) decode_rows(job.source_type, from, floats, n, job.row_elements);
+        encode_rows(job.target_type, as_is ? reinterpret_cast<const float*>(from) : floats,
+                    target + (row - first) * target_row, n, job.row_elements, importance, row, job.best);
         row += n;
     }
 }

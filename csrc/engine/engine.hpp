@@ -45,6 +45,7 @@ struct Job {
     std::uint64_t target_offset = 0, target_bytes = 0;  // a multiple of 8 if encoded; without padding
     std::vector<ImportanceRow> importance_rows;         // rows / their number: consecutive rows that share one
     std::vector<float> importance;                      // the rows in memory, each of row_elements, checked
+    bool best = false;                                  // encode with less error than ggml, where that is possible
     std::optional<Remap> remap;
 };
 

@@ -1,11 +1,12 @@
-// The grids of the IQ types, which ggml searches for once, when a type is first encoded.
+// The grids of the IQ types: made on first use, and shared by all kernels.
 #pragma once
 #include <cstdint>
 
+#include "quant/grid.hpp"
+
 namespace pgs {
 
-// Makes the grid of a type, if it needs one and none is there. Called on a thread of parallel_for it stops soon after a
-// cancel, with Error(cancelled); the next call starts anew.
-void make_grid(std::int32_t type);
+// Null for a type without a grid. Made by the first call for a type; the calling thread's Cancel is heard.
+const Grid* grid_of(std::int32_t type);
 
 }  // namespace pgs

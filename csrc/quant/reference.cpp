@@ -12,6 +12,7 @@
 #include "ggml.h"
 #include "quant/grids.hpp"
 #include "quant/lanes/kernels.hpp"
+#include "quant/lanes/sets.hpp"
 
 // ggml is compiled with these names in place of printf and fprintf: a library inside a Python host must not print.
 extern "C" {
@@ -22,6 +23,9 @@ int pgs_quiet_fprintf(std::FILE*, const char*, ...) { return 0; }
 namespace pgs {
 
 namespace {
+
+// Bits of float32: see Rows.
+constexpr std::uint32_t infinity_bits = 0x7f800000, extreme_bits = (127 + 48) << 23;
 
 // The last net under the checks below. ggml's assertions call this instead of ending the process; ggml is compiled with
 // -fexceptions, so the exception passes through its frames (what the failed call had allocated is leaked).
@@ -74,9 +78,8 @@ void decode_rows(std::int32_t type, const std::byte* source, float* target, std:
         std::memcpy(target, source, elements * sizeof(float));
         return;
     }
-    const Kernels& lanes = kernels();
-    if (type == GGML_TYPE_F16 && lanes.decode_f16 && reinterpret_cast<std::uintptr_t>(source) % 2 == 0)
-        return lanes.decode_f16(reinterpret_cast<const std::uint16_t*>(source), target, elements);
+    if (const Decode decode = kernels().decode[type])
+        return decode(reinterpret_cast<const unsigned char*>(source), target, elements);
     std::vector<std::byte> aligned;
     if (reinterpret_cast<std::uintptr_t>(source) % 4 != 0) {  // the block structs of ggml hold 16- and 32-bit members
         aligned.assign(source, source + rows * row_bytes(type, row_elements));
@@ -85,26 +88,42 @@ void decode_rows(std::int32_t type, const std::byte* source, float* target, std:
     ggml_get_type_traits(static_cast<ggml_type>(type))->to_float(source, target, static_cast<std::int64_t>(elements));
 }
 
+bool type_has_best(std::int32_t type) { return lanes::scalar::kernels.encode_best[type] != nullptr; }
+
 void encode_rows(std::int32_t type, const float* source, std::byte* target, std::uint64_t rows, std::uint64_t row_elements,
-                 const float* importance, std::uint64_t first_row) {
+                 const float* importance, std::uint64_t first_row, bool best) {
     if (!type_can_encode(type))
         throw Error(Kind::unsupported, "no encoder for this type").got(type_table()[type].name);
     const std::uint64_t elements = rows * row_elements;
     if (elements == 0) return;
-    if (!kernels().all_finite(source, elements)) {
+    const Kernels& lanes = kernels();
+    const std::uint32_t largest = lanes.largest(source, elements);
+    if (largest >= infinity_bits) {
         for (std::uint64_t i = 0; i < elements; ++i)
             if (!std::isfinite(source[i]))
                 throw value_error("not a finite number", first_row + i / row_elements, i % row_elements, source[i]);
     }
     if (!importance && type_needs_importance(type))
         throw Error(Kind::bad_plan, "this type needs an importance matrix").got(type_table()[type].name);
-    const Kernels& lanes = kernels();
-    const bool done = type == GGML_TYPE_MXFP4 && lanes.encode_mxfp4 &&
-                      lanes.encode_mxfp4(source, reinterpret_cast<unsigned char*>(target), elements);
-    install_abort_net();
-    make_grid(type);
-    if (!done) ggml_quantize_chunk(static_cast<ggml_type>(type), source, target, 0, static_cast<std::int64_t>(rows),
-                        static_cast<std::int64_t>(row_elements), type_uses_importance(type) ? importance : nullptr);
+    best = best && type_has_best(type);
+    if (!best && !type_uses_importance(type)) importance = nullptr;
+    const Grid* grid = grid_of(type);
+    const Encode encode = best ? lanes.encode_best[type] : lanes.encode[type];
+    const bool ordinary = largest < extreme_bits && (!importance || lanes.largest(importance, row_elements) < extreme_bits);
+    const bool done = ordinary && encode &&
+                      encode({source, importance, rows, row_elements, reinterpret_cast<unsigned char*>(target), grid});
+    if (!done && best && rows > 1) {  // only the rows that need it become ggml's
+        const std::uint64_t bytes = row_bytes(type, row_elements);
+        for (std::uint64_t row = 0; row < rows; ++row)
+            encode_rows(type, source + row * row_elements, target + row * bytes, 1, row_elements, importance, first_row + row,
+                        true);
+        return;
+    }
+    if (!done) {
+        install_abort_net();
+        ggml_quantize_chunk(static_cast<ggml_type>(type), source, target, 0, static_cast<std::int64_t>(rows),
+                            static_cast<std::int64_t>(row_elements), type_uses_importance(type) ? importance : nullptr);
+    }
     if (!ggml_validate_row_data(static_cast<ggml_type>(type), target, rows * row_bytes(type, row_elements)))
         throw invalid_error(type, source, target, rows, row_elements, first_row);
 }

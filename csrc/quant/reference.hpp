@@ -1,4 +1,4 @@
-// The linked ggml: rows of float32 to a type and back. The bytes it gives are the definition.
+// Rows of float32 to a type and back. The bytes that the linked ggml gives are the definition; the kernels give the same.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -11,10 +11,14 @@ namespace pgs {
 void decode_rows(std::int32_t type, const std::byte* source, float* target, std::uint64_t rows, std::uint64_t row_elements);
 
 // Rows of float32 to a type. `importance` has row_elements entries for all of these rows, or is null.
-// `first_row` only serves error messages. NaN or infinity in the input, or what ggml itself would reject or abort on, is
+// best: with less error than ggml's encoder, where there is such an encoder (type_has_best); it takes importance. The bytes
+// of a row do not depend on the other rows. `first_row` only serves error messages. NaN or infinity in the input, or what ggml itself would reject or abort on, is
 // Error(bad_plan) with row and column in `object`-free form; the caller adds the tensor's name.
 void encode_rows(std::int32_t type, const float* source, std::byte* target, std::uint64_t rows, std::uint64_t row_elements,
-                 const float* importance, std::uint64_t first_row);
+                 const float* importance, std::uint64_t first_row, bool best = false);
+
+// Has the type an encoder that is better than ggml's?
+bool type_has_best(std::int32_t type);
 
 // The first block (element, for types without blocks) that ggml's own validation rejects: NaN, infinity, an invalid
 // scale. `nbytes` must be whole blocks.

@@ -223,7 +223,8 @@ def make_plan(model: Model, args: Namespace) -> Plan:
 # argparse's name -> the argument of Plan.quantize
 _TYPE_OPTIONS = {"pure": "pure", "output_tensor_type": "output_type", "token_embedding_type": "token_embedding_type",
                  "leave_output_tensor": "leave_output", "allow_requantize": "allow_requantize", "imatrix": "imatrix",
-                 "include_weights": "include_weights", "exclude_weights": "exclude_weights"}
+                 "include_weights": "include_weights", "exclude_weights": "exclude_weights",
+                 "quality": "quality"}
 
 
 def _add_types(plan: Plan, given: dict) -> Plan:

@@ -51,6 +51,8 @@ OPTIONS = {
     "--exclude-weights": dict(action="append", default=[], type=lambda text: not_empty(text),
                               metavar="NAME",
                               help="do not use it for tensors whose name contains this; may be repeated"),
+    "--quality": dict(choices=("default", "best"), help="best: encode MXFP4 with less error than llama-quantize, weighted "
+                      "by the importance matrix if there is one; default: llama-quantize's bytes"),
     "--target-size": dict(metavar="SIZE", type=lambda text: size(text), help="choose each tensor's type, within the "
                           "family of TYPE, so that the output has at most this size, such as 22GB"),
     "--target-bpw": dict(metavar="BITS", type=float, help="the same by bits per weight, such as 4.2"),
@@ -87,7 +89,7 @@ EXPERTS = ("--keep", "--ratio", "--by", "--mtp")
 LAYERS = ("--prune-layers",)
 TYPES = ("--recipe", "--pure", "--override", "--tensor-type", "--tensor-type-file", "--output-tensor-type",
          "--token-embedding-type", "--leave-output-tensor", "--allow-requantize", "--imatrix", "--imatrix-missing",
-         "--include-weights", "--exclude-weights", "--target-size", "--target-bpw")
+         "--include-weights", "--exclude-weights", "--quality", "--target-size", "--target-bpw")
 SPLIT_BY = ("--split-max-size", "--split-max-tensors", "--no-tensor-first-split")
 SHARDS = SPLIT_BY + ("--keep-split",)
 METADATA = ("--set", "--remove", "--override-kv")

@@ -12,15 +12,17 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+QUALITIES = ("default", "best")  # llama-quantize's bytes; less error, for the types that have such an encoder
+
 
 def quantize(array: NDArray[np.float32], type: Any, imatrix: NDArray[np.float32] | None = None, *,
-             threads: int = 0) -> NDArray[np.uint8]:
+             threads: int = 0, quality: str = "default") -> NDArray[np.uint8]:
     """Rows of numbers, shape [..., k], as ggml encodes them, shape [..., bytes of a row].
 
     type: a ggml type name ("Q4_K", any case), id, or gguf.GGMLQuantizationType. imatrix: the importance of each column,
-    shape [k], or [experts, k] for an array of shape [experts, n, k]; a type that ignores it ignores it. BadPlan: k is
-    no multiple of the block, a value that is not finite, an importance that is unfit; Unsupported: a type that ggml
-    cannot encode. The GIL is released.
+    shape [k], or [experts, k] for an array of shape [experts, n, k]; a type that ignores it ignores it. quality: "best"
+    encodes MXFP4 with less error than ggml does, and by importance. BadPlan: k is no multiple of the block, a value that
+    is not finite, an importance that is unfit; Unsupported: a type that ggml cannot encode. The GIL is released.
     """
     import numpy as np
 
@@ -35,7 +37,8 @@ def quantize(array: NDArray[np.float32], type: Any, imatrix: NDArray[np.float32]
         raise BadPlan("a row is no multiple of the block", object=facts["name"], found=f"{k} elements",
                       expected=f"a multiple of {facts['block']}")
     importance = None if imatrix is None else _importance(np.asarray(imatrix), array.shape)
-    if not facts["uses_importance"]:
+    best = parse_quality(quality) == "best" and facts["has_best"]
+    if not (best or facts["uses_importance"]):
         importance = None
     elif importance is None and facts["needs_importance"]:
         raise BadPlan("this type needs an importance matrix", object=facts["name"], hint="imatrix=")
@@ -44,7 +47,14 @@ def quantize(array: NDArray[np.float32], type: Any, imatrix: NDArray[np.float32]
         return np.zeros((*array.shape[:-1], nbytes), np.uint8)
     with np.errstate(over="ignore"):  # infinity is the core's to refuse
         rows = np.ascontiguousarray(array, dtype=np.float32).reshape(-1, k)
-    return _core.quantize(rows, facts["id"], importance, parse_threads(threads)).reshape(*array.shape[:-1], nbytes)
+    return _core.quantize(rows, facts["id"], importance, parse_threads(threads), best).reshape(
+        *array.shape[:-1], nbytes)
+
+
+def parse_quality(quality: str) -> str:
+    if quality not in QUALITIES:
+        raise BadPlan("unknown choice", object="quality", found=repr(quality), expected=", ".join(QUALITIES))
+    return quality
 
 
 def dequantize(array: NDArray[np.uint8], type: Any, *, threads: int = 0) -> NDArray[np.float32]:

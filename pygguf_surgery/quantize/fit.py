@@ -129,7 +129,7 @@ def fit(model: Model, data: PlanData, *, size: int | str | None = None, bpw: flo
         if solution.take([len(t.steps) - 1 for t in tensors]) <= 0:
             notes.append("the largest types of the family fit")
         else:
-            _measure(model, tensors, base.imatrix, threads, progress)
+            _measure(model, tensors, base.imatrix, edit.quality, threads, progress)
             _solve(solution, tensors, -excess)
     finally:
         if base.imatrix is not None:
@@ -269,7 +269,7 @@ def sample_rows(rows: int, elements: int) -> list[int]:
             for i, (first, end) in enumerate(zip(parts, parts[1:]))]
 
 
-def _measure(model: Model, tensors: Sequence[_Tensor], imatrix: Imatrix | None, threads: int,
+def _measure(model: Model, tensors: Sequence[_Tensor], imatrix: Imatrix | None, quality: str, threads: int,
              progress: Callable[[int, int], object] | None) -> None:
     """Fills errors, and leaves of the steps those on the lower convex hull: each is worth its bytes more than the next.
     One tensor's sample is in memory at a time."""
@@ -278,7 +278,7 @@ def _measure(model: Model, tensors: Sequence[_Tensor], imatrix: Imatrix | None, 
             progress(done, len(tensors))
         if len(tensor.steps) > 1:
             values, weights = _sample(model, tensor, imatrix, threads)
-            tensor.errors = [_error(tensor, values, weights, type, threads) for type, _ in tensor.steps]
+            tensor.errors = [_error(tensor, values, weights, type, threads, quality) for type, _ in tensor.steps]
             hull = _hull([(nbytes, error) for (_, nbytes), error in zip(tensor.steps, tensor.errors)])
             tensor.steps = [tensor.steps[i] for i in hull]
             tensor.errors = [tensor.errors[i] for i in hull]
@@ -318,7 +318,7 @@ def _sample(model: Model, tensor: _Tensor, imatrix: Imatrix | None, threads: int
 
 
 def _error(tensor: _Tensor, values: NDArray[np.float32], weights: NDArray[np.float32] | None, type: str,
-           threads: int) -> float:
+           threads: int, quality: str = "default") -> float:
     """The relative error of the sample in `type`; 0 for the type that the rows already have."""
     import numpy as np
 
@@ -327,7 +327,7 @@ def _error(tensor: _Tensor, values: NDArray[np.float32], weights: NDArray[np.flo
     n, k = values.shape
     try:
         # As n experts of one row each: every row has its own importance.
-        encoded = quantize(values.reshape(n, 1, k), type, weights, threads=threads)
+        encoded = quantize(values.reshape(n, 1, k), type, weights, threads=threads, quality=quality)
     except SurgeryError as error:  # the core knows the row of the sample, not the tensor
         error.object = tensor.output.name
         raise

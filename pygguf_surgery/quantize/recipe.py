@@ -14,7 +14,7 @@ from .._core import types as _core_types
 from ..errors import BadPlan, SurgeryError, Unsupported
 from ..experts import roles
 from ..plan_data import OutputTensor, Quantize, Stack, UseImatrix
-from . import importance, mixes
+from . import importance, mixes, parse_quality
 from .recipe_file import compile_pattern
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def options_of(loaded: Recipe, names: Collection[str], type: str | None, overrid
     own = [(o.pattern, o.type) for o in loaded.overrides
            if not o.optional or any(re.search(o.pattern, name) for name in names)]
     defaults = {name: value for name in ("pure", "output_type", "token_embedding_type", "leave_output",
-                                         "allow_requantize") if (value := getattr(loaded, name))}
+                                         "allow_requantize", "quality") if (value := getattr(loaded, name))}
     base = type if type is not None else loaded.type
     if base is None:
         raise BadPlan("the recipe names no base type", object=loaded.name, hint="give one")
@@ -129,6 +129,7 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
         overrides = _Overrides(parse_overrides(edit.overrides))
         edit = replace(edit, **{what: parse_type(getattr(edit, what), what)
                                 for what in ("output_type", "token_embedding_type")})
+        parse_quality(edit.quality)
     except SurgeryError as error:  # a plan from JSON; Plan.quantize has refused it at once
         return Outcome(tensors, dict(metadata), [error], [])
 
@@ -144,13 +145,20 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
         type, notes = _fitting(tensor, wanted[tensor.name], facts, fallbacks, out.blockers)
         if type != tensor.source_type and facts[tensor.source_type]["quantized"]:
             requantized.append(tensor)
-        out.tensors.append(replace(tensor, type=type, notes=[*tensor.notes, *notes]))
+        best = edit.quality == "best" and type != tensor.source_type and facts[type]["has_best"]
+        out.tensors.append(replace(tensor, type=type, notes=[*tensor.notes, *notes], best=best))
     if requantized and not edit.allow_requantize:
         out.blockers.append(BadPlan(
             f"already quantized{_with_others(requantized)}", object=requantized[0].name,
             found=requantized[0].source_type,
             hint="allow_requantize=True (--allow-requantize) decodes and encodes it again, at a loss; or override it "
                  'with "copy"'))
+    if edit.quality == "best":
+        count = sum(tensor.best for tensor in out.tensors)
+        (out.notes if count else out.warnings).append(
+            f"quality best: {_tensors(count)} with less error than llama-quantize's bytes" if count else
+            "quality best: no tensor gets a type that it is for ("
+            + ", ".join(name for name, t in facts.items() if t["has_best"]) + ")")
     if not unreadable:
         _weigh(model, edit, file_type, imatrix, facts, out)
     overrides.report(out, lambda: _dropped(model, tensors))

@@ -7,6 +7,7 @@
     token_embedding_type = "Q8_0"
     leave_output = false
     allow_requantize = false
+    quality = "default"                 # or "best"
     max_size = "110GB"                  # a larger output is refused
 
     [[override]]                        # in order, the first that matches wins
@@ -29,7 +30,7 @@ from typing import Any
 from .._core import types as _core_types
 from ..errors import BadPlan, SurgeryError
 from ..units import parse_size
-from . import mixes
+from . import mixes, parse_quality
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ class Recipe:
     token_embedding_type: str | None = None
     leave_output: bool = False
     allow_requantize: bool = False
+    quality: str = "default"
     max_bytes: int | None = None
 
 
 _KEYS: dict[str, type] = {
     "description": str, "type": str, "pure": bool, "output_type": str, "token_embedding_type": str,
-    "leave_output": bool, "allow_requantize": bool, "max_size": str, "override": list}
+    "leave_output": bool, "allow_requantize": bool, "quality": str, "max_size": str, "override": list}
 _OVERRIDE_KEYS: dict[str, type] = {"pattern": str, "type": str, "reason": str, "optional": bool}
 _WORDS = {str: "text", bool: "true or false", list: "[[override]] tables", dict: "a table", int: "a number",
           float: "a number"}
@@ -118,7 +120,7 @@ def parse(data: bytes, name: str, path: str) -> Recipe:
         output_type=_ggml_type(table.get("output_type"), path, "output_type"),
         token_embedding_type=_ggml_type(table.get("token_embedding_type"), path, "token_embedding_type"),
         leave_output=table.get("leave_output", False), allow_requantize=table.get("allow_requantize", False),
-        max_bytes=max_bytes)
+        quality=_named("quality", path, lambda: parse_quality(table.get("quality", "default"))), max_bytes=max_bytes)
 
 
 def _toml(data: bytes, path: str) -> dict[str, Any]:

@@ -15,20 +15,31 @@ struct Choice {
     bool available;
 };
 
-const Kernels ggml_set{"ggml", nullptr, nullptr, lanes::scalar_set.all_finite};
+// ggml's own loops; what ggml has not is the scalar set's.
+const Kernels ggml_set = [] {
+    Kernels set = lanes::scalar::kernels;
+    set.name = "ggml";
+    for (auto& encode : set.encode) encode = nullptr;
+    for (auto& decode : set.decode) decode = nullptr;
+    return set;
+}();
 
-// Best first, those for testing last.
+// Best first.
 std::vector<Choice> choices() {
     std::vector<Choice> all;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    all.push_back({&lanes::avx512_set, avx512});
-    all.push_back({&lanes::avx2_set, __builtin_cpu_supports("avx2") != 0});
+    all.push_back({&lanes::avx512::kernels, avx512});
+    all.push_back({&lanes::avx2::kernels, avx2});
+    all.push_back({&lanes::sse::kernels, __builtin_cpu_supports("sse4.1") != 0});
+#elif defined(__aarch64__)
+    all.push_back({&lanes::neon::kernels, true});
 #endif
-    all.push_back({&lanes::scalar_set, true});
-    all.push_back({&ggml_set, true});
+    all.push_back({&ggml_set, true});  // before the scalar set, which is its slower twin but for the grid types
+    all.push_back({&lanes::scalar::kernels, true});
     return all;
 }
 

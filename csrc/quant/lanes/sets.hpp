@@ -1,10 +1,14 @@
-// The compiled instances; only dispatch.cpp chooses among them.
+// The compiled sets; only dispatch.cpp chooses among them.
 #pragma once
 #include "quant/lanes/kernels.hpp"
 
 namespace pgs::lanes {
-extern const Kernels scalar_set;
+namespace scalar { extern const Kernels kernels; }
 #if defined(__x86_64__)
-extern const Kernels avx2_set, avx512_set;
+namespace sse { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+#elif defined(__aarch64__)
+namespace neon { extern const Kernels kernels; }
 #endif
 }  // namespace pgs::lanes

@@ -1,0 +1,117 @@
+// The nearest of a list of grid points, in the order in which ggml compares them.
+#pragma once
+#include "quant/grid.hpp"
+#include "quant/lanes/vector.hpp"
+
+namespace pgs::lanes::PGS_SET {
+
+// Which of n points has the least d2 = sum over its axes of w * (scale * q - x)^2, the first of several, or -1 if none is
+// below FLT_MAX. q, and so each term, has few values on an axis: 8 of them on each of 4 axes, or 3 of 4 on each of 8. They are
+// computed once; d2 of a point is then a sum of table entries, in ggml's order. Lanes are points. `codes` are those of
+// Grid::list_codes; up to W more may be read.
+#if PGS_WIDTH >= 8
+template <int AXES>
+LANE int nearest_point(const uint16_t* codes, int n, const float* x, const float* w, float scale, const float* values) {
+    constexpr int bits = 16 / AXES;  // 4 or 2
+#if PGS_WIDTH == 16
+    // The terms of all axes in two vectors: 4 axes of 8 entries, or 8 of 4 (one unused), which are then spread.
+    const vi lower = AXES == 4 ? vi{0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1} : vi{0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+    const vi upper = lower + AXES / 2;
+    vf q, xs, ws, table[AXES];
+    if constexpr (AXES == 4) {
+        q = _mm512_broadcast_f32x8(_mm256_loadu_ps(values));
+        xs = _mm512_castps128_ps512(_mm_loadu_ps(x));
+        ws = _mm512_castps128_ps512(_mm_loadu_ps(w));
+    } else {
+        q = _mm512_broadcast_f32x4(_mm_loadu_ps(values));
+        xs = _mm512_castps256_ps512(_mm256_loadu_ps(x));
+        ws = _mm512_castps256_ps512(_mm256_loadu_ps(w));
+    }
+    const vf sq = scale * q;
+    const vf da = sq - (vf)_mm512_permutexvar_ps((__m512i)lower, xs), db = sq - (vf)_mm512_permutexvar_ps((__m512i)upper, xs);
+    const vf a = (vf)_mm512_permutexvar_ps((__m512i)lower, ws) * da * da;
+    const vf b = (vf)_mm512_permutexvar_ps((__m512i)upper, ws) * db * db;
+    if constexpr (AXES == 4) {
+        table[0] = table[1] = a;  // odd axes have bit 3 set in their codes
+        table[2] = table[3] = b;
+    } else {
+        table[0] = _mm512_shuffle_f32x4(a, a, 0x00), table[1] = _mm512_shuffle_f32x4(a, a, 0x55);
+        table[2] = _mm512_shuffle_f32x4(a, a, 0xaa), table[3] = _mm512_shuffle_f32x4(a, a, 0xff);
+        table[4] = _mm512_shuffle_f32x4(b, b, 0x00), table[5] = _mm512_shuffle_f32x4(b, b, 0x55);
+        table[6] = _mm512_shuffle_f32x4(b, b, 0xaa), table[7] = _mm512_shuffle_f32x4(b, b, 0xff);
+    }
+    auto look_up = [](vf t, vi at) __attribute__((always_inline)) {
+        return AXES == 4 ? (vf)_mm512_permutexvar_ps((__m512i)at, t) : (vf)_mm512_permutevar_ps(t, (__m512i)at);
+    };
+    auto widen = [](const uint16_t* p) __attribute__((always_inline)) { return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i_u*)p)); };
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+    const vf q = AXES == 4 ? load(values) : (vf)_mm256_broadcast_ps((const __m128*)values);
+    const vf sq = scale * q;
+    vf table[AXES];
+    for (int i = 0; i < AXES; ++i) {
+        const vf difference = sq - x[i];
+        table[i] = w[i] * difference * difference;
+    }
+    auto look_up = [](vf t, vi at) __attribute__((always_inline)) {
+        return AXES == 4 ? (vf)_mm256_permutevar8x32_ps(t, (__m256i)at) : (vf)_mm256_permutevar_ps(t, (__m256i)at);
+    };
+    auto widen = [](const uint16_t* p) __attribute__((always_inline)) { return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i_u*)p)); };
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7};
+#endif
+    vf best = splat(__FLT_MAX__);
+    vi where = splat(-1);
+    for (int j = 0; j < n; j += W) {
+        const vi code = widen(codes + j);
+        vf d2 = look_up(table[0], code);
+#pragma GCC unroll 7
+        for (int i = 1; i < AXES; ++i) d2 += look_up(table[i], (vi)((vu)code >> bits * i));
+        const vi index = lane + j;
+        const vm better = (vm)(less(d2, best) & less(index, splat(n)));
+        best = select(better, d2, best);
+        where = select(better, index, where);
+    }
+#if PGS_WIDTH == 16
+    const float least = _mm512_reduce_min_ps(best);
+    const __mmask16 first = _mm512_cmp_ps_mask(best, _mm512_set1_ps(least), _CMP_EQ_OQ);
+    if (n <= W && least < __FLT_MAX__) return __builtin_ctz(first);
+    // As unsigned -1 is above all.
+    return (int)_mm512_mask_reduce_min_epu32(first, (__m512i)where);
+#else
+    __m128 m = _mm_min_ps(_mm256_castps256_ps128(best), _mm256_extractf128_ps(best, 1));
+    m = _mm_min_ps(m, _mm_movehl_ps(m, m));
+    m = _mm_min_ss(m, _mm_shuffle_ps(m, m, 1));
+    const vf least = _mm256_broadcastss_ps(m);
+    const vi candidates = select(best == least, where, splat(-1));
+    __m128i c = _mm_min_epu32(_mm256_castsi256_si128((__m256i)candidates), _mm256_extracti128_si256((__m256i)candidates, 1));
+    c = _mm_min_epu32(c, _mm_unpackhi_epi64(c, c));
+    c = _mm_min_epu32(c, _mm_shuffle_epi32(c, 1));
+    return _mm_cvtsi128_si32(c);
+#endif
+}
+#else
+template <int AXES>
+LANE int nearest_point(const uint16_t* codes, int n, const float* x, const float* w, float scale, const float* values) {
+    constexpr int bits = 16 / AXES, count = AXES == 4 ? 8 : 4;
+    float table[AXES][count];
+    for (int i = 0; i < AXES; ++i)
+        for (int v = 0; v < count; ++v) {
+            const float difference = scale * values[v] - x[i];
+            table[i][v] = w[i] * difference * difference;
+        }
+    float best = __FLT_MAX__;
+    int where = -1;
+    for (int j = 0; j < n; ++j) {
+        const unsigned code = codes[j];
+        float d2 = table[0][code & (count - 1)];
+        for (int i = 1; i < AXES; ++i) d2 += table[i][code >> bits * i & (count - 1)];
+        if (d2 < best) {
+            best = d2;
+            where = j;
+        }
+    }
+    return where;
+}
+#endif
+
+}  // namespace pgs::lanes::PGS_SET
