@@ -57,17 +57,24 @@ def warm(path: str, length: int) -> None:
             length -= n
 
 
-def equal_tensors(ours: str, theirs: str) -> int:
-    """How many tensors two files hold, all of the same type, shape and bytes; asserts that they are."""
-    import pygguf_surgery as pgs
+_COMPARE = """
+import sys
+import pygguf_surgery as pgs
+with pgs.open(sys.argv[1]) as a, pgs.open(sys.argv[2]) as b:
+    assert sorted(a.tensors) == sorted(b.tensors)
+    for name, t in a.tensors.items():
+        other = b.tensors[name]
+        assert (t.type, t.shape) == (other.type, other.shape), name
+        assert (t.bytes() == other.bytes()).all(), f"{name}: bytes differ"
+    print(len(a.tensors))
+"""
 
-    with pgs.open(ours) as a, pgs.open(theirs) as b:
-        assert sorted(a.tensors) == sorted(b.tensors)
-        for name, t in a.tensors.items():
-            other = b.tensors[name]
-            assert (t.type, t.shape) == (other.type, other.shape), name
-            assert (t.bytes() == other.bytes()).all(), f"{name}: bytes differ"
-        return len(a.tensors)
+
+def equal_tensors(ours: str, theirs: str) -> int:
+    """How many tensors two files hold, all of the same type, shape and bytes; fails if they are not. In a process of its
+    own: a child's peak RSS begins with that of its parent."""
+    found = subprocess.run([sys.executable, "-c", _COMPARE, ours, theirs], check=True, capture_output=True, text=True)
+    return int(found.stdout)
 
 
 def show(label: str, seconds: list[float], peak: float) -> None:

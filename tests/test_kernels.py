@@ -102,7 +102,7 @@ numbers = st.one_of(
     st.floats(-4, 4, width=32),
     st.sampled_from([0.0, -0.0, 1.0, -6.0, 0.75, 2.0**-149, -(2.0**-126), 2.0**-15, 65504.0, 2.0**47, 2.0**48, 2.0**100]),
     st.integers(-24, 24).map(lambda n: n / 4))
-weights = st.one_of(st.floats(0, 100, width=32), st.sampled_from([0.0, 1.0, 1e-20, 2.0**-140, 2.0**49]))
+weights = st.one_of(st.floats(0, 100, width=32), st.sampled_from([0.0, 1.0, 1e-20, 2.0**-140, 2.0**47, 2.0**49]))
 
 
 @st.composite
@@ -181,14 +181,24 @@ def test_bytes_of_a_hundred_million_weights(name, weighted):
 def test_mxfp4_on_every_exponent_and_where_log2f_rounds_up():
     """The largest value of a block runs over all normal exponents, with the 64 largest mantissas and others."""
     rng = np.random.default_rng(0)
-    # Exponents 1 and 2 give a scale that llama.cpp refuses or that wraps; the error paths are in test_quant.
-    exponents = np.arange(3, 255, dtype=np.uint32)
+    exponents = np.arange(2, 255, dtype=np.uint32)  # 1 gives a scale that llama.cpp refuses: test_quant
     mantissas = np.concatenate([0x7FFFFF - np.arange(64), rng.integers(0, 0x800000, 64), [0, 1, 2]]).astype(np.uint32)
     largest = ((exponents[:, None] << 23) | mantissas[None, :]).view(np.float32)
     for row in largest:  # an exponent at a time: those above 2^48 are ggml's own
         x = (rng.uniform(-1, 1, (len(row), 32)).astype(np.float32) * row[:, None]).astype(np.float32)
         x[np.arange(len(row)), rng.integers(0, 32, len(row))] = row * rng.choice([-1, 1], len(row))
         assert_all_sets_equal(lambda: encode("MXFP4", x))
+
+
+def test_mxfp4_of_denormals():
+    """Beside each power of two; log2f rounds up there too. The scale wraps as a cast does on x86."""
+    near = (2 ** np.arange(1, 24)[:, None] + np.arange(-30, 4)).ravel()
+    largest = near[(near > 0) & (near < 1 << 23)].astype(np.uint32).view(np.float32)
+    x = np.zeros((len(largest), 32), np.float32)
+    x[:, 3] = largest
+    assert_all_sets_equal(lambda: encode("MXFP4", x[largest.view(np.uint32) < (1 << 23) - 30]))
+    for row in x[largest.view(np.uint32) >= (1 << 23) - 30]:  # some of these have no valid scale
+        assert_all_sets_equal(lambda: encode("MXFP4", row[None]))
 
 
 def test_mxfp4_at_and_beside_every_midpoint():

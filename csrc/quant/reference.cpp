@@ -108,16 +108,19 @@ void encode_rows(std::int32_t type, const float* source, std::byte* target, std:
     best = best && type_has_best(type);
     if (!best && !type_uses_importance(type)) importance = nullptr;
     const Grid* grid = grid_of(type);
-    const Encode encode = best ? lanes.encode_best[type] : lanes.encode[type];
     const bool ordinary = largest < extreme_bits && (!importance || lanes.largest(importance, row_elements) < extreme_bits);
-    const bool done = ordinary && encode &&
-                      encode({source, importance, rows, row_elements, reinterpret_cast<unsigned char*>(target), grid});
-    if (!done && best && rows > 1) {  // only the rows that need it become ggml's
+    auto encoded_by = [&](Encode encode) {
+        return ordinary && encode &&
+               encode({source, importance, rows, row_elements, reinterpret_cast<unsigned char*>(target), grid});
+    };
+    bool done = encoded_by(best ? lanes.encode_best[type] : lanes.encode[type]);
+    if (!done && best) {  // only the rows that need it become ggml's
         const std::uint64_t bytes = row_bytes(type, row_elements);
-        for (std::uint64_t row = 0; row < rows; ++row)
+        for (std::uint64_t row = 0; rows > 1 && row < rows; ++row)
             encode_rows(type, source + row * row_elements, target + row * bytes, 1, row_elements, importance, first_row + row,
                         true);
-        return;
+        if (rows > 1) return;
+        done = encoded_by(lanes.encode[type]);
     }
     if (!done) {
         install_abort_net();

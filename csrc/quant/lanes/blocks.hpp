@@ -14,6 +14,24 @@ struct Group {
     unsigned char* target[W];
 };
 
+// Numbers at, at + 1, ... of each lane's block: columns[i] has those at + i. n is a multiple of 16.
+LANE void load_values(const Group& group, int at, int n, vf* columns) {
+    const float* rows[W];
+    for (int j = 0; j < W; ++j) rows[j] = group.values[j] + at;
+    load_columns(rows, n, columns);
+}
+LANE void load_importance(const Group& group, int at, int n, vf* columns) {
+    const float* rows[W];
+    for (int j = 0; j < W; ++j) rows[j] = group.importance[j] + at;
+    load_columns(rows, n, columns);
+}
+
+// ggml's weights of numbers x: importance * sqrt(sigma2 + x^2).
+LANE void load_weights(const Group& group, int at, int n, const vf* x, vf sigma2, vf* w) {
+    load_importance(group, at, n, w);
+    for (int i = 0; i < n; ++i) w[i] = w[i] * square_root(sigma2 + x[i] * x[i]);
+}
+
 // Calls work(group) for all blocks of `elements` elements, `bytes` bytes.
 template <class Work>
 LANE void for_groups(const Rows& rows, uint32_t elements, uint32_t bytes, Work work) {

@@ -12,10 +12,22 @@ typedef uint8_t vub __attribute__((vector_size(W)));
 typedef vh loose_vh __attribute__((aligned(1), may_alias));
 typedef vb loose_vb __attribute__((aligned(1), may_alias));
 typedef vub loose_vub __attribute__((aligned(1), may_alias));
+typedef int32_t loose_int __attribute__((aligned(1), may_alias));
 
 LANE vu load_halves(const void* p) { return __builtin_convertvector(*(const loose_vh*)p, vu); }
+#if PGS_WIDTH == 16
+LANE vi load_signed(const void* p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i_u*)p)); }
+LANE vi load_bytes(const void* p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i_u*)p)); }
+#elif PGS_WIDTH == 8
+LANE vi load_signed(const void* p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i_u*)p)); }
+LANE vi load_bytes(const void* p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i_u*)p)); }
+#elif PGS_WIDTH == 4 && defined(__x86_64__)
+LANE vi load_signed(const void* p) { return (vi)_mm_cvtepi8_epi32(_mm_cvtsi32_si128(*(const loose_int*)p)); }
+LANE vi load_bytes(const void* p) { return (vi)_mm_cvtepu8_epi32(_mm_cvtsi32_si128(*(const loose_int*)p)); }
+#else
 LANE vi load_signed(const void* p) { return __builtin_convertvector(*(const loose_vb*)p, vi); }
 LANE vi load_bytes(const void* p) { return __builtin_convertvector(*(const loose_vub*)p, vi); }
+#endif
 
 LANE vf wide(const unsigned char* p) {
 #if PGS_WIDTH == 16
@@ -46,7 +58,15 @@ LANE void narrow_brain(vf v, unsigned char* p) {
 LANE float half_at(const unsigned char* p) {
     uint16_t h;
     __builtin_memcpy(&h, p, 2);
-    return half_to_float(vu{} + h)[0];
+#if PGS_WIDTH >= 8
+    return _cvtsh_ss(h);
+#else
+    const uint32_t twice = (uint32_t)h << 17, bits = twice < 1u << 27 ? twice >> 17 | 126u << 23 : (twice >> 4) + (0xE0u << 23);
+    float v;
+    __builtin_memcpy(&v, &bits, sizeof v);
+    v = twice < 1u << 27 ? v - 0.5f : v * 0x1.0p-112f;
+    return h >> 15 ? -v : v;
+#endif
 }
 
 // work(vector) at all places; the last one may be partly beyond `elements`, in a copy.

@@ -26,14 +26,6 @@ LANE vf value_of(vi code) {
     return (vf)((vi)to_float(q) | (code & 8) << 28);
 }
 
-LANE vf largest_of(const vf* x, int n) {
-    vf most = {};
-    for (int i = 0; i < n; ++i) most = larger(absolute(x[i]), most);
-    return most;
-}
-
-LANE vi word_of(vi a, vi b, vi c, vi d) { return a | b << 8 | c << 16 | d << 24; }
-
 // --- MXFP4 ---
 
 // Just below a power of two log2f rounds up to it, so that floorf(log2f(x)) is one too large. How many of the largest
@@ -49,11 +41,24 @@ LANE vi rounded_up(vi exponent) {
     return count;
 }
 
-// The exponent that ggml gives a block by its largest magnitude; 0 for a block of zeros.
+// The exponent that ggml gives a block by its largest magnitude; 0 for a block of zeros. It is floor(log2) - 2 + 127, wrapping
+// as the cast to a byte does on x86: below 2^-125 it comes out large, which makes all numbers of the block zero or, as 255,
+// has no meaning to llama.cpp.
 LANE vi exponent_of(vf most) {
     const vi bits = (vi)most, exponent = bits >> 23;
     const vi up = select(greater(bits & 0x7fffff, 0x7fffff - rounded_up(exponent)), splat(1), vi{});
-    return select(equal(bits, vi{}), vi{}, (exponent + up - 2) & 0xff);  // floor(log2) - 2 + 127, wrapping as x86 does
+    vi e = exponent + up - 2;
+    const vm denormal = (vm)(less(bits, splat(1 << 23)) & greater(bits, vi{}));
+    if (any(denormal)) {
+        const vi highest = ((vi)to_float(bits) >> 23) - 127;  // bit; log2 is that - 149
+        // As above, but a step is 2^-149 whatever the power of two: 44 * 2^-24 and 88 * 2^-24 (from 128 on) in such steps.
+        constexpr int below[6] = {1, 1, 3, 6, 0, 11};  // 1, 2, 5, 11, 11, 22 for powers of two 2^18 to 2^23
+        vi count = {};
+        for (int k = 0; k < 6; ++k) count += select(less(highest, splat(17 + k)), vi{}, splat(below[k]));
+        const vi next = (vi)(splat(2) << highest);
+        e = select(denormal, highest - 24 + select(greater(bits, next - 1 - count), splat(1), vi{}), e);
+    }
+    return select(equal(bits, vi{}), vi{}, e & 0xff);
 }
 
 // GGML_E8M0_TO_FP32_HALF.
@@ -64,7 +69,7 @@ LANE void store_mxfp4(const vi* code, vi e, const Group& group) {
     for (int i = 0; i < 16; i += 4) {
         vi pair[4];
         for (int b = 0; b < 4; ++b) pair[b] = code[i + b] | code[16 + i + b] << 4;
-        store_words(word_of(pair[0], pair[1], pair[2], pair[3]), group.target, 1 + i);
+        store_words(word_of(pair), group.target, 1 + i);
     }
 }
 
@@ -85,19 +90,16 @@ LANE vf codes_and_error(const vf* x, const vf* w, vf d, vi* code) {
 }  // namespace
 
 bool encode_mxfp4(const Rows& rows) {
-    bool sure = true;
-    for_groups(rows, 32, 17, [&](const Group& group) {
+    for_groups(rows, 32, 17, [](const Group& group) {
         vf x[32];
         vi code[32];
         load_columns(group.values, 32, x);
-        const vf most = largest_of(x, 32);
-        sure &= !any((vm)(greater((vi)most, vi{}) & less((vi)most, splat(1 << 23))));
-        const vi e = exponent_of(most);
+        const vi e = exponent_of(largest_of(x, 32));
         const vf d = scale_of(e);
         for (int i = 0; i < 32; ++i) code[i] = code_of(x[i], d);
         store_mxfp4(code, e, group);
     });
-    return sure;
+    return true;
 }
 
 // The nearest values for ggml's exponent, the one above and the one below; of these three encodings of a block that with the
@@ -160,9 +162,7 @@ bool encode_nvfp4(const Rows& rows) {
         for (int s = 0; s < 4; ++s) {
             vf x[16];
             vi code[16];
-            const float* values[W];
-            for (int lane = 0; lane < W; ++lane) values[lane] = group.values[lane] + 16 * s;
-            load_columns(values, 16, x);
+            load_values(group, 16 * s, 16, x);
             const vf most = largest_of(x, 16);
             // Far beyond the largest scale ggml's differences round to equals.
             sure &= !any(greater(most, splat(0x1.0p20f)));
@@ -173,10 +173,10 @@ bool encode_nvfp4(const Rows& rows) {
             for (int i = 0; i < 8; i += 4) {
                 vi pair[4];
                 for (int b = 0; b < 4; ++b) pair[b] = code[i + b] | code[8 + i + b] << 4;
-                store_words(word_of(pair[0], pair[1], pair[2], pair[3]), group.target, 4 + 8 * s + i);
+                store_words(word_of(pair), group.target, 4 + 8 * s + i);
             }
         }
-        store_words(word_of(scale[0], scale[1], scale[2], scale[3]), group.target, 0);
+        store_words(word_of(scale), group.target, 0);
     });
     return sure;
 }

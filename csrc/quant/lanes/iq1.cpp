@@ -1,7 +1,6 @@
 // IQ1_S and IQ1_M: eight numbers at a time as a point of a grid of three values, a scale for each 32 or 16. Lanes are
 // superblocks of 256; the points of a list are searched on their own.
-#include "quant/lanes/blocks.hpp"
-#include "quant/lanes/neighbours.hpp"
+#include "quant/lanes/grid_search.hpp"
 
 namespace pgs::lanes::PGS_SET {
 
@@ -39,7 +38,7 @@ LANE vf pick(vi code, vf first, vf second, vf third) {
 struct Split {
     vf score = splat(-__FLT_MAX__), scale;
     vi first = splat(-1), second = splat(-1), shift = {};
-    __attribute__((always_inline)) void offer(vf qx, vf q2, int i1, int i2, int kind) {
+    LANE_MEMBER void offer(vf qx, vf q2, int i1, int i2, int kind) {
         const vm better = (vm)(greater(q2, vf{}) & greater(qx * qx, score * q2));
         if (!any(better)) return;
         const vf s = qx / q2;
@@ -92,38 +91,10 @@ LANE bool onto_grid(const Grid& grid, const Group& group, int at, const float (*
     return true;
 }
 
-template <int N>
-LANE void by_lane(const vf* columns, float (*rows)[N]) {
-    for (int i = 0; i < N; i += W) {
-        vf c[W];
-        for (int k = 0; k < W; ++k) c[k] = columns[i + k];
-        transpose(c);
-        for (int lane = 0; lane < W; ++lane) store(rows[lane] + i, c[lane]);
-    }
-}
-
-LANE vf largest_of(const vf* x, int n) {
-    vf most = absolute(x[0]);
-    for (int i = 1; i < n; ++i) most = larger(most, absolute(x[i]));
-    return most;
-}
-
 LANE vf sum_of_squares(const vf* x) {
     vf sum = {};
     for (int i = 0; i < 256; ++i) sum += x[i] * x[i];
     return 2.0f * sum / 256.0f;
-}
-
-// The weights of n numbers, importance * sqrt(sigma2 + x^2), or x^2.
-LANE void weigh(const Group& group, bool weighted, int at, int n, const vf* x, vf sigma2, vf* w) {
-    if (weighted) {
-        const float* importance[W];
-        for (int lane = 0; lane < W; ++lane) importance[lane] = group.importance[lane] + at;
-        load_columns(importance, n, w);
-        for (int i = 0; i < n; ++i) w[i] = w[i] * square_root(sigma2 + x[i] * x[i]);
-    } else {
-        for (int i = 0; i < n; ++i) w[i] = x[i] * x[i];
-    }
 }
 
 // The weights in sorted order.
@@ -156,7 +127,7 @@ LANE bool encode_s(const Group& group, const Grid& grid) {
         vf w[N], v[N], sw[N];
         float rows[W][N];
         vi place[N];
-        weigh(group, true, 32 * j, N, xs, sigma2, w);
+        load_weights(group, 32 * j, N, xs, sigma2, w);
         by_lane(w, rows);
         for (int i = 0; i < N; ++i) v[i] = xs[i], place[i] = splat(i);
         sort<N>(v, place);
@@ -241,7 +212,9 @@ LANE bool encode_m(const Group& group, bool weighted, const Grid& grid) {
     for (int j = 0; j < 16; ++j) {
         const vf* xs = x + 16 * j;
         vf* const ws = w + 16 * j;
-        weigh(group, weighted, 16 * j, N, xs, sigma2, ws);
+        if (weighted) load_weights(group, 16 * j, N, xs, sigma2, ws);
+        else
+            for (int i = 0; i < N; ++i) ws[i] = xs[i] * xs[i];
         scales[j] = vf{};
         shifts[j] = vi{};
         for (int k = 0; k < 2; ++k) codes[j][k] = splat((int32_t)grid.codes[0]), index[j][k] = vi{};

@@ -1,118 +1,31 @@
 // IQ2_XXS, IQ2_XS and IQ2_S: eight numbers at a time as a point of a grid, a scale for each 32 or 16. Lanes are superblocks
 // of 256; the points of a list are searched on their own.
-#include "quant/lanes/neighbours.hpp"
+#include "quant/lanes/grid_search.hpp"
 #include "quant/lanes/scale_min.hpp"
 
 namespace pgs::lanes::PGS_SET {
 
 namespace {
 
-constexpr float grid_values[4] = {1, 3, 5, 0};
-
 enum Kind { xxs, xs, s };
-
-// N numbers of each lane's superblock.
-template <int N>
-struct Part {
-    vf x[N], w[N], wx[N];           // magnitudes (one of eight may be negative), their weights, w * x
-    float rows[W][N], roots[W][N];  // x and sqrt(w), lane by lane
-};
-
-// The point for each group of eight numbers at a scale: its packed codes, and whether they were on the grid as they are.
-// False where ggml would not find one.
-template <int N>
-LANE bool points_at(const Part<N>& p, const Grid& grid, int k, vf inverse, const float* scale, vm wanted, vi& codes, vm& on_grid) {
-    vi u = {};
-    for (int i = 0; i < 8; ++i)
-        u |= clamp(nearest_int(0.5f * (inverse * p.x[8 * k + i] - 1.0f)), 0, 2) << 2 * i;
-    const vi index = gather(grid.map, u);
-    on_grid = negate(less(index, vi{}));
-    unsigned open = bits_of((vm)(negate(on_grid) & wanted));
-    codes = u;
-    if (!open) return true;
-    int32_t found[W], starts[W];
-    store(found, u);
-    store(starts, -1 - index);
-    for (; open; open &= open - 1) {
-        const int lane = __builtin_ctz(open);
-        const uint16_t* list = grid.list_codes + starts[lane];
-        const int best = nearest_point<8>(list + 1, list[0], p.rows[lane] + 8 * k, p.roots[lane] + 8 * k, scale[lane], grid_values);
-        if (best < 0) return false;
-        found[lane] = list[1 + best];
-    }
-    codes = load_int(found);
-    return true;
-}
-
-// Adds the sums of one group's eight numbers, q being 2 * code + 1.
-template <int N>
-LANE void add_sums(const Part<N>& p, int k, vi codes, vf& sqx, vf& sq2) {
-    for (int i = 0; i < 8; ++i) {
-        const vf q = to_float((codes >> 2 * i & 3) * 2 + 1);
-        sqx += p.wx[8 * k + i] * q;
-        sq2 += p.w[8 * k + i] * q * q;
-    }
-}
 
 template <Kind KIND>
 LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
     constexpr int N = KIND == xxs ? 32 : 16, groups = N / 8, parts = 256 / N, tries = KIND == xxs ? 6 : 9;
     constexpr int bytes = KIND == xxs ? 66 : KIND == xs ? 74 : 82;
     constexpr float nearly_nothing = KIND == s ? 1e-8f : group_max_eps;
-    vf sigma2 = {}, scales[parts], max_scale = {};
-    for (int j = 0; j < 8; ++j) {
-        const float* values[W];
-        for (int lane = 0; lane < W; ++lane) values[lane] = group.values[lane] + 32 * j;
-        vf x[32];
-        load_columns(values, 32, x);
-        for (int i = 0; i < 32; ++i) sigma2 += x[i] * x[i];
-    }
-    sigma2 = (KIND == s ? 2.0f * sigma2 : sigma2) / 256.0f;
+    const vf sigma2 = (KIND == s ? 2.0f : 1.0f) * sum_of_squares(group) / 256.0f;
+    vf scales[parts], max_scale = {};
     vi words[16] = {}, high[2] = {};  // of the indices and signs; IQ2_S: the upper two bits of the indices
     vi sign_words[16] = {};
     for (int j = 0; j < parts; ++j) {
-        Part<N> p;
-        const float *values[W], *importance[W];
-        for (int lane = 0; lane < W; ++lane) {
-            values[lane] = group.values[lane] + N * j;
-            if (weighted) importance[lane] = group.importance[lane] + N * j;
-        }
-        load_columns(values, N, p.x);
-        if (weighted) {
-            load_columns(importance, N, p.w);
-            for (int i = 0; i < N; ++i) p.w[i] = p.w[i] * square_root(sigma2 + p.x[i] * p.x[i]);
-        } else {
+        Part<8, N> p;
+        load_values(group, N * j, N, p.x);
+        if (weighted) load_weights(group, N * j, N, p.x, sigma2, p.w);
+        else
             for (int i = 0; i < N; ++i) p.w[i] = 0.25f * sigma2 + p.x[i] * p.x[i];
-        }
         vi signs[groups];
-        for (int k = 0; k < groups; ++k) {
-            // But for IQ2_S the number of minus signs must be even: that of the number that matters least changes.
-            vf least = p.w[8 * k] * p.x[8 * k] * p.x[8 * k];
-            vi where = {}, count = {}, bits = {};
-            for (int i = 0; i < 8; ++i) {
-                vf& x = p.x[8 * k + i];
-                if (KIND != s) {
-                    const vf matters = p.w[8 * k + i] * x * x;
-                    const vm lower = less(matters, least);
-                    least = select(lower, matters, least);
-                    where = select(lower, splat(i), where);
-                }
-                const vm minus = less(x, vf{});
-                x = select(minus, -x, x);
-                bits |= select(minus, splat(1 << i), vi{});
-                count ^= select(minus, splat(1), vi{});
-            }
-            if (KIND != s) {
-                const vm odd = negate(equal(count, vi{}));
-                for (int i = 0; i < 8; ++i) {
-                    const vm flip = (vm)(odd & equal(where, splat(i)));
-                    p.x[8 * k + i] = select(flip, -p.x[8 * k + i], p.x[8 * k + i]);
-                    bits ^= select(flip, splat(1 << i), vi{});
-                }
-                bits &= 127;
-            }
-            signs[k] = bits;
-        }
+        for (int k = 0; k < groups; ++k) signs[k] = p.take_signs(k, KIND != s);
         vf most = p.x[0];
         for (int i = 1; i < N; ++i) most = larger(most, p.x[i]);
         vm nothing = less(most, splat(nearly_nothing));
@@ -128,16 +41,7 @@ LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
             scale = most / 5.0f;
         }
         const vm some = negate(nothing);
-        for (int i = 0; i < N; i += W) {
-            vf columns[W];
-            for (int c = 0; c < W; ++c) columns[c] = p.x[i + c];
-            transpose(columns);
-            for (int lane = 0; lane < W; ++lane) store(p.rows[lane] + i, columns[lane]);
-            for (int c = 0; c < W; ++c) columns[c] = square_root(p.w[i + c]);
-            transpose(columns);
-            for (int lane = 0; lane < W; ++lane) store(p.roots[lane] + i, columns[lane]);
-        }
-        for (int i = 0; i < N; ++i) p.wx[i] = p.w[i] * p.x[i];
+        p.prepare();
         vf best = {};
         vi chosen[groups] = {};  // codes
         vm certain[groups];      // they were on the grid
@@ -150,8 +54,8 @@ LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
             vm on_grid[groups];
             vf sqx = {}, sq2 = {};
             for (int k = 0; k < groups; ++k) {
-                if (!points_at(p, grid, k, inverse, trial, some, codes[k], on_grid[k])) return false;
-                add_sums(p, k, codes[k], sqx, sq2);
+                if (!p.points_at(grid, k, inverse, trial, some, codes[k], on_grid[k])) return false;
+                p.add_sums(k, codes[k], sqx, sq2);
             }
             const vm better = (vm)(greater(sq2, vf{}) & greater(sqx * sqx, best * sq2));
             if (!any(better)) continue;
@@ -174,9 +78,9 @@ LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
                 const vm redo = KIND == xxs ? again : (vm)(again & negate(certain[k]));
                 vi codes;
                 vm on_grid;
-                if (!points_at(p, grid, k, inverse, final_scale, redo, codes, on_grid)) return false;
+                if (!p.points_at(grid, k, inverse, final_scale, redo, codes, on_grid)) return false;
                 chosen[k] = select(redo, codes, chosen[k]);
-                add_sums(p, k, chosen[k], sqx, sq2);
+                p.add_sums(k, chosen[k], sqx, sq2);
             }
             scale = select((vm)(again & greater(sq2, vf{})), sqx / sq2, scale);
         }
@@ -190,7 +94,7 @@ LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
             if (any(less(index[k], vi{}))) return false;
         }
         if constexpr (KIND == xxs) {
-            words[2 * j] = index[0] | index[1] << 8 | index[2] << 16 | index[3] << 24;
+            words[2 * j] = word_of(index);
             words[2 * j + 1] = signs[0] | signs[1] << 7 | signs[2] << 14 | signs[3] << 21;
         } else if constexpr (KIND == xs) {
             words[j] = index[0] | signs[0] << 9 | (index[1] | signs[1] << 9) << 16;

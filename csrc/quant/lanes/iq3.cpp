@@ -1,69 +1,18 @@
 // IQ3_XXS and IQ3_S: four numbers at a time as a point of a grid, a scale for each 32. Lanes are superblocks of 256; the
 // points of a list are searched on their own.
-#include "quant/lanes/blocks.hpp"
-#include "quant/lanes/neighbours.hpp"
+#include "quant/lanes/grid_search.hpp"
 
 namespace pgs::lanes::PGS_SET {
 
 namespace {
-
-constexpr float grid_values[8] = {1, 3, 5, 7, 9, 11, 13, 15};
-
-// 32 numbers of each lane's superblock.
-struct Part {
-    vf x[32], w[32], wx[32];        // magnitudes (one of eight may be negative), their weights, w * x
-    float rows[W][32], roots[W][32];  // x and sqrt(w), lane by lane
-};
-
-// The point for each group of four numbers at a scale: its packed codes, and whether they were on the grid as they are.
-// False where ggml would not find one.
-LANE bool points_at(const Part& p, const Grid& grid, int k, vf inverse, const float* scale, vm wanted, vi& codes, vm& on_grid) {
-    vi u = {};
-    for (int i = 0; i < 4; ++i)
-        u |= clamp(nearest_int(0.5f * (inverse * p.x[4 * k + i] - 1.0f)), 0, 7) << 3 * i;
-    const vi index = gather(grid.map, u);
-    on_grid = negate(less(index, vi{}));
-    unsigned open = bits_of((vm)(negate(on_grid) & wanted));
-    codes = u;
-    if (!open) return true;
-    int32_t found[W], starts[W];
-    store(found, u);
-    store(starts, -1 - index);
-    for (; open; open &= open - 1) {
-        const int lane = __builtin_ctz(open), start = starts[lane];
-        const uint16_t* list = grid.list_codes + start;
-        const int best = nearest_point<4>(list + 1, list[0], p.rows[lane] + 4 * k, p.roots[lane] + 4 * k, scale[lane], grid_values);
-        if (best < 0) return false;
-        const int c = list[1 + best];
-        found[lane] = (c & 7) | (c >> 1 & 070) | (c >> 2 & 0700) | (c >> 3 & 07000);
-    }
-    codes = load_int(found);
-    return true;
-}
-
-// Adds the sums of one group's four numbers, q being 2 * code + 1.
-LANE void add_sums(const Part& p, int k, vi codes, vf& sqx, vf& sq2) {
-    for (int i = 0; i < 4; ++i) {
-        const vf q = to_float((codes >> 3 * i & 7) * 2 + 1);
-        sqx += p.wx[4 * k + i] * q;
-        sq2 += p.w[4 * k + i] * q * q;
-    }
-}
 
 // IQ3_XXS or (S) IQ3_S: 98 or 110 bytes.
 template <bool S>
 LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
     constexpr int tries = S ? 9 : 15;
     bool sure = true;
-    vf sigma2 = {}, scales[8], max_scale = {};
-    for (int j = 0; j < 8; ++j) {
-        const float* values[W];
-        for (int lane = 0; lane < W; ++lane) values[lane] = group.values[lane] + 32 * j;
-        vf x[32];
-        load_columns(values, 32, x);
-        for (int i = 0; i < 32; ++i) sigma2 += x[i] * x[i];
-    }
-    sigma2 = 2.0f * sigma2 / 256.0f;
+    const vf sigma2 = 2.0f * sum_of_squares(group) / 256.0f;
+    vf scales[8], max_scale = {};
     vi high = {}, high4 = {};  // IQ3_S: the ninth bits of the indices, eight for each part
     vi signs_of[8];
     // IQ3_S: where ggml writes next. It does not advance over a part of zeros, so that later parts come too early.
@@ -74,69 +23,20 @@ LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
         if (S) __builtin_memset(group.target[lane], 0, 110);
     }
     for (int j = 0; j < 8; ++j) {
-        Part p;
-        const float *values[W], *importance[W];
-        for (int lane = 0; lane < W; ++lane) {
-            values[lane] = group.values[lane] + 32 * j;
-            if (weighted) importance[lane] = group.importance[lane] + 32 * j;
-        }
-        load_columns(values, 32, p.x);
-        if (weighted) {
-            load_columns(importance, 32, p.w);
-            for (int i = 0; i < 32; ++i) p.w[i] = p.w[i] * square_root(sigma2 + p.x[i] * p.x[i]);
-        } else {
+        Part<4, 32> p;
+        load_values(group, 32 * j, 32, p.x);
+        if (weighted) load_weights(group, 32 * j, 32, p.x, sigma2, p.w);
+        else
             for (int i = 0; i < 32; ++i) p.w[i] = p.x[i] * p.x[i];
-        }
         vi signs = {};
-        for (int k = 0; k < 4; ++k) {
-            vi s = {};
-            if (S) {
-                for (int i = 8 * k; i < 8 * k + 8; ++i) {
-                    const vm minus = less(p.x[i], vf{});
-                    p.x[i] = select(minus, -p.x[i], p.x[i]);
-                    s |= select(minus, splat(1 << i % 8), vi{});
-                }
-                signs |= s << 8 * k;
-                continue;
-            }
-            // The number of minus signs must be even: that of the number that matters least changes.
-            vf least = p.w[8 * k] * p.x[8 * k] * p.x[8 * k];
-            vi where = {}, count = {};
-            for (int i = 0; i < 8; ++i) {
-                vf& x = p.x[8 * k + i];
-                const vf matters = p.w[8 * k + i] * x * x;
-                const vm lower = less(matters, least);
-                least = select(lower, matters, least);
-                where = select(lower, splat(i), where);
-                const vm minus = less(x, vf{});
-                x = select(minus, -x, x);
-                s |= select(minus, splat(1 << i), vi{});
-                count ^= select(minus, splat(1), vi{});
-            }
-            const vm odd = negate(equal(count, vi{}));
-            for (int i = 0; i < 8; ++i) {
-                const vm flip = (vm)(odd & equal(where, splat(i)));
-                p.x[8 * k + i] = select(flip, -p.x[8 * k + i], p.x[8 * k + i]);
-                s ^= select(flip, splat(1 << i), vi{});
-            }
-            signs |= (s & 127) << 7 * k;
-        }
+        for (int k = 0; k < 4; ++k) signs |= p.take_signs(k, !S) << (S ? 8 : 7) * k;
         vf most = p.x[0];
         for (int i = 1; i < 32; ++i) most = larger(most, p.x[i]);
         const vm nothing = S ? equal(most, vf{}) : less(most, splat(1e-8f));
         const vm some = negate(nothing);
         // Inverses must be finite; ggml may decide about less.
         if (S) sure &= !any((vm)(some & less(most, splat(1e-30f))));
-        for (int i = 0; i < 32; i += W) {
-            vf columns[W];
-            for (int c = 0; c < W; ++c) columns[c] = p.x[i + c];
-            transpose(columns);
-            for (int lane = 0; lane < W; ++lane) store(p.rows[lane] + i, columns[lane]);
-            for (int c = 0; c < W; ++c) columns[c] = square_root(p.w[i + c]);
-            transpose(columns);
-            for (int lane = 0; lane < W; ++lane) store(p.roots[lane] + i, columns[lane]);
-        }
-        for (int i = 0; i < 32; ++i) p.wx[i] = p.w[i] * p.x[i];
+        p.prepare();
         if (!sure) return false;
         if (!any(some)) {
             scales[j] = vf{};
@@ -159,8 +59,8 @@ LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
             vm on_grid[8];
             vf sqx = {}, sq2 = {};
             for (int k = 0; k < 8; ++k) {
-                if (!points_at(p, grid, k, inverse, trial, some, codes[k], on_grid[k])) return false;
-                add_sums(p, k, codes[k], sqx, sq2);
+                if (!p.points_at(grid, k, inverse, trial, some, codes[k], on_grid[k])) return false;
+                p.add_sums(k, codes[k], sqx, sq2);
             }
             const vm better = (vm)(greater(sq2, vf{}) & greater(sqx * sqx, best * sq2));
             if (!any(better)) continue;
@@ -184,9 +84,9 @@ LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
                 const vm redo = S ? again : (vm)(again & negate(certain[k]));
                 vi codes;
                 vm on_grid;
-                if (!points_at(p, grid, k, inverse, final_scale, redo, codes, on_grid)) return false;
+                if (!p.points_at(grid, k, inverse, final_scale, redo, codes, on_grid)) return false;
                 chosen[k] = select(redo, codes, chosen[k]);
-                add_sums(p, k, chosen[k], sqx, sq2);
+                p.add_sums(k, chosen[k], sqx, sq2);
             }
             scale = select((vm)(again & greater(sq2, vf{})), sqx / sq2, scale);
         }
@@ -200,8 +100,8 @@ LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
             if (S) (j < 4 ? high : high4) |= (index[k] >> 8) << (8 * (j % 4) + k);
         }
         for (int k = 0; k < 8; k += 4)
-            store_words((index[k] & 255) | (index[k + 1] & 255) << 8 | (index[k + 2] & 255) << 16 | (index[k + 3] & 255) << 24,
-                        qs, (S ? 0 : 8 * j) + k);
+            store_words(word_of(index[k] & 255, index[k + 1] & 255, index[k + 2] & 255, index[k + 3] & 255), qs,
+                        (S ? 0 : 8 * j) + k);
         signs_of[j] = select(nothing, vi{}, signs);
         if (S) {
             store_words(signs_of[j], sign_bytes, 0);

@@ -10,9 +10,9 @@ constexpr int values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25,
 constexpr int tries = 7;
 constexpr int K = 2;  // blocks of each lane at once
 
-// ggml's best_index_int8 compares x - lower < upper - x for the two values around x, and takes the upper one of equals. Both
-// differences are exact where they are near each other (Sterbenz: the values' distance is below |x| there, or 11 around
-// -4.5), so that this is x < midpoint; and a NaN falls through to the last value there and here.
+// ggml's best_index_int8 compares x - lower < upper - x for the two values around x, and takes the upper one of equals.
+// Both differences are exact where they are near each other (Sterbenz: the values' distance is below |x| there, or 11
+// around -4.5), so that this is x < midpoint; and a NaN falls through to the last value there and here.
 constexpr float midpoint(int i) { return 0.5f * (float)(values[i - 1] + values[i]); }
 [[maybe_unused]] constexpr int index_of(float x) {
     int i = 0;
@@ -20,12 +20,12 @@ constexpr float midpoint(int i) { return 0.5f * (float)(values[i - 1] + values[i
     return i;
 }
 
-// place_of() finds where the value for x is in the tables below; |x| is below 136 there, as it is at most
-// 127 + tries and rounding.
+// place_of() finds where the value for x is in the tables. |x| is below 136: in the search it is at most 127 + tries,
+// rounded.
 #if PGS_WIDTH == 16
-// Buckets around the multiples of 10, by their number's lowest five bits. No two midpoints are within 10 of each other and
-// none is within 0.4 of a bucket's edge, so a bucket has at most one midpoint, also if x is rounded over the edge. What
-// follows the midpoint is what the next bucket begins with.
+// Buckets around the multiples of 10, by their number's lowest five bits. No two midpoints are within 10 of each other
+// and none is within 0.4 of a bucket's edge, so a bucket has at most one midpoint, also if x is rounded over the edge.
+// What follows the midpoint is what the next bucket begins with.
 struct Tables {
     float split[32];  // the midpoint in each bucket
     float value[32];  // what each bucket begins with
@@ -52,15 +52,15 @@ LANE vi index_at(__m512i place) {
     return (vi)_mm512_permutex2var_epi32((__m512i)load_int(tables.index), place, (__m512i)load_int(tables.index + W));
 }
 #elif PGS_WIDTH == 8
-// A search tree of four comparisons. Each makes n = 2n + (x < midpoint); the permutes get -n, of which they take the lowest
-// bits. The last comparison chooses between two tables.
+// A search tree of four comparisons. Each makes n = 2n + (x < midpoint); the permutes get -n, of which they take the
+// lowest bits. The last comparison chooses between two tables.
 struct Tables {
     float split[4][8];  // for each level
     float value[2][8];
     int32_t index[2][8];
     constexpr Tables() : split(), value(), index() {
         for (int level = 0; level < 4; ++level)
-            for (int n = 0; n < 8; ++n)  // all that follow n: x is below 2^(4 - level) * n more midpoints
+            for (int n = 0; n < 8; ++n)  // s = 2^(4 - level) indices are left, from 16 - (n + 1) * s on: their middle
                 split[level][-n & 7] = midpoint(16 - (n % (1 << level) * 2 + 1) * (8 >> level));
         for (int below = 0; below < 2; ++below)
             for (int n = 0; n < 8; ++n) {
@@ -164,14 +164,10 @@ LANE void search(const vf (*x)[32], const vf (*w)[32], vf* scale) {
     for (int k = 0; k < K; ++k) scale[k] = select(nothing[k], vf{}, scale[k]);
 }
 
-// The weights of one block of numbers x: importance[i] * sqrt(sigma2 + x^2), or x^2.
-LANE void weigh(const vf* x, const float* const* importance, vf sigma2, vf* w) {
-    if (importance) {
-        load_columns(importance, 32, w);
-        for (int i = 0; i < 32; ++i) w[i] = w[i] * square_root(sigma2 + x[i] * x[i]);
-    } else {
-        for (int i = 0; i < 32; ++i) w[i] = x[i] * x[i];
-    }
+// The weights of 32 numbers: by importance, or x^2.
+LANE void weigh(const Group& group, bool weighted, int at, const vf* x, vf sigma2, vf* w) {
+    if (weighted) return load_weights(group, at, 32, x, sigma2, w);
+    for (int i = 0; i < 32; ++i) w[i] = x[i] * x[i];
 }
 
 LANE vf sum_of_squares(const vf* x, int n) {
@@ -194,7 +190,7 @@ LANE void encode_nl(const Group (&groups)[K], bool weighted) {
     vf x[K][32], w[K][32], scale[K];
     for (int k = 0; k < K; ++k) {
         load_columns(groups[k].values, 32, x[k]);
-        weigh(x[k], weighted ? groups[k].importance : nullptr, sum_of_squares(x[k], 32), w[k]);
+        weigh(groups[k], weighted, 0, x[k], sum_of_squares(x[k], 32), w[k]);
     }
     search(x, w, scale);
     for (int k = 0; k < K; ++k) {
@@ -209,11 +205,7 @@ LANE void encode_xs(const Group& group, bool weighted) {
     load_columns(group.values, 256, x);
     const vf sigma2 = sum_of_squares(x, 256);
     for (int j = 0; j < 8; j += K) {
-        for (int k = 0; k < K; ++k) {
-            const float* importance[W];
-            for (int lane = 0; weighted && lane < W; ++lane) importance[lane] = group.importance[lane] + (j + k) * 32;
-            weigh(x + (j + k) * 32, weighted ? importance : nullptr, sigma2, w[k]);
-        }
+        for (int k = 0; k < K; ++k) weigh(group, weighted, (j + k) * 32, x + (j + k) * 32, sigma2, w[k]);
         search((const vf(*)[32])(x + j * 32), w, scales + j);
     }
     vf magnitude = {}, most = {};

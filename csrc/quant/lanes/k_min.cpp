@@ -26,15 +26,10 @@ LANE void search_all(const Group& group, bool weighted, float sigma_factor, Step
     for (int j = 0; j < 256 / N; j += K) {
         const vf(*x)[N] = (const vf(*)[N])(s.x + j * N);
         if (weighted) {
-            const float* importance[W];
-            for (int k = 0; k < W; ++k) importance[k] = group.importance[k] + j * N;
-            load_columns(importance, K * N, w[0]);
+            load_weights(group, j * N, K * N, x[0], sigma2, w[0]);
             for (int k = 0; k < K; ++k) {
                 vf sum = {};
-                for (int i = 0; i < N; ++i) {
-                    w[k][i] = w[k][i] * square_root(sigma2 + x[k][i] * x[k][i]);
-                    sum += w[k][i];
-                }
+                for (int i = 0; i < N; ++i) sum += w[k][i];
                 s.sw[j + k] = sum;
             }
         } else {
@@ -76,7 +71,7 @@ LANE SixBits pack_six_bits(const vi* ls, const vi* lm, const Group& group) {
         byte[j + 8] = (ls[j + 4] & 15) | (lm[j + 4] & 15) << 4;
     }
     for (int j = 0; j < 12; j += 4)
-        store_words(byte[j] | byte[j + 1] << 8 | byte[j + 2] << 16 | byte[j + 3] << 24, group.target, 4 + j);
+        store_words(word_of(byte + j), group.target, 4 + j);
     SixBits six;
     for (int j = 0; j < 4; ++j) {
         six.scale[j] = byte[j] & 63;
@@ -176,7 +171,7 @@ LANE void encode_q2_k_group(const Group& group) {
     }
     for (int j = 0; j < 16; ++j) both[j] = (ls[j] | lm[j] << 4) & 0xff;
     for (int j = 0; j < 16; j += 4)
-        store_words(both[j] | both[j + 1] << 8 | both[j + 2] << 16 | both[j + 3] << 24, group.target, j);
+        store_words(word_of(both + j), group.target, j);
     store_words((vi)float_to_half(d) | (vi)float_to_half(m) << 16, group.target, 80);
     d = final_scale(d);
     m = final_scale(m);
@@ -190,7 +185,7 @@ LANE void encode_q2_k_group(const Group& group) {
                 for (int i = 0; i < 16; ++i) byte[16 * k + i] |= L[i] << 2 * q;
             }
         for (int i = 0; i < 32; i += 4)
-            store_words(byte[i] | byte[i + 1] << 8 | byte[i + 2] << 16 | byte[i + 3] << 24, group.target, 16 + 32 * h + i);
+            store_words(word_of(byte + i), group.target, 16 + 32 * h + i);
     }
 }
 

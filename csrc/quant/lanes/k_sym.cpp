@@ -5,8 +5,8 @@ namespace pgs::lanes::PGS_SET {
 
 namespace {
 
-constexpr int N = 16;                    // of a sub-block
-constexpr int K = 4;                     // sub-blocks of each lane's superblock at once: their sums do not wait for each other
+constexpr int N = 16;  // of a sub-block
+constexpr int K = 4;   // sub-blocks of each lane's superblock at once: their sums do not wait for each other
 
 // Levels for the final scale d; where it is zero those of the search stay.
 template <int LEVELS>
@@ -16,8 +16,6 @@ LANE void final_levels(const vf* x, vf d, const vi* searched, vi* L) {
     if (!any(zero)) return;
     for (int i = 0; i < N; ++i) L[i] = select(zero, searched[i], L[i]);
 }
-
-LANE vi word_of(const vi* bytes) { return bytes[0] | bytes[1] << 8 | bytes[2] << 16 | bytes[3] << 24; }
 
 // --- Q3_K ---
 
@@ -87,13 +85,10 @@ LANE bool encode_q3_k_group(const Group& group) {
         for (int j = 0; j < 16; j += K) {
             const vf(*xs)[N] = (const vf(*)[N])(x + j * N);
             vf w[K][N], wx[K][N];
-            const float* importance[W];
-            for (int k = 0; k < W; ++k) importance[k] = group.importance[k] + j * N;
-            load_columns(importance, K * N, w[0]);
+            load_weights(group, j * N, K * N, xs[0], sigma2, w[0]);
             for (int k = 0; k < K; ++k) {
                 vf sum = {};
                 for (int i = 0; i < N; ++i) {
-                    w[k][i] = w[k][i] * square_root(sigma2 + xs[k][i] * xs[k][i]);
                     sum += w[k][i];
                     wx[k][i] = w[k][i] * xs[k][i];
                 }
@@ -107,8 +102,8 @@ LANE bool encode_q3_k_group(const Group& group) {
             swx[0][j] = sw[0][j] * scales[j];
             finite = (vm)(finite & less(absolute(scales[j]), splat(__builtin_inff())));
         }
-        // The levels of what is not finite depend on the bits of a NaN, and signed_level() is not for those. It takes numbers
-        // and importance whose products are too large for a float.
+        // The levels of what is not finite depend on the bits of a NaN, and signed_level() is not for those. It takes
+        // numbers and importance whose products are too large for a float.
         if (!all(finite)) return false;
         Scale block;
         search_scale<N, 32, 1>((const vf(*)[N])scales, sw, swx, &block);
@@ -169,11 +164,7 @@ LANE void encode_q6_k_group(const Group& group) {
     for (int j = 0; j < 16; j += K) {
         const vf(*xs)[N] = (const vf(*)[N])(x + j * N);
         vf w[K][N], wx[K][N];
-        if (WEIGHTED) {
-            const float* importance[W];
-            for (int k = 0; k < W; ++k) importance[k] = group.importance[k] + j * N;
-            load_columns(importance, K * N, w[0]);
-        }
+        if (WEIGHTED) load_importance(group, j * N, K * N, w[0]);
         for (int k = 0; k < K; ++k)
             for (int i = 0; i < N; ++i) {
                 if (!WEIGHTED) w[k][i] = xs[k][i] * xs[k][i];
@@ -191,7 +182,8 @@ LANE void encode_q6_k_group(const Group& group) {
     for (int j = 0; j < 16; ++j)
         ls[j] = select(empty, vi{}, lesser(splat(127), nearest_int(iscale * scales[j])) << 24 >> 24);
     for (int j = 0; j < 16; j += 4)
-        store_words((ls[j] & 255) | (ls[j + 1] & 255) << 8 | (ls[j + 2] & 255) << 16 | ls[j + 3] << 24, group.target, 192 + j);
+        store_words(word_of(ls[j] & 255, ls[j + 1] & 255, ls[j + 2] & 255, ls[j + 3]), group.target,
+                    192 + j);
     for (int h = 0; h < 2; ++h)
         for (int at = 0; at < 2; ++at) {  // 16 of the 32 columns of this half
             vi L[4][N];
@@ -223,7 +215,8 @@ LANE void encode_q6_k_group(const Group& group) {
 
 bool encode_q3_k(const Rows& rows) {
     bool done = true;
-    if (rows.importance) for_groups(rows, 256, 110, [&](const Group& group) { done &= encode_q3_k_group<true>(group); });
+    const auto weighted = [&](const Group& group) { done &= encode_q3_k_group<true>(group); };
+    if (rows.importance) for_groups(rows, 256, 110, weighted);
     else for_groups(rows, 256, 110, [](const Group& group) { encode_q3_k_group<false>(group); });
     return done;
 }

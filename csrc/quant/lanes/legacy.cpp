@@ -6,8 +6,6 @@ namespace pgs::lanes::PGS_SET {
 
 namespace {
 
-LANE vi word_of(const vi* bytes) { return bytes[0] | bytes[1] << 8 | bytes[2] << 16 | bytes[3] << 24; }
-
 // The 32 levels of a block, numbers i and i + 16 in a byte; the fifth bits, if there are any, as a word before that.
 template <int BITS>
 LANE void store_levels(const vi* l, unsigned char* const* target, int at) {
@@ -25,12 +23,6 @@ LANE void store_levels(const vi* l, unsigned char* const* target, int at) {
 }
 
 LANE vf inverse_of(vf d) { return select(equal(d, vf{}), vf{}, 1.0f / d); }
-
-LANE vf largest_of(const vf* x, int n) {
-    vf most = {};
-    for (int i = 0; i < n; ++i) most = larger(most, absolute(x[i]));
-    return most;
-}
 
 // A cast of float to int8_t as x86 does it.
 LANE vi to_int8(vf v) { return truncate(v) << 24 >> 24; }
@@ -91,14 +83,13 @@ LANE void for_weighted_groups(const Rows& all, uint32_t bytes, Work work) {
         vf x[K][32], w[K][32];
         Group groups[K];
         int have = 0;
-        auto run = [&] __attribute__((always_inline)) {
+        auto run = [&]() __attribute__((always_inline)) {
             for (int k = 0; k < K; ++k) {
                 float s[W];
                 for (int j = 0; j < W; ++j) s[j] = sigma2[groups[k].row[j]];
                 const vf squares = load(s);
                 load_columns(groups[k].values, 32, x[k]);
-                load_columns(groups[k].importance, 32, w[k]);
-                for (int i = 0; i < 32; ++i) w[k][i] = w[k][i] * square_root(squares + x[k][i] * x[k][i]);
+                load_weights(groups[k], 0, 32, x[k], squares, w[k]);
             }
             work(x, w, groups);
             have = 0;
@@ -195,11 +186,9 @@ bool encode_q1_0(const Rows& rows) {
     for_groups(rows, 128, 18, [](const Group& group) {
         vf sum = {};
         for (int part = 0; part < 4; ++part) {
-            const float* values[W];
-            for (int j = 0; j < W; ++j) values[j] = group.values[j] + 32 * part;
             vf x[32];
             vi bits = {};
-            load_columns(values, 32, x);
+            load_values(group, 32 * part, 32, x);
             for (int i = 0; i < 32; ++i) {
                 sum += absolute(x[i]);
                 bits |= select(less(x[i], vf{}), vi{}, splat((int32_t)(1u << i)));

@@ -44,7 +44,7 @@ LANE vi levels_of(const Scale& s, vf x) {
 template <int N, int LEVELS, int COUNT>
 LANE void search_scale(const vf (*x)[N], const vf (*w)[N], const vf (*wx)[N], Scale* found) {
     vf most[COUNT], best[COUNT], slx[COUNT], sl2[COUNT], iscale[COUNT];
-    auto sums = [&] __attribute__((always_inline)) {
+    auto sums = [&]() __attribute__((always_inline)) {
         for (int k = 0; k < COUNT; ++k) slx[k] = sl2[k] = vf{};
 #pragma GCC unroll 4
         for (int i = 0; i < N; ++i)

@@ -14,6 +14,7 @@
 #endif
 
 #define LANE static inline __attribute__((always_inline))
+#define LANE_MEMBER __attribute__((always_inline))
 
 namespace pgs::lanes::PGS_SET {
 
@@ -259,6 +260,17 @@ LANE void load_columns(const float* const* rows, int n, vf* columns) {
         transpose(columns + i);
     }
 }
+
+// The largest magnitude of n numbers.
+LANE vf largest_of(const vf* x, int n) {
+    vf most = {};
+    for (int i = 0; i < n; ++i) most = larger(most, absolute(x[i]));
+    return most;
+}
+
+// Bytes as they lie in memory.
+LANE vi word_of(vi a, vi b, vi c, vi d) { return a | b << 8 | c << 16 | d << 24; }
+LANE vi word_of(const vi* bytes) { return word_of(bytes[0], bytes[1], bytes[2], bytes[3]); }
 
 // Lane j's 4 or 2 bytes, or 1, to `at` bytes behind targets[j].
 LANE void store_words(vi words, unsigned char* const* targets, int at) {

@@ -1,7 +1,7 @@
-// The nearest of a list of grid points, in the order in which ggml compares them.
+// The nearest of a list of grid points, in the order in which ggml compares them, and what IQ2 and IQ3 share beside it.
 #pragma once
 #include "quant/grid.hpp"
-#include "quant/lanes/vector.hpp"
+#include "quant/lanes/blocks.hpp"
 
 namespace pgs::lanes::PGS_SET {
 
@@ -113,5 +113,111 @@ LANE int nearest_point(const uint16_t* codes, int n, const float* x, const float
     return where;
 }
 #endif
+
+// Columns back into rows, lane by lane.
+template <int N>
+LANE void by_lane(const vf* columns, float (*rows)[N]) {
+    for (int i = 0; i < N; i += W) {
+        vf c[W];
+        for (int k = 0; k < W; ++k) c[k] = columns[i + k];
+        transpose(c);
+        for (int lane = 0; lane < W; ++lane) store(rows[lane] + i, c[lane]);
+    }
+}
+
+// --- IQ2 and IQ3: codes stand for 1, 3, 5, ... ---
+
+// N numbers of each lane's superblock, for points of AXES axes.
+template <int AXES, int N>
+struct Part {
+    vf x[N], w[N], wx[N];             // magnitudes (one of eight may be negative), their weights, w * x
+    float rows[W][N], roots[W][N];  // x and sqrt(w), lane by lane
+    static constexpr int bits = AXES == 4 ? 3 : 2, mask = (1 << bits) - 1, highest = AXES == 4 ? 7 : 2;
+
+    LANE_MEMBER void prepare() {
+        vf root[N];
+        for (int i = 0; i < N; ++i) {
+            root[i] = square_root(w[i]);
+            wx[i] = w[i] * x[i];
+        }
+        by_lane<N>(x, rows);
+        by_lane<N>(root, roots);
+    }
+
+    // The point for group k of numbers at a scale: its packed codes, and whether they were on the grid as they are. False
+    // where ggml would not find one.
+    LANE_MEMBER bool points_at(const Grid& grid, int k, vf inverse, const float* scale, vm wanted, vi& codes, vm& on_grid) const {
+        static constexpr float values[8] = {1, 3, 5, 7, 9, 11, 13, 15};
+        codes = vi{};
+        for (int i = 0; i < AXES; ++i)
+            codes |= clamp(nearest_int(0.5f * (inverse * x[AXES * k + i] - 1.0f)), 0, highest) << bits * i;
+        const vi index = gather(grid.map, codes);
+        on_grid = negate(less(index, vi{}));
+        unsigned open = bits_of((vm)(negate(on_grid) & wanted));
+        if (!open) return true;
+        int32_t found[W], starts[W];
+        store(found, codes);
+        store(starts, -1 - index);
+        for (; open; open &= open - 1) {
+            const int lane = __builtin_ctz(open);
+            const uint16_t* list = grid.list_codes + starts[lane];
+            const int best = nearest_point<AXES>(list + 1, list[0], rows[lane] + AXES * k, roots[lane] + AXES * k, scale[lane], values);
+            if (best < 0) return false;
+            const int c = list[1 + best];
+            found[lane] = AXES == 8 ? c : (c & 7) | (c >> 1 & 070) | (c >> 2 & 0700) | (c >> 3 & 07000);
+        }
+        codes = load_int(found);
+        return true;
+    }
+
+    // Adds the sums of one group's numbers, q being 2 * code + 1.
+    LANE_MEMBER void add_sums(int k, vi codes, vf& sqx, vf& sq2) const {
+        for (int i = 0; i < AXES; ++i) {
+            const vf q = to_float((codes >> bits * i & mask) * 2 + 1);
+            sqx += wx[AXES * k + i] * q;
+            sq2 += w[AXES * k + i] * q * q;
+        }
+    }
+
+    // Makes the numbers 8 k to 8 k + 7 positive; returns their minus signs as bits. even: with an even number of them, which
+    // the number that matters least sees to by being negative.
+    LANE_MEMBER vi take_signs(int k, bool even) {
+        vf* const v = x + 8 * k;
+        const vf* const weights = w + 8 * k;
+        vf least = weights[0] * v[0] * v[0];
+        vi where = {}, odd_count = {}, signs = {};
+        for (int i = 0; i < 8; ++i) {
+            if (even) {
+                const vf matters = weights[i] * v[i] * v[i];
+                const vm lower = less(matters, least);
+                least = select(lower, matters, least);
+                where = select(lower, splat(i), where);
+            }
+            const vm minus = less(v[i], vf{});
+            v[i] = select(minus, -v[i], v[i]);
+            signs |= select(minus, splat(1 << i), vi{});
+            odd_count ^= select(minus, splat(1), vi{});
+        }
+        if (!even) return signs;
+        const vm odd = negate(equal(odd_count, vi{}));
+        for (int i = 0; i < 8; ++i) {
+            const vm flip = (vm)(odd & equal(where, splat(i)));
+            v[i] = select(flip, -v[i], v[i]);
+            signs ^= select(flip, splat(1 << i), vi{});
+        }
+        return signs & 127;
+    }
+};
+
+// The sum of squares of each lane's superblock.
+LANE vf sum_of_squares(const Group& group) {
+    vf sum = {};
+    for (int at = 0; at < 256; at += 32) {
+        vf x[32];
+        load_values(group, at, 32, x);
+        for (int i = 0; i < 32; ++i) sum += x[i] * x[i];
+    }
+    return sum;
+}
 
 }  // namespace pgs::lanes::PGS_SET

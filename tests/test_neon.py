@@ -1,0 +1,89 @@
+"""The kernels on aarch64, cross-compiled and run under qemu-user, give x86's bytes."""
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import kernel_data
+import numpy as np
+import pytest
+from test_kernels import CASES, TYPES, encode, outcome, with_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+GGML = ROOT / "third_party" / "ggml" / "source"
+TOOLS = ["aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++", "qemu-aarch64-static"]
+MISSING = [tool for tool in TOOLS if not shutil.which(tool)]
+QUIET = ["-Dprintf=pgs_quiet_printf", "-Dfprintf=pgs_quiet_fprintf", "-Dqsort=pgs_qsort"]
+
+pytestmark = [
+    pytest.mark.campaign,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+    pytest.mark.skipif(not (GGML / "src" / "ggml.c").exists(), reason="ggml's source is fetched by a build in the checkout"),
+]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """As CMakeLists.txt compiles them, statically linked."""
+    folder = tmp_path_factory.mktemp("neon")
+    version = (GGML / "src" / "ggml-version.h.in").read_text()
+    (folder / "ggml-version.h").write_text(version.replace("@GGML_VERSION@", "0").replace("@GGML_BUILD_COMMIT@", "0"))
+    common = ["-O2", "-ffp-contract=off", "-w", "-c", "-ffunction-sections", "-fdata-sections", f"-I{ROOT}/csrc",
+              f"-I{GGML}/include", f"-I{GGML}/src", f"-I{folder}"]
+    c = ["aarch64-linux-gnu-gcc", *common, "-O3", "-fexceptions", "-D_GNU_SOURCE", "-DNDEBUG", *QUIET]
+    cpp = ["aarch64-linux-gnu-g++", "-std=c++20", *common]
+    lanes = sorted(p for p in (ROOT / "csrc/quant/lanes").glob("*.cpp") if p.name != "dispatch.cpp")
+    jobs = [[*c, GGML / "src/ggml.c"], [*c, ROOT / "csrc/quant/ggml_grids.c"], [*cpp, GGML / "src/ggml-threading.cpp"]]
+    jobs += [[*cpp, ROOT / "csrc" / name] for name in (
+        "base/error.cpp", "base/parallel.cpp", "quant/types.cpp", "quant/grids.cpp", "quant/reference.cpp",
+        "quant/lanes/dispatch.cpp")] + [[*cpp, ROOT / "tests/encode_driver.cpp"]]
+    for name, width in (("neon", 4), ("scalar", 1)):
+        jobs += [[*cpp, "-O3", "-fwrapv", f"-DPGS_SET={name}", f"-DPGS_WIDTH={width}", path] for path in lanes]
+    objects = [str(folder / f"{i}.o") for i in range(len(jobs))]
+    for job, out in zip(jobs, objects):
+        subprocess.run([*map(str, job), "-o", out], check=True)
+    path = folder / "driver"
+    subprocess.run(["aarch64-linux-gnu-g++", "-static", "-Wl,--gc-sections", *objects, "-o", path], check=True)
+    return path
+
+
+def run(driver, kernels, cases):
+    """The answers to (type id, best, rows, importance or None)."""
+    question = b"".join(
+        struct.pack("<iiQQQ", type, best, *x.shape, w is not None) + x.tobytes() + (b"" if w is None else w.tobytes())
+        for type, best, x, w in cases)
+    result = subprocess.run(["qemu-aarch64-static", driver], input=question, capture_output=True, check=True,
+                            env={**os.environ, "PGS_KERNELS": kernels})
+    assert result.stderr.decode().strip() == kernels
+    answers, at = [], 0
+    for _ in cases:
+        (n,) = struct.unpack_from("<Q", result.stdout, at)
+        answers.append(result.stdout[at + 8 : at + 8 + n])
+        at += 8 + n
+    assert at == len(result.stdout)
+    return answers
+
+
+@pytest.mark.parametrize("kernels", ["neon", "scalar"])
+@pytest.mark.parametrize(("name", "weighted"), CASES)
+def test_bytes_are_those_of_x86(driver, name, weighted, kernels):
+    block, cases, expected = TYPES[name]["block"], [], []
+    shapes = [(1, block), (37, block), (5, 3 * block), (64, 8 * block)] + [(128, 2048)] * (2 if kernels == "neon" else 0)
+    for seed, (rows, k) in enumerate(shapes):
+        for kind in ("ordinary", "strange", "tiny"):
+            x = getattr(kernel_data, kind)(rows, k, seed)
+            w = kernel_data.importance(k, seed, seed % 3)[None] if weighted else None
+            cases.append((TYPES[name]["id"], 0, x, w))
+            answer = with_kernels("ggml", lambda: outcome(lambda: encode(name, x, w)))
+            expected.append(answer if isinstance(answer, bytes) else b"")
+    assert run(driver, kernels, cases) == expected
+
+
+def test_the_best_encoder_too(driver):
+    x = np.concatenate([getattr(kernel_data, kind)(300, 96, 3) for kind in ("ordinary", "strange", "tiny")])
+    w = kernel_data.importance(96, 3, 1)[None]
+    for weights in (None, w):
+        expected = outcome(lambda: encode("MXFP4", x, weights, best=True))
+        (found,) = run(driver, "neon", [(TYPES["MXFP4"]["id"], 1, x, weights)])
+        assert found == (expected if isinstance(expected, bytes) else b"")
