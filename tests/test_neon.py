@@ -8,7 +8,7 @@ from pathlib import Path
 import kernel_data
 import numpy as np
 import pytest
-from test_kernels import CASES, TYPES, encode, outcome, with_kernels
+from test_kernels import CASES, TYPES, defined, encode, outcome, with_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 GGML = ROOT / "third_party" / "ggml" / "source"
@@ -72,7 +72,7 @@ def test_bytes_are_those_of_x86(driver, name, weighted, kernels):
     shapes = [(1, block), (37, block), (5, 3 * block), (64, 8 * block)] + [(128, 2048)] * (2 if kernels == "neon" else 0)
     for seed, (rows, k) in enumerate(shapes):
         for kind in ("ordinary", "strange", "tiny"):
-            x = getattr(kernel_data, kind)(rows, k, seed)
+            x = defined(name, getattr(kernel_data, kind)(rows, k, seed))
             w = kernel_data.importance(k, seed, seed % 3)[None] if weighted else None
             cases.append((TYPES[name]["id"], 0, x, w))
             answer = with_kernels("ggml", lambda: outcome(lambda: encode(name, x, w)))
