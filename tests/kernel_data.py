@@ -25,10 +25,11 @@ def ordinary(rows, k, seed):
 
 
 def strange(rows, k, seed):
-    """float32 [rows, k]: every 32 numbers in a row are of a kind of their own, some of them ordinary."""
+    """float32 [rows, k]: every 32 numbers in a row are of a kind of their own, some of them ordinary. None is too large for
+    a scale of 16 bits."""
     x = ordinary(rows, k, seed)
     kinds = raw(seed + 2, rows * (-(-k // 32))).reshape(rows, -1) % np.uint64(20)
-    scales = (raw(seed + 3, rows * (-(-k // 32))).reshape(rows, -1) % np.uint64(60)).astype(np.int64) - 30
+    scales = (raw(seed + 3, rows * (-(-k // 32))).reshape(rows, -1) % np.uint64(42)).astype(np.int64) - 30
     u = raw(seed + 4, rows * k).reshape(rows, k)
     for row in range(rows):
         for i in range(0, k, 32):
@@ -53,12 +54,17 @@ def strange(rows, k, seed):
                 case 11: y[low % 2 == 0] = 0
                 case 12: y[low % 2 == 0] = -0.0
                 case 13: y *= c                                                       # small and large
-                case 14: y *= np.float32(2.0) ** (low % 41 - 20).astype(np.float32)   # a large range
+                case 14: y *= np.float32(2.0) ** (low % 41 - 30).astype(np.float32)   # a large range
                 case 15: y[:] = (0x3F800000 + low % 7 - 3).astype(np.uint32).view(np.float32)  # beside a power of two
                 case 16: y[: n // 2] = 0
                 case 17: y[:] = (np.arange(n) % 4 - 1).astype(np.float32)
                 case _: pass
-    return np.clip(x, -LARGEST, LARGEST)
+    return x
+
+
+def huge(rows, k, seed):
+    """As strange, far beyond what many types can hold: float32 [rows, k]."""
+    return np.clip(strange(rows, k, seed) * np.float32(2.0**36), -LARGEST, LARGEST)
 
 
 def tiny(rows, k, seed):

@@ -71,7 +71,7 @@ def test_bytes_are_those_of_x86(driver, name, weighted, kernels):
     block, cases, expected = TYPES[name]["block"], [], []
     shapes = [(1, block), (37, block), (5, 3 * block), (64, 8 * block)] + [(128, 2048)] * (2 if kernels == "neon" else 0)
     for seed, (rows, k) in enumerate(shapes):
-        for kind in ("ordinary", "strange", "tiny"):
+        for kind in ("ordinary", "strange", "huge", "tiny"):
             x = defined(name, getattr(kernel_data, kind)(rows, k, seed))
             w = kernel_data.importance(k, seed, seed % 3)[None] if weighted else None
             cases.append((TYPES[name]["id"], 0, x, w))

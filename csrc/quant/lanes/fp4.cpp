@@ -142,9 +142,9 @@ LANE vi to_ue4m3(vf x) {
     const vi bits = (vi)x;
     const vi exponent = (bits >> 23) - 120;
     const vi tiny = lesser(truncate(x * 512.0f + 0.5f), splat(7));
-    // A carry out of the mantissa raises the exponent. 15 is not a number of this format's: 0x7E is the largest.
+    // A carry out of the mantissa raises the exponent. With an exponent of 15 there is 0x7E only.
     const vi rounded = (exponent << 3 | (bits >> 20 & 7)) + (bits >> 19 & 1);
-    return select(greater(exponent, vi{}), lesser(rounded, splat(0x7E)), tiny);
+    return select(greater(exponent, vi{}), select(less(rounded, splat(15 << 3)), rounded, splat(0x7E)), tiny);
 }
 LANE vf from_ue4m3(vi u) {
     const vi exponent = u >> 3, mantissa = u & 7;
