@@ -1,6 +1,7 @@
-// Encodes cases from stdin to stdout with the core's kernels, where there is no Python: tests/test_neon.py. A case is type
-// and best (int32 each), rows, row_elements, 1 if there is importance (uint64 each), the rows and the importance row; the
-// answer is the encoded rows behind their size (uint64), or the size 0 for an error.
+// Encodes and decodes cases from stdin to stdout with the core's kernels, where there is no Python: tests/test_neon.py. A
+// case is type and what to do (0 encode, 1 encode best, 2 decode; int32 each), rows, row_elements, 1 if there is importance
+// (uint64 each), the rows and the importance row; the answer is the result behind its size (uint64), or the size 0 for an
+// error.
 #include <cstdio>
 #include <vector>
 
@@ -12,11 +13,24 @@
 template <class T>
 bool take(T* to, std::size_t n) { return std::fread(to, sizeof(T), n, stdin) == n; }
 
+void give(const void* bytes, std::uint64_t n) {
+    std::fwrite(&n, sizeof n, 1, stdout);
+    std::fwrite(bytes, 1, n, stdout);
+}
+
 int main() {
     std::fprintf(stderr, "%s\n", pgs::choose_kernels().name);
     std::int32_t type[2];
     std::uint64_t size[3];
     while (take(type, 2) && take(size, 3)) {
+        if (type[1] == 2) {
+            std::vector<std::byte> rows(size[0] * pgs::row_bytes(type[0], size[1]));
+            std::vector<float> out(size[0] * size[1]);
+            if (!take(rows.data(), rows.size())) return 1;
+            pgs::decode_rows(type[0], rows.data(), out.data(), size[0], size[1]);
+            give(out.data(), out.size() * sizeof(float));
+            continue;
+        }
         std::vector<float> rows(size[0] * size[1]), importance(size[2] ? size[1] : 0);
         if (!take(rows.data(), rows.size()) || !take(importance.data(), importance.size())) return 1;
         std::vector<std::byte> out(size[0] * pgs::row_bytes(type[0], size[1]));
@@ -26,7 +40,6 @@ int main() {
         } catch (const pgs::Error&) {
             n = 0;
         }
-        std::fwrite(&n, sizeof n, 1, stdout);
-        std::fwrite(out.data(), 1, n, stdout);
+        give(out.data(), n);
     }
 }

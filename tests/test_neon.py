@@ -8,7 +8,8 @@ from pathlib import Path
 import kernel_data
 import numpy as np
 import pytest
-from test_kernels import CASES, TYPES, defined, encode, outcome, with_kernels
+import test_kernel_golden
+from test_kernels import CASES, DECODED, TYPES, defined, encode, outcome, with_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 GGML = ROOT / "third_party" / "ggml" / "source"
@@ -48,11 +49,18 @@ def driver(tmp_path_factory):
     return path
 
 
+ENCODE, BEST, DECODE = range(3)
+
+
 def run(driver, kernels, cases):
-    """The answers to (type id, best, rows, importance or None)."""
-    question = b"".join(
-        struct.pack("<iiQQQ", type, best, *x.shape, w is not None) + x.tobytes() + (b"" if w is None else w.tobytes())
-        for type, best, x, w in cases)
+    """The answers to (type, what to do, rows, importance or None)."""
+    question = b""
+    for name, todo, x, w in cases:
+        rows, k = x.shape
+        if todo == DECODE:
+            k = k // TYPES[name]["block_bytes"] * TYPES[name]["block"]
+        question += struct.pack("<iiQQQ", TYPES[name]["id"], todo, rows, k, w is not None) + x.tobytes()
+        question += b"" if w is None else w.tobytes()
     result = subprocess.run(["qemu-aarch64-static", driver], input=question, capture_output=True, check=True,
                             env={**os.environ, "PGS_KERNELS": kernels})
     assert result.stderr.decode().strip() == kernels
@@ -74,7 +82,7 @@ def test_bytes_are_those_of_x86(driver, name, weighted, kernels):
         for kind in ("ordinary", "strange", "huge", "tiny"):
             x = defined(name, getattr(kernel_data, kind)(rows, k, seed))
             w = kernel_data.importance(k, seed, seed % 3)[None] if weighted else None
-            cases.append((TYPES[name]["id"], 0, x, w))
+            cases.append((name, ENCODE, x, w))
             answer = with_kernels("ggml", lambda: outcome(lambda: encode(name, x, w)))
             expected.append(answer if isinstance(answer, bytes) else b"")
     assert run(driver, kernels, cases) == expected
@@ -85,5 +93,33 @@ def test_the_best_encoder_too(driver):
     w = kernel_data.importance(96, 3, 1)[None]
     for weights in (None, w):
         expected = outcome(lambda: encode("MXFP4", x, weights, best=True))
-        (found,) = run(driver, "neon", [(TYPES["MXFP4"]["id"], 1, x, weights)])
+        (found,) = run(driver, "neon", [("MXFP4", BEST, x, weights)])
         assert found == (expected if isinstance(expected, bytes) else b"")
+
+
+@pytest.mark.parametrize("kernels", ["neon", "scalar"])
+def test_golden_bytes_and_numbers(driver, kernels):
+    """Among them all decoders, and where the bytes are those of ggml by gcc on x86 only."""
+    cases, expected = [], {}
+    for name, weighted in CASES:
+        for kind in test_kernel_golden.kinds(name):
+            x, w = test_kernel_golden.rows(kind, TYPES[name]["block"])
+            cases.append((name, ENCODE, x, w if weighted else None))
+            case = f"{name} {'imatrix' if weighted else '-'} {kind}"
+            expected[case] = test_kernel_golden.golden()[case]
+    for name in DECODED:
+        cases.append((name, DECODE, test_kernel_golden.to_decode(name), None))
+        case = f"{name} decode"
+        expected[case] = test_kernel_golden.golden()[case]
+    answers = run(driver, kernels, cases)
+    assert dict(zip(expected, map(test_kernel_golden.sha256, answers))) == expected
+
+
+@pytest.mark.parametrize("kernels", ["neon", "scalar"])
+@pytest.mark.parametrize("name", DECODED)
+def test_numbers_of_any_count(driver, name, kernels):
+    data, size = test_kernel_golden.to_decode(name)[:1], TYPES[name]["block_bytes"]
+    expected = np.frombuffer(run(driver, "scalar", [(name, DECODE, data, None)])[0], np.uint32)
+    for blocks in (1, 3, 9, 17):
+        (found,) = run(driver, kernels, [(name, DECODE, np.ascontiguousarray(data[:, : blocks * size]), None)])
+        assert np.array_equal(np.frombuffer(found, np.uint32), expected[: blocks * TYPES[name]["block"]])
