@@ -3,7 +3,7 @@
     io_child.py once SOURCE OUTPUT      writes plan "new" over OUTPUT, prints "ok" or the name of the error's class
     io_child.py loop SOURCE OUTPUT      for each line on stdin: forks a child, which prints its pid and overwrites
                                         OUTPUT with plans "old" and "new" in turn until it is killed; prints its status
-    io_child.py slow SOURCE OUTPUT      as once, with one thread and an encoding that takes a while; prints progress
+    io_child.py slow SOURCE OUTPUT      as once, with one thread and an encoding that takes seconds; prints progress
 """
 import os
 import sys
@@ -45,7 +45,8 @@ def main(how, source, output):
                 forever(model, output)
             print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
     elif how == "slow":
-        pgs.Plan(model).quantize("Q4_K", pure=True).write(
+        os.environ["PGS_KERNELS"] = "ggml"
+        pgs.Plan(model).quantize("IQ3_S", pure=True).write(
             output, overwrite=True, threads=1,
             progress=lambda done, total: print(f"{100 * done // total}%", flush=True))
 
