@@ -43,7 +43,9 @@ LANE int nearest_point(const uint16_t* codes, int n, const float* x, const float
     auto look_up = [](vf t, vi at) __attribute__((always_inline)) {
         return AXES == 4 ? (vf)_mm512_permutexvar_ps((__m512i)at, t) : (vf)_mm512_permutevar_ps(t, (__m512i)at);
     };
-    auto widen = [](const uint16_t* p) __attribute__((always_inline)) { return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i_u*)p)); };
+    auto widen = [](const uint16_t* p) __attribute__((always_inline)) {
+        return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i_u*)p));
+    };
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #else
     const vf q = AXES == 4 ? load(values) : (vf)_mm256_broadcast_ps((const __m128*)values);
@@ -56,7 +58,9 @@ LANE int nearest_point(const uint16_t* codes, int n, const float* x, const float
     auto look_up = [](vf t, vi at) __attribute__((always_inline)) {
         return AXES == 4 ? (vf)_mm256_permutevar8x32_ps(t, (__m256i)at) : (vf)_mm256_permutevar_ps(t, (__m256i)at);
     };
-    auto widen = [](const uint16_t* p) __attribute__((always_inline)) { return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i_u*)p)); };
+    auto widen = [](const uint16_t* p) __attribute__((always_inline)) {
+        return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i_u*)p));
+    };
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7};
 #endif
     vf best = splat(__FLT_MAX__);
@@ -208,6 +212,64 @@ struct Part {
         return signs & 127;
     }
 };
+
+// What the search for a part's points and scale has so far.
+template <int G>
+struct Points {
+    vf scale;
+    vi chosen[G];   // codes of each group of numbers
+    vm certain[G];  // they were on the grid as they are
+};
+
+// Of 2 * tries + 1 scales around most / highest the one whose points, with their best scale, fit best, in the lanes `some`;
+// p.scale and p.certain are what stays where none does. False where only ggml may decide.
+template <int AXES, int N, int G = N / AXES>
+LANE bool search_points(const Part<AXES, N>& part, const Grid& grid, vf most, vm some, float highest, float delta, int tries,
+                        Points<G>& p) {
+    vf best = {};
+    for (int step = -tries; step <= tries; ++step) {
+        const vf inverse = (highest + (float)step * delta) / most;
+        float trial[W];
+        store(trial, 1.0f / inverse);
+        vi codes[G];
+        vm on_grid[G];
+        vf sqx = {}, sq2 = {};
+        for (int k = 0; k < G; ++k) {
+            if (!part.points_at(grid, k, inverse, trial, some, codes[k], on_grid[k])) return false;
+            part.add_sums(k, codes[k], sqx, sq2);
+        }
+        const vm better = (vm)(greater(sq2, vf{}) & greater(sqx * sqx, best * sq2));
+        if (!any(better)) continue;
+        const vf now = sqx / sq2;
+        p.scale = select(better, now, p.scale);
+        best = select(better, now * sqx, best);
+        for (int k = 0; k < G; ++k) {
+            p.chosen[k] = select(better, codes[k], p.chosen[k]);
+            p.certain[k] = (vm)((better & on_grid[k]) | (negate(better) & p.certain[k]));
+        }
+    }
+    return true;
+}
+
+// Once more at the scale that was found, in the lanes `again`: the points of all groups, or of those that were not on the grid.
+template <int AXES, int N, int G = N / AXES>
+LANE bool search_again(const Part<AXES, N>& part, const Grid& grid, vm again, bool all_groups, Points<G>& p) {
+    if (!any(again)) return true;
+    const vf inverse = 1.0f / p.scale;
+    float scale[W];
+    store(scale, p.scale);
+    vf sqx = {}, sq2 = {};
+    for (int k = 0; k < G; ++k) {
+        const vm redo = all_groups ? again : (vm)(again & negate(p.certain[k]));
+        vi codes;
+        vm on_grid;
+        if (!part.points_at(grid, k, inverse, scale, redo, codes, on_grid)) return false;
+        p.chosen[k] = select(redo, codes, p.chosen[k]);
+        part.add_sums(k, p.chosen[k], sqx, sq2);
+    }
+    p.scale = select((vm)(again & greater(sq2, vf{})), sqx / sq2, p.scale);
+    return true;
+}
 
 // The sum of squares of each lane's superblock.
 LANE vf sum_of_squares(const Group& group) {

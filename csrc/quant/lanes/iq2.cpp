@@ -31,66 +31,29 @@ LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
         vm nothing = less(most, splat(nearly_nothing));
         scales[j] = vf{};
         if (all(nothing)) continue;
-        vf scale;
+        Points<groups> points = {};
         if (KIND == xxs) {
             vi unused[N];
-            scale = quantize_positive<N>(p.x, p.w, 4, unused);
-            most = scale * 3.0f;
+            points.scale = quantize_positive<N>(p.x, p.w, 4, unused);
+            most = points.scale * 3.0f;
             nothing = (vm)(nothing | less_equal(most, vf{}));
         } else {
-            scale = most / 5.0f;
+            points.scale = most / 5.0f;
         }
         const vm some = negate(nothing);
         p.prepare();
-        vf best = {};
-        vi chosen[groups] = {};  // codes
-        vm certain[groups];      // they were on the grid
-        for (int k = 0; k < groups; ++k) certain[k] = (vm)(some | nothing);
-        for (int step = -tries; step <= tries; ++step) {
-            const vf inverse = (5.0f + (float)step * 0.1f) / most;
-            float trial[W];
-            store(trial, 1.0f / inverse);
-            vi codes[groups];
-            vm on_grid[groups];
-            vf sqx = {}, sq2 = {};
-            for (int k = 0; k < groups; ++k) {
-                if (!p.points_at(grid, k, inverse, trial, some, codes[k], on_grid[k])) return false;
-                p.add_sums(k, codes[k], sqx, sq2);
-            }
-            const vm better = (vm)(greater(sq2, vf{}) & greater(sqx * sqx, best * sq2));
-            if (!any(better)) continue;
-            const vf now = sqx / sq2;
-            scale = select(better, now, scale);
-            best = select(better, now * sqx, best);
-            for (int k = 0; k < groups; ++k) {
-                chosen[k] = select(better, codes[k], chosen[k]);
-                certain[k] = (vm)((better & on_grid[k]) | (negate(better) & certain[k]));
-            }
-        }
-        vm again = (vm)(some & greater(scale, vf{}));
-        if (KIND != xxs) again = (vm)(again & negate((vm)(certain[0] & certain[1])));
-        if (any(again)) {
-            const vf inverse = 1.0f / scale;
-            float final_scale[W];
-            store(final_scale, scale);
-            vf sqx = {}, sq2 = {};
-            for (int k = 0; k < groups; ++k) {
-                const vm redo = KIND == xxs ? again : (vm)(again & negate(certain[k]));
-                vi codes;
-                vm on_grid;
-                if (!p.points_at(grid, k, inverse, final_scale, redo, codes, on_grid)) return false;
-                chosen[k] = select(redo, codes, chosen[k]);
-                p.add_sums(k, chosen[k], sqx, sq2);
-            }
-            scale = select((vm)(again & greater(sq2, vf{})), sqx / sq2, scale);
-        }
-        const vm minus = less(scale, vf{});
-        scale = select(minus, -scale, scale);
+        for (int k = 0; k < groups; ++k) points.certain[k] = (vm)(some | nothing);
+        if (!search_points(p, grid, most, some, 5.0f, 0.1f, tries, points)) return false;
+        vm again = (vm)(some & greater(points.scale, vf{}));
+        if (KIND != xxs) again = (vm)(again & negate((vm)(points.certain[0] & points.certain[1])));
+        if (!search_again(p, grid, again, KIND == xxs, points)) return false;
+        const vm minus = less(points.scale, vf{});
+        const vf scale = select(minus, -points.scale, points.scale);
         if (any((vm)(some & negate(greater_equal(scale, vf{}))))) return false;
         vi index[groups];
         for (int k = 0; k < groups; ++k) {
             signs[k] = select(nothing, vi{}, select(minus, signs[k] ^ (KIND == s ? 255 : 127), signs[k]));
-            index[k] = select(nothing, vi{}, gather(grid.map, chosen[k]));
+            index[k] = select(nothing, vi{}, gather(grid.map, points.chosen[k]));
             if (any(less(index[k], vi{}))) return false;
         }
         if constexpr (KIND == xxs) {

@@ -47,55 +47,19 @@ LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
             }
             continue;
         }
-        vf best = {}, scale = most / 15.0f;
-        vi chosen[8] = {};  // codes
-        vm certain[8];      // they were on the grid
-        for (int k = 0; k < 8; ++k) certain[k] = S ? (vm)(some & nothing) : (vm)(some | nothing);
-        for (int step = -tries; step <= tries; ++step) {
-            const vf inverse = (15.0f + (float)step * 0.2f) / most;
-            float trial[W];
-            store(trial, 1.0f / inverse);
-            vi codes[8];
-            vm on_grid[8];
-            vf sqx = {}, sq2 = {};
-            for (int k = 0; k < 8; ++k) {
-                if (!p.points_at(grid, k, inverse, trial, some, codes[k], on_grid[k])) return false;
-                p.add_sums(k, codes[k], sqx, sq2);
-            }
-            const vm better = (vm)(greater(sq2, vf{}) & greater(sqx * sqx, best * sq2));
-            if (!any(better)) continue;
-            const vf now = sqx / sq2;
-            scale = select(better, now, scale);
-            best = select(better, now * sqx, best);
-            for (int k = 0; k < 8; ++k) {
-                chosen[k] = select(better, codes[k], chosen[k]);
-                certain[k] = (vm)((better & on_grid[k]) | (negate(better) & certain[k]));
-            }
-        }
-        vm all_certain = certain[0];
-        for (int k = 1; k < 8; ++k) all_certain = (vm)(all_certain & certain[k]);
-        const vm again = (vm)(some & negate(all_certain) & greater(scale, vf{}));
-        if (any(again)) {
-            const vf inverse = 1.0f / scale;
-            float final_scale[W];
-            store(final_scale, scale);
-            vf sqx = {}, sq2 = {};
-            for (int k = 0; k < 8; ++k) {
-                const vm redo = S ? again : (vm)(again & negate(certain[k]));
-                vi codes;
-                vm on_grid;
-                if (!p.points_at(grid, k, inverse, final_scale, redo, codes, on_grid)) return false;
-                chosen[k] = select(redo, codes, chosen[k]);
-                p.add_sums(k, chosen[k], sqx, sq2);
-            }
-            scale = select((vm)(again & greater(sq2, vf{})), sqx / sq2, scale);
-        }
-        const vm minus = less(scale, vf{});
-        scale = select(minus, -scale, scale);
+        Points<8> points = {most / 15.0f, {}, {}};
+        for (int k = 0; k < 8; ++k) points.certain[k] = S ? (vm)(some & nothing) : (vm)(some | nothing);
+        if (!search_points(p, grid, most, some, 15.0f, 0.2f, tries, points)) return false;
+        vm all_certain = points.certain[0];
+        for (int k = 1; k < 8; ++k) all_certain = (vm)(all_certain & points.certain[k]);
+        const vm again = (vm)(some & negate(all_certain) & greater(points.scale, vf{}));
+        if (!search_again(p, grid, again, S, points)) return false;
+        const vm minus = less(points.scale, vf{});
+        const vf scale = select(minus, -points.scale, points.scale);
         signs = select(minus, S ? ~signs : signs ^ 0x0fffffff, signs);
         vi index[8];
         for (int k = 0; k < 8; ++k) {
-            index[k] = select(nothing, vi{}, gather(grid.map, chosen[k]));
+            index[k] = select(nothing, vi{}, gather(grid.map, points.chosen[k]));
             if (any(less(index[k], vi{}))) return false;
             if (S) (j < 4 ? high : high4) |= (index[k] >> 8) << (8 * (j % 4) + k);
         }

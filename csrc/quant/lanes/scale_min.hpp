@@ -177,7 +177,7 @@ LANE vf quantize_positive(const vf* x, const vf* w, int levels, vi* L) {
         for (int i = 0; i < N; ++i) {
             const vf l = to_float(L[i]);
             vf other_lx = slx - w[i] * x[i] * l, other_l2 = sl2 - w[i] * l * l;
-                        const vi now = lesser(splat(levels), nearest_int(x[i] * other_l2 / other_lx));
+            const vi now = lesser(splat(levels), nearest_int(x[i] * other_l2 / other_lx));
             const vm moved = (vm)(greater(other_lx, vf{}) & greater(other_l2, vf{}) & negate(equal(now, L[i])));
             if (!any(moved)) continue;
             other_lx += w[i] * x[i] * to_float(now);
