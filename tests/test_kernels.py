@@ -15,7 +15,7 @@ from pygguf_surgery import _core, errors
 TYPES = {t["name"]: t for t in _core.types()}
 ENCODED = [name for name, t in TYPES.items() if t["encodes"] and name != "F32"]
 DECODED = ["F16", "BF16", "Q8_0", "Q4_K", "Q6_K", "MXFP4"]
-MXFP4, F16 = _core.type_id("MXFP4"), _core.type_id("F16")
+F16 = _core.type_id("F16")
 
 
 def available(name):
