@@ -134,7 +134,8 @@ def run(
     An exception from progress, KeyboardInterrupt included, cancels and leaves nothing behind."""
 
 def reduce_rows(
-    sources: Sequence[Source], job: Job, rows_per_group: int, *, memory: int, threads: int, io: str,
-    progress: Callable[[int, int], object] | None = None,
+    sources: Sequence[Source], job: Job, rows_per_group: int, *, weights: NDArray[np.float64] | None = None,
+    memory: int, threads: int, io: str, progress: Callable[[int, int], object] | None = None,
 ) -> NDArray[np.float64]:
-    """[groups, 2]: sum |w| and sum w^2 of each group of consecutive rows."""
+    """[groups, 2]: sum |w| and sum w^2 of each group of consecutive rows; with weights, [groups, row_elements], the
+    second is the sum of weight * w^2."""

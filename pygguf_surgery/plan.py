@@ -76,7 +76,9 @@ class Plan:
                           hint=".keep(n) of a ranking chooses them" if hasattr(keep, "keep") else None)
         kept = {_whole(layer, "layer"): _ids(layer, ids) for layer, ids in keep.items()}
         order = {layer: tuple(ids) for layer, ids in getattr(keep, "order", {}).items()}
-        return self._with(KeepExperts(dict(sorted(kept.items())), str(getattr(keep, "metric", "given")), mtp, order))
+        scores = {layer: tuple(map(float, values)) for layer, values in getattr(keep, "scores", {}).items()}
+        return self._with(KeepExperts(dict(sorted(kept.items())), str(getattr(keep, "metric", "given")), mtp, order,
+                                      scores))
 
     def set_metadata(self, items: Mapping[str, Any]) -> Plan:
         """Set keys. An existing key keeps its type; a new one gets bool -> bool, int -> u32, else i32, u64, i64,

@@ -24,6 +24,7 @@ class KeepExperts:
     metric: str
     mtp: str = "keep"
     order: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    scores: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -188,11 +189,15 @@ def value_from_json(data: dict[str, Any]) -> Value:
     return Value(data["value"], data["type"])
 
 
+def _per_layer(numbers: dict[int, tuple[Any, ...]]) -> dict[str, list[Any]]:
+    return {str(layer): list(values) for layer, values in numbers.items()}
+
+
 def edit_to_json(edit: Edit) -> dict[str, Any]:
     match edit:
-        case KeepExperts(kept, metric, mtp, order):
-            return {"edit": "keep_experts", "kept": {str(k): list(v) for k, v in kept.items()}, "metric": metric,
-                    "mtp": mtp, "order": {str(k): list(v) for k, v in order.items()}}
+        case KeepExperts():
+            return {"edit": "keep_experts", "kept": _per_layer(edit.kept), "metric": edit.metric, "mtp": edit.mtp,
+                    "order": _per_layer(edit.order), "scores": _per_layer(edit.scores)}
         case SetMetadata(items):
             return {"edit": "set_metadata", "items": [[k, value_to_json(v)] for k, v in items]}
         case RemoveMetadata(keys):
@@ -251,7 +256,8 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
     match data["edit"]:
         case "keep_experts":
             return KeepExperts({int(k): _numbers(v) for k, v in data["kept"].items()}, _text(data["metric"]),
-                               _text(data["mtp"]), {int(k): _numbers(v) for k, v in data.get("order", {}).items()})
+                               _text(data["mtp"]), {int(k): _numbers(v) for k, v in data.get("order", {}).items()},
+                               {int(k): tuple(float(x) for x in v) for k, v in data.get("scores", {}).items()})
         case "set_metadata":
             return SetMetadata(tuple((_text(k), value_from_json(v)) for k, v in _typed(data["items"], list, "a list")))
         case "remove_metadata":

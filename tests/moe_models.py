@@ -164,6 +164,37 @@ def deepseek2(path, *, experts=16, groups=4, group_used=2):
     return b.write(path)
 
 
+def dots1(path, *, experts=16, groups=0):
+    """Attention as in llama, one leading dense block, sigmoid router with a selection bias. It computes finite numbers,
+    so that it can be run. groups: the router picks half of as many groups first."""
+    b = Builder("dots1", blocks=3, experts=experts, used=4)
+    for key, value in (("leading_dense_block_count", 1), ("expert_shared_count", 1), ("expert_gating_func", 2),
+                       ("attention.head_count_kv", 4)):
+        b.key(key, value, U32)
+    if groups:
+        b.key("expert_group_count", groups, U32)
+        b.key("expert_group_used_count", groups // 2, U32)
+    b.key("expert_weights_scale", 1.5, F32)
+    b.key("expert_weights_norm", True, BOOL)
+    for i in range(3):
+        for part in ("q", "k", "v", "output"):
+            b.add(f"blk.{i}.attn_{part}.weight", 32, D)
+        for name, n in (("attn_norm", D), ("attn_q_norm", 8), ("attn_k_norm", 8), ("ffn_norm", D)):
+            b.add(f"blk.{i}.{name}.weight", n)
+        if i == 0:
+            b.dense(i)
+        else:
+            b.moe(i, type="F32")
+            b.add(f"blk.{i}.exp_probs_b.bias", experts)
+            b.shared(i)
+    for name, data in b.tensors.items():
+        if "norm" in name:
+            data[:] = 1 + 0.1 * data
+        elif data.ndim > 1:
+            data *= 0.3
+    return b.write(path)
+
+
 def gpt_oss(path, *, experts=16):
     """Biases of experts and router, attention sinks."""
     b = Builder("gpt-oss", blocks=2, experts=experts, used=4)
@@ -303,6 +334,6 @@ def nemotron(path, *, experts=16):
     return b.write(path)
 
 
-ALL = {f.__name__: f for f in (qwen3next, qwen3moe, deepseek2, gpt_oss, llama4, gemma4, granitehybrid, deepseek4,
+ALL = {f.__name__: f for f in (qwen3next, qwen3moe, deepseek2, dots1, gpt_oss, llama4, gemma4, granitehybrid, deepseek4,
                                grovemoe, nvfp4_scales, nemotron)}
 LOADABLE = [name for name in ALL if name != "deepseek4"]

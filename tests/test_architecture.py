@@ -16,14 +16,15 @@ CSRC = ROOT / "csrc"
 LONGEST = 650
 
 # A module imports only from modules listed before it.
-ORDER = ["_core", "errors", "units", "container", "model", "safetensors", "imatrix.files", "imatrix.tools",
-         "plan_data", "experts.roles", "blocks", "experts.rank", "experts.prune", "experts.merge", "experts.calibrate",
+ORDER = ["_core", "errors", "units", "container", "llama", "model", "safetensors", "imatrix.files", "imatrix.tools",
+         "plan_data", "experts.roles", "experts.stats", "experts.calibrate", "experts.metrics", "blocks",
+         "experts.rank", "experts.prune", "experts.merge",
          "quantize", "quantize.mixes", "quantize.importance", "quantize.recipe_file", "quantize.recipe", "metadata",
          "layers", "shards", "check", "write", "quantize.fit", "plan",
          "report", "report.compare", "report.demo_model", "report.memory", "report.plots", "verify", "distributed",
          "cli"]
 # Folders whose own __init__ gathers names: they come after what they gather.
-GATHER = {"experts": "experts.calibrate", "imatrix": "imatrix.tools"}
+GATHER = {"experts": "experts.merge", "imatrix": "imatrix.tools"}
 ROOMS = ["base", "io", "gguf", "quant", "engine", "bind"]
 # Imported inside functions only: not everybody has or needs them.
 LAZY = ["matplotlib", "dask", "ray", "llama_cpp"]

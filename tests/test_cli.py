@@ -368,7 +368,7 @@ def test_ctrl_c_is_130(run, model, monkeypatch):
 
 def test_as_a_process(model, tmp_path):
     done = command(tmp_path, "prune", model, tmp_path / "out.gguf", "--keep", BEST)
-    assert done.returncode == 0 and "out.gguf" in done.stdout and done.stderr == ""
+    assert done.returncode == 0 and "out.gguf" in done.stdout and done.stderr.startswith("experts kept by router-norm")
     done = command(tmp_path, "prune", model, tmp_path / "out.gguf", "--keep", BEST)
     assert (done.returncode, done.stdout) == (4, "") and done.stderr.startswith("gguf-surgery: error: ")
     done = command(tmp_path, "info", tmp_path / "none")
@@ -470,6 +470,7 @@ def test_the_readme_s_shell_examples_run(run, model, tmp_path, monkeypatch):
     everything_seen(model, "imatrix.gguf")
     os.mkdir("shards")
     lines = re.findall(r"^    gguf-surgery (.*)$", README.read_text().replace("\\\n", " "), re.MULTILINE)
+    lines = [line for line in lines if "stats" not in line]  # those need llama.cpp: test_calibrate.py
     assert len(lines) == 9
     for line in lines:
         for written, here in (("model.gguf", model), ("--keep 256", "--keep 4"), ("general.url", "general.type"),

@@ -186,9 +186,10 @@ def test_a_metric_is_a_name(qwen, by):
         pgs.experts.rank(qwen, by=by)
 
 
-@pytest.mark.parametrize("by", ["reap", "frequency", "imatrix-msan", "ean-sum"])
-def test_metrics_of_calibration_are_not_there_yet(qwen, by):
-    with pytest.raises(pgs.Unsupported) as error:
+@pytest.mark.parametrize("by, what", [("reap", "stats="), ("ean-sum", "stats="), ("imatrix-msan", "imatrix="),
+                                      ("frequency", "imatrix=.*stats=")])
+def test_what_a_metric_needs_is_said(qwen, by, what):
+    with pytest.raises(pgs.BadPlan, match=what) as error:
         pgs.experts.rank(qwen, by=by)
     assert error.value.object == by
 
@@ -373,7 +374,7 @@ S = [0.0] * 16
 
 
 @pytest.mark.parametrize("data, object", [
-    ({}, None), ({"kept": {}, "scores": {}}, None), ({"kept": {}, "extra": 1}, None), ([], None),
+    ({}, None), ({"kept": {}, "scores": {}}, "kept"), ({"kept": {}, "extra": 1}, None), ([], None),
     ({"scores": {}}, "scores"), ({"scores": []}, "scores"), ({"scores": {"0": S}}, "scores"),
     ({"scores": {"0": S, "1": S, "2": S}}, "scores"), ({"scores": {"0": S, "01": S}}, "scores"),
     ({"scores": {"0": S, "x": S}}, "scores"), ({"scores": {"0": S, "-1": S}}, "scores"),

@@ -121,7 +121,10 @@ py::dict run(const std::vector<PySource*>& py_sources,
 }
 
 py::array_t<double> reduce_rows(const std::vector<PySource*>& py_sources, const pgs::Job& job, std::uint64_t rows_per_group,
+                                const std::optional<py::array_t<double, py::array::c_style | py::array::forcecast>>& py_weights,
                                 std::uint64_t memory, int threads, const std::string& io, const py::object& progress) {
+    std::vector<double> weights;
+    if (py_weights) weights.assign(py_weights->data(), py_weights->data() + py_weights->size());
     const auto sources = sources_of(py_sources);
     const pgs::RunOptions options{memory, threads, pgs::io_from_name(io), false};
     const auto poll = poller(progress);
@@ -130,7 +133,7 @@ py::array_t<double> reduce_rows(const std::vector<PySource*>& py_sources, const 
     pgs::choose_kernels();
     {
         py::gil_scoped_release release;
-        sums = pgs::reduce_rows(sources, job, rows_per_group, options, cancel, poll);
+        sums = pgs::reduce_rows(sources, job, rows_per_group, weights, options, cancel, poll);
     }
     py::array_t<double> out({static_cast<py::ssize_t>(sums.size() / 2), py::ssize_t{2}});
     std::copy(sums.begin(), sums.end(), out.mutable_data());
@@ -160,5 +163,5 @@ void bind_engine(py::module_& m) {
     }, py::arg("jobs"), py::kw_only(), py::arg("memory"), py::arg("threads"), py::arg("io"));
     m.def("run", &run, py::arg("sources"), py::arg("outputs"), py::arg("jobs"), py::kw_only(), py::arg("memory"), py::arg("threads"), py::arg("io"), py::arg("overwrite"), py::arg("progress"));
     m.def("reduce_rows", &reduce_rows, py::arg("sources"), py::arg("job"), py::arg("rows_per_group"), py::kw_only(),
-          py::arg("memory"), py::arg("threads"), py::arg("io"), py::arg("progress") = py::none());
+          py::arg("weights") = py::none(), py::arg("memory"), py::arg("threads"), py::arg("io"), py::arg("progress") = py::none());
 }

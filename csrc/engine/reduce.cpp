@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/checked.hpp"
 #include "base/error.hpp"
 #include "engine/tiles.hpp"
 #include "io/sys.hpp"
@@ -15,19 +16,20 @@ namespace {
 struct Sums {
     double absolute = 0, square = 0;
 };
-Sums row_sums(const float* x, std::uint64_t n) {
+// weights: of each column in the sum of squares, or null for ones.
+Sums row_sums(const float* x, std::uint64_t n, const double* weights) {
     double a[8] = {}, s[8] = {};
     std::uint64_t i = 0;
     for (; i + 8 <= n; i += 8)
         for (int j = 0; j < 8; ++j) {
             const double v = static_cast<double>(x[i + static_cast<std::uint64_t>(j)]);
             a[j] += std::fabs(v);
-            s[j] += v * v;
+            s[j] += weights ? v * v * weights[i + static_cast<std::uint64_t>(j)] : v * v;
         }
     for (int j = 0; i < n; ++i, ++j) {
         const double v = static_cast<double>(x[i]);
         a[j] += std::fabs(v);
-        s[j] += v * v;
+        s[j] += weights ? v * v * weights[i] : v * v;
     }
     return {((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7])),
             ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))};
@@ -36,7 +38,8 @@ Sums row_sums(const float* x, std::uint64_t n) {
 }  // namespace
 
 std::vector<double> reduce_rows(const std::vector<std::shared_ptr<Source>>& inputs, const Job& job,
-                                std::uint64_t rows_per_group, const RunOptions& options, Cancel& cancel,
+                                std::uint64_t rows_per_group, const std::vector<double>& weights,
+                                const RunOptions& options, Cancel& cancel,
                                 const std::function<void(std::uint64_t, std::uint64_t)>& poll) {
     check_job(job, inputs);
     if (rows_per_group == 0 || job.rows % rows_per_group) throw Error(Kind::bad_plan, "groups do not divide the rows").on(job.name);
@@ -45,6 +48,8 @@ std::vector<double> reduce_rows(const std::vector<std::shared_ptr<Source>>& inpu
     const auto sources = reopen_sources(inputs, options.io);
     const RunReader reader(job, sources);
     const std::uint64_t groups = job.rows / rows_per_group;
+    if (!weights.empty() && checked_mul<std::uint64_t>(groups, job.row_elements) != weights.size())
+        throw Error(Kind::bad_plan, "weights do not fit the groups").on(job.name);
     const std::uint64_t source_row = row_bytes(job.source_type, job.row_elements);
 
     // A group is summed by one worker, in order; small groups (router rows) are handed out many at a time.
@@ -53,7 +58,7 @@ std::vector<double> reduce_rows(const std::vector<std::shared_ptr<Source>>& inpu
     auto rows_of = [&](std::uint64_t tile_bytes) {
         return std::max<std::uint64_t>(1, tile_bytes / std::max<std::uint64_t>(1, source_row));
     };
-    const Budget budget = fit_budget(options, job.name, 0, [&](std::uint64_t tile_bytes) {
+    const Budget budget = fit_budget(options, job.name, weights.size() * sizeof(double), [&](std::uint64_t tile_bytes) {
         return std::min(job.rows, rows_of(tile_bytes)) * source_row + floats_bytes;
     });
     const std::uint64_t step = rows_of(budget.tile_bytes);
@@ -80,8 +85,9 @@ std::vector<double> reduce_rows(const std::vector<std::shared_ptr<Source>>& inpu
                 const std::uint64_t n = std::min(chunk, rows - row);
                 decode_rows(job.source_type, b->source.get() + row * source_row, floats, n, job.row_elements);
                 for (std::uint64_t i = 0; i < n; ++i) {
-                    const Sums sums = row_sums(floats + i * job.row_elements, job.row_elements);
                     const std::uint64_t group = (at + row + i) / rows_per_group;
+                    const Sums sums = row_sums(floats + i * job.row_elements, job.row_elements,
+                                               weights.empty() ? nullptr : weights.data() + group * job.row_elements);
                     result[group * 2] += sums.absolute;
                     result[group * 2 + 1] += sums.square;
                 }

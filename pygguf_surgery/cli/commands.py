@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from ..model import Model
     from ..plan import Plan
 
-RANKED = ("router-norm", "aimer")
+DEFAULT_METRIC = "router-norm"
+READ_ALL = ("aimer", "imatrix-msan")  # metrics that read all weights of experts, or a third of them
 _EXCLUSIVE = (("keep", "ratio"), ("target_size", "target_bpw"), ("include_weights", "exclude_weights"),
               ("split_max_size", "split_max_tensors"), ("keep_split", "split_max_size"),
               ("keep_split", "split_max_tensors"))
@@ -60,6 +61,18 @@ def imatrix(args: Namespace) -> int:
     return getattr(tools, args.imatrix_command)(args)
 
 
+def calibrate(args: Namespace) -> int:
+    from .stats import calibrate as run
+
+    return run(args)
+
+
+def stats(args: Namespace) -> int:
+    from . import stats as tools
+
+    return getattr(tools, args.stats_command)(args)
+
+
 def demo(args: Namespace) -> int:
     from .demo import run
 
@@ -74,7 +87,9 @@ def plan(args: Namespace) -> int:
 
 
 def prune(args: Namespace) -> int:
-    if args.keep is None and args.ratio is None and args.by in (None, *RANKED):
+    from ..experts import METRICS
+
+    if args.keep is None and args.ratio is None and args.by in (None, *METRICS):
         raise Usage("prune needs --keep N or --ratio R (or --by FILE.json with the experts to keep)")
     return _describe_or_write(args)
 
@@ -170,8 +185,8 @@ def _describe_or_write(args: Namespace) -> int:
             return 4
         if not args.force:
             _refuse_existing(output_paths(checked, args.output))
-        with _progress("writing", quiet) as progress:
-            receipt = write(model, checked, args.output, overwrite=args.force, progress=progress, **limits)
+        with progress("writing", quiet) as bar:
+            receipt = write(model, checked, args.output, overwrite=args.force, progress=bar, **limits)
     if args.json:
         words.print_json(receipt.to_json())
     elif not quiet:
@@ -203,21 +218,40 @@ def make_plan(model: Model, args: Namespace) -> Plan:
     result = _add_types(result, given)
     result = _add_shards(result, args)
     if any(given.get(option) is not None for option in ("keep", "ratio", "by")):
-        from ..experts.rank import rank
-
-        by = RANKED[0] if args.by is None else args.by
-        if by == "aimer" and not args.dry_run:
-            _refuse_early(model, result, args)
-        with _progress("ranking", given.get("quiet", False)) as progress:
-            ranking = rank(model, by=by, memory=args.memory, threads=args.threads, io=args.io, progress=progress)
-        result = result.keep_experts(ranking.keep(args.keep, ratio=args.ratio), mtp=args.mtp)
+        result = _keep_experts(model, result, args)
     elif given.get("mtp") == "drop":
         raise Usage("--mtp drop goes with --keep or --ratio")
+    elif word := next((word for word in ("stats", "super_experts", "report") if given.get(word)), None):
+        raise Usage(f"--{word.replace('_', '-')} goes with --keep, --ratio or --by")
     if given.get("prune_layers"):
         result = result.prune_layers(args.prune_layers)
     if given.get("target_size") is not None or given.get("target_bpw") is not None:
         result = _fit(result, args)
     return result
+
+
+def _keep_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
+    from ..experts import rank
+
+    quiet, by = getattr(args, "quiet", False), DEFAULT_METRIC if args.by is None else args.by
+    if by in READ_ALL and not args.dry_run:
+        _refuse_early(model, plan, args)
+    with progress("ranking", quiet) as bar:
+        ranking = rank(model, by=by, stats=args.stats, imatrix=args.imatrix, mtp=args.mtp, memory=args.memory,
+                       threads=args.threads, io=args.io, progress=bar)
+    keep = ranking.keep(args.keep, ratio=args.ratio, super_experts=args.super_experts, budget=args.budget)
+    if args.report is not None:
+        _write_report(args, keep.to_json())
+    if not (quiet or args.json) and (keep.scores or keep.seen.notes):
+        words.explain(keep.summary())
+    return plan.keep_experts(keep, mtp=args.mtp)
+
+
+def _write_report(args: Namespace, text: str) -> None:
+    if not getattr(args, "force", False):
+        _refuse_existing([args.report])
+    with open(args.report, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
 
 
 # argparse's name -> the argument of Plan.quantize
@@ -240,6 +274,8 @@ def _add_types(plan: Plan, given: dict) -> Plan:
         return plan.recipe(given["recipe"], type=given["type"], overrides=overrides, **options)
     if given["type"] is not None or overrides:
         return plan.quantize("COPY" if given["type"] is None else given["type"], overrides=overrides, **options)
+    if options.keys() == {"imatrix"} and given.get("by") in ("frequency", "imatrix-msan"):
+        return plan  # it is for the choice of experts
     if options:
         word = next((word for word in _TYPE_OPTIONS if given[word]), "imatrix_missing")
         raise Usage(f"--{word.replace('_', '-')} goes with a type")
@@ -277,9 +313,9 @@ def _fit(plan: Plan, args: Namespace) -> Plan:
     if args.type is None and args.recipe is None:
         raise Usage("--target-size and --target-bpw go with a type, which names the family")
     before = next(edit for edit in plan.data.edits if isinstance(edit, Quantize)).overrides
-    with _progress("measuring", vars(args).get("quiet", False), "tensors") as progress:
+    with progress("measuring", vars(args).get("quiet", False), "tensors") as bar:
         plan = plan.fit(size=args.target_size, bpw=args.target_bpw, memory=args.memory, threads=args.threads, io=args.io,
-                        progress=progress)
+                        progress=bar)
     after = next(edit for edit in plan.data.edits if isinstance(edit, Quantize)).overrides
     if not vars(args).get("quiet", False):
         words.say("types chosen; these options give them again:")
@@ -302,7 +338,7 @@ def _refuse_early(model: Model, plan: Plan, args: Namespace) -> None:
         raise first_blocker(checked)
 
 
-def _progress(what: str, quiet: bool, unit: str | None = None):
+def progress(what: str, quiet: bool, unit: str | None = None):
     if quiet:
         return nullcontext()
     from ..write import ProgressBar

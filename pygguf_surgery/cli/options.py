@@ -6,14 +6,27 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from . import imatrix
+from . import imatrix, stats
 
 # name -> what argparse wants. Each option is defined once, whichever commands have it.
 OPTIONS = {
     "--keep": dict(type=int, metavar="N", help="experts to keep in every layer"),
     "--ratio": dict(type=float, metavar="R", help="share of the experts to keep, such as 0.5, in place of --keep"),
-    "--by": dict(metavar="METRIC", help="how to choose them: router-norm (default), aimer, or a JSON file with "
-                 '{"kept": {"0": [ids]}} or {"scores": {"0": [numbers]}}'),
+    "--by": dict(metavar="METRIC", help="how to choose them: router-norm (default) or aimer from the weights; frequency "
+                 "or imatrix-msan with --imatrix; reap, reap-sum, ean-sum, ean-mean, msan, weighted-frequency or frequency "
+                 'with --stats; or a JSON file with {"kept": {"0": [ids]}} or {"scores": {"0": [numbers]}}'),
+    "--stats": dict(metavar="STATS", help="what calibrate has recorded, for --by"),
+    "--super-experts": dict(action="store_true", help="keep experts with massive activations (from --stats) whatever "
+                            "their score"),
+    "--budget": dict(choices=("layer", "global"), default="layer", help="keep N in each layer (the default), or N times "
+                     "the layers where they matter most, which only routers with a selection bias can load"),
+    "--report": dict(metavar="FILE", help="write the decision, kept ids and scores, as JSON that --by takes back"),
+    "-o": dict(dest="output", metavar="OUT", required=True, help="the file to write"),
+    "--ctx": dict(type=int, default=512, metavar="N", help="tokens of a window (default 512)"),
+    "--chunks": dict(type=int, metavar="N", help="at most N windows of each text"),
+    "--merge-stats": dict(action="store_true", help="also record what merging needs: larger statistics"),
+    "--parse-special": dict(action="store_true", help="special tokens in the text are tokens, not text"),
+    "--gpu-layers": dict(type=int, default=0, metavar="N", help="layers that llama.cpp puts on a GPU, -1 for all"),
     "--mtp": dict(choices=("keep", "drop"), default="keep", help="multi-token prediction blocks: cut them with the "
                   "rest (keep, the default) or remove them (drop)"),
     "--prune-layers": dict(type=lambda text: numbers(text), metavar="L0,L1,...",
@@ -85,7 +98,8 @@ OPTIONS = {
     "--folder": dict(metavar="DIR", help="keep the files here (default: a temporary folder, removed at the end)"),
 }
 
-EXPERTS = ("--keep", "--ratio", "--by", "--mtp")
+EXPERTS = ("--keep", "--ratio", "--by", "--stats", "--super-experts", "--budget", "--report", "--mtp")
+TEXTS = ("--ctx", "--chunks", "--parse-special", "--gpu-layers", "--threads")
 LAYERS = ("--prune-layers",)
 TYPES = ("--recipe", "--pure", "--override", "--tensor-type", "--tensor-type-file", "--output-tensor-type",
          "--token-embedding-type", "--leave-output-tensor", "--allow-requantize", "--imatrix", "--imatrix-missing",
@@ -112,6 +126,8 @@ COMMANDS = {
     "join": ("make one file of shards", ("IN", "OUT"), RUN + OUTPUT + JSON),
     "verify": ("check a file as llama.cpp would, and against its source", ("FILE",),
                ("--against", "--no-data", "--quiet", "--json")),
+    "calibrate": ("run texts through a model and record what its experts do", ("CALIBRATE",),
+                  ("-o",) + TEXTS + ("--merge-stats", "--force", "--quiet", "--json")),
     "demo": ("make a small model, cut it in half, show what was lost", (),
              ("--model", "--keep", "--by", "--type", "--folder") + RUN + ("--json",)),
 }
@@ -120,13 +136,14 @@ POSITIONALS = {
     "IN": ("input", "a GGUF file; of a split model any shard"),
     "OUT": ("output", "the GGUF file to write; of shards the part of their names before -00001-of-..."),
     "FILE": ("file", "the GGUF file to check"),
+    "CALIBRATE": ("arguments", "a GGUF file, quantized or not, and texts in UTF-8"),
     "QUANTIZE": ("arguments", "as llama-quantize takes them: IN [OUT] TYPE [THREADS]. TYPE is a file type by name or "
                  "number, such as Q4_K_M, MXFP4_MOE or COPY; without OUT the output is ggml-model-TYPE.gguf beside IN. "
                  "Unlike llama-quantize an existing output needs --force, the output keeps the order of tensors "
                  "and alignment, and an architecture that llama.cpp does not know is no error"),
 }
 # These take no fixed number of positional arguments.
-_SEVERAL = {"QUANTIZE": "IN [OUT] TYPE [THREADS]"}
+_SEVERAL = {"QUANTIZE": "IN [OUT] TYPE [THREADS]", "CALIBRATE": "MODEL TEXT..."}
 
 
 def make_parser(program: str) -> argparse.ArgumentParser:
@@ -142,16 +159,23 @@ def make_parser(program: str) -> argparse.ArgumentParser:
             command.add_argument(dest, metavar=_SEVERAL.get(metavar, metavar), help=text, type=not_empty, **several)
         for option in options:
             command.add_argument(option, **OPTIONS[option])
-    group = _add_command(commands, "imatrix", "show, merge, slice and convert importance matrices").add_subparsers(
-        dest="imatrix_command", required=True, metavar="COMMAND")
-    for name, (help, positionals, options) in imatrix.COMMANDS.items():
-        command = _add_command(group, name, help)
+    for name, help, rules in (("imatrix", "show, merge, slice and convert importance matrices", imatrix),
+                              ("stats", "show and merge what calibrate has recorded", stats)):
+        _add_group(commands, name, help, rules)
+    return parser
+
+
+def _add_group(commands, group: str, help: str, rules) -> None:
+    """A command of commands. rules: a module with tables OPTIONS, COMMANDS, POSITIONALS."""
+    parsers = _add_command(commands, group, help).add_subparsers(dest=f"{group}_command", required=True,
+                                                                 metavar="COMMAND")
+    for name, (help, positionals, options) in rules.COMMANDS.items():
+        command = _add_command(parsers, name, help)
         for metavar in positionals:
-            dest, text, nargs = imatrix.POSITIONALS[metavar]
+            dest, text, nargs = rules.POSITIONALS[metavar]
             command.add_argument(dest, metavar=metavar.removesuffix("..."), help=text, type=not_empty, nargs=nargs)
         for option in options:
-            command.add_argument(option, **imatrix.OPTIONS[option])
-    return parser
+            command.add_argument(option, **rules.OPTIONS[option])
 
 
 def _add_command(commands, name: str, help: str) -> argparse.ArgumentParser:

@@ -52,7 +52,7 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
         return out
     out.tensors = [_cut(t, found, kept, edit.order, out.blockers) for t in out.tensors]
     try:
-        _set_metadata(model, architecture, kept, edit.metric, out)
+        _set_metadata(model, architecture, kept, edit, out)
     except SurgeryError as error:
         out.blockers.append(error)
     return out
@@ -298,7 +298,8 @@ def _drop_mtp(architecture: str, out: Outcome) -> range:
 
 # --- metadata -------------------------------------------------------------------------------------------------------
 
-def _set_metadata(model: Model, architecture: str, kept: Kept, metric: str, out: Outcome) -> None:
+def _set_metadata(model: Model, architecture: str, kept: Kept, edit: KeepExperts, out: Outcome) -> None:
+    metric = edit.metric
     metadata, old = out.metadata, roles.count(getter(out.metadata), f"{architecture}.expert_count")
     n = len(next(iter(kept.values())))
     metadata[f"{architecture}.expert_count"] = like(metadata[f"{architecture}.expert_count"], n)
@@ -313,6 +314,8 @@ def _set_metadata(model: Model, architecture: str, kept: Kept, metric: str, out:
     for layer, ids in kept.items():
         source = [earlier[layer][i] for i in ids] if layer in earlier else list(ids)
         metadata[f"pgs.experts.{layer}.kept"] = Value(source, "u32[]")
+        if layer in edit.scores and not earlier:  # of all experts of the source
+            metadata[f"pgs.experts.{layer}.scores"] = Value(list(edit.scores[layer]), "f64[]")
 
 
 def _set_size_label(metadata: dict[str, Value], old: int, new: int, warnings: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Which experts to keep: scores per layer from the weights or from the user, and the choice they lead to."""
+"""Which experts to keep: a ranking per layer, from a metric or from the user, and the choice it leads to."""
 
 from __future__ import annotations
 
@@ -8,76 +8,162 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .. import _core
-from ..errors import BadFile, BadPlan, Unsupported
-from ..units import MEMORY, parse_memory, parse_threads
-from . import roles
+from ..errors import BadPlan, Unsupported
+from ..units import MEMORY
+from . import metrics, roles, stats as stats_file
 from .roles import Layout
+from .stats import Stats
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ..model import Model, Tensor
+    from ..imatrix import Imatrix
+    from ..model import Model
 
 Progress = Callable[[int, int], object]
+Ids = dict[int, tuple[int, ...]]  # layer -> ascending expert ids
 
-# Metrics that need an importance matrix or calibration.
-_LATER = ("frequency", "imatrix-msan", "reap", "reap-sum", "ean-sum", "ean-mean", "msan", "weighted-frequency")
+
+@dataclass(frozen=True)
+class Seen:
+    """What calibration says beside the scores. unseen: experts that no token reached; supers: those with massive
+    activations, None where nothing was recorded; notes: what the user should know of the scores."""
+
+    unseen: Ids = field(default_factory=dict)
+    supers: Ids | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Keep(dict[int, tuple[int, ...]]):
-    """layer -> ascending ids of the experts to keep, the same number in every layer.
+    """layer -> ascending ids of the experts to keep: the same number in every layer, unless the budget was global.
 
     metric: the name of what chose them. order: the same ids best first, for layers that map tokens to expert ids.
+    scores: layer -> E scores; empty where the user named the experts.
     """
 
-    def __init__(self, kept: Mapping[int, tuple[int, ...]], metric: str, order: Mapping[int, tuple[int, ...]] = {}):
+    def __init__(self, kept: Mapping[int, tuple[int, ...]], metric: str, order: Mapping[int, tuple[int, ...]] = {},
+                 scores: Mapping[int, Any] = {}, seen: Seen = Seen(), everywhere: Mapping[int, int] = {}):
         super().__init__(kept)
         self.metric = metric
         self.order = dict(order)
+        self.scores = dict(scores)
+        self.seen = seen
+        self._everywhere = dict(everywhere)
+
+    def mass(self, layer: int) -> float | None:
+        """The share of the layer's saliency that the kept experts have; None where scores can be negative or are all 0."""
+        scores = self.scores.get(layer)
+        if scores is None or scores.min() < 0 or scores.sum() <= 0:
+            return None
+        return float(scores[list(self[layer])].sum() / scores.sum())
+
+    def ties(self, layer: int) -> int:
+        """Dropped experts whose score is that of the worst kept one: only their ids decided."""
+        scores = self.scores.get(layer)
+        if scores is None:
+            return 0
+        last = scores[list(self[layer])].min()
+        return int((scores == last).sum() - (scores[list(self[layer])] == last).sum())
+
+    def summary(self) -> str:
+        """Per layer: how many experts stay, their share of the saliency, those never seen, ties, and how many a budget
+        over all layers together would keep."""
+        lines = [f"experts kept by {self.metric}", f"{'layer':>5} {'kept':>9} {'mass':>7} {'unseen':>13} {'ties':>5}"
+                 + (f" {'global budget':>14}" if self._everywhere else "")]
+        for layer, ids in self.items():
+            mass, unseen = self.mass(layer), self.seen.unseen.get(layer, ())
+            experts = len(self.scores[layer]) if layer in self.scores else None
+            kept_unseen = len(set(unseen) & set(ids))
+            seen = f"{len(unseen)}, kept {kept_unseen}" if unseen else "" if self.seen.supers is None else "0"
+            row = (f"{layer:>5} {f'{len(ids)}/{experts}' if experts else len(ids):>9} "
+                   f"{'' if mass is None else f'{100 * mass:.1f}%':>7} {seen:>13} {self.ties(layer) or '':>5} "
+                   f"{self._everywhere.get(layer, ''):>14}")
+            lines.append(row.rstrip())
+        supers = self.seen.supers or {}
+        for layer, ids in supers.items():
+            if gone := sorted(set(ids) - set(self.get(layer, ids))):
+                lines.append(f"dropped in layer {layer} in spite of massive activations: {', '.join(map(str, gone))} "
+                             "(super_experts=True keeps them)")
+        lines += [f"note: {text}" for text in self.seen.notes]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The decision, as text that `rank(model, by=FILE)` takes back."""
+        return json.dumps({"metric": self.metric, "kept": {str(k): list(v) for k, v in self.items()},
+                           **({"scores": _scores_to_json(self.scores)} if self.scores else {})}, allow_nan=False)
+
+
+def _scores_to_json(scores: Mapping[int, Any]) -> dict[str, list[float]]:
+    return {str(layer): [float(x) for x in values] for layer, values in scores.items()}
 
 
 class Ranking:
     """Scores of the experts of each MoE block, MTP blocks included: higher = keep. Made by `rank`.
 
-    metric: its name. scores: layer -> float64 array of E scores; empty where the user named the experts.
+    metric: its name. scores: layer -> float64 array of E scores; empty where the user named the experts. seen: what
+    calibration says beside them.
     """
 
     def __init__(self, metric: str, model: Layout, *, scores: Mapping[int, NDArray[np.float64]] | None = None,
-                 kept: Mapping[int, tuple[int, ...]] | None = None, tables: tuple[int, ...] = ()):
+                 kept: Mapping[int, tuple[int, ...]] | None = None, tables: tuple[int, ...] = (), seen: Seen = Seen(),
+                 used: int = 1):
         self.metric = metric
         self.scores = dict(scores or {})
+        self.seen = seen
         self._kept = None if kept is None else dict(kept)
         self._model = model
         self._tables = tables
+        self._used = used
 
     def __repr__(self) -> str:
         return f"<Ranking by {self.metric} of {self._model.experts} experts in {len(self._model.layers)} layers>"
 
-    def keep(self, n: int | None = None, *, ratio: float | None = None) -> Keep:
+    def keep(self, n: int | None = None, *, ratio: float | None = None,
+             protect: Mapping[int, Iterable[int]] | Iterable[int] = (), super_experts: bool = False,
+             per_group: bool | str = "auto", budget: str = "layer") -> Keep:
         """The n experts with the highest scores of each layer; ties: the lower id stays.
 
         ratio: the share to keep instead, rounded to the nearest possible number. Where the router picks groups, each
-        group keeps the same number of experts; where experts share a chunk expert (grovemoe) they stay or go together,
-        by their mean score: n must be a multiple of those. A ranking that names the experts needs no n.
+        group keeps the same number of experts (per_group: nothing else can be loaded); where experts share a chunk
+        expert (grovemoe) they stay or go together, by their mean score: n must be a multiple of those. A ranking that
+        names the experts needs no n.
+        protect: {layer: ids}, or ids for every layer, that stay whatever their score. super_experts: so do those with
+        massive activations, which only calibration knows. budget: "global" keeps n times the number of layers in all,
+        where scores are the largest share of their layer's; only some architectures can load the result (prune pads it).
         BadPlan for a number that cannot be kept.
         """
         if n is not None and ratio is not None:
             raise BadPlan("give n or ratio, not both", object="keep")
+        if budget not in ("layer", "global"):
+            raise BadPlan("no such budget", object="budget", found=repr(budget), expected='"layer" or "global"')
+        if per_group not in ("auto", True, False):
+            raise BadPlan("no such choice", object="per_group", found=repr(per_group), expected='"auto", True or False')
+        if per_group is False and self._model.groups > 1:
+            raise Unsupported(f"the router picks {self._model.groups} groups: a different number of experts in each "
+                              "would change which expert is in which", object="per_group", hint='leave it "auto"')
         if self._kept is not None:
+            for name, given in (("protect", protect), ("super_experts", super_experts)):
+                if given:
+                    raise BadPlan("the experts are named already", object=name, hint="leave it out")
             return self._keep_named(n, ratio)
         n = self._number(n, ratio)
+        fixed = self._protected(protect, super_experts)
+        everywhere = self._global_numbers(n)
+        if budget == "global" and not everywhere:
+            raise Unsupported("no global budget: the router or chunk experts tie experts together", object="budget")
         kept, order = {}, {}
         for layer, scores in self.scores.items():
-            chosen = self._choose(scores, n)
+            number = everywhere.get(layer, n) if budget == "global" else n
+            chosen = self._choose(layer, scores, number, fixed.get(layer, ()))
             kept[layer] = tuple(sorted(chosen))
             if layer in self._tables:
                 order[layer] = tuple(sorted(chosen, key=lambda e, s=scores: (-s[e], e)))
-        return Keep(kept, self.metric, order)
+        return Keep(kept, self.metric, order, self.scores, self.seen, everywhere)
 
     def _number(self, n: int | None, ratio: float | None) -> int:
         experts, step = self._model.experts, self._step()
@@ -102,17 +188,64 @@ class Ranking:
     def _step(self) -> int:
         return max(self._model.groups, self._model.chunk, 1)
 
-    def _choose(self, scores: NDArray[np.float64], n: int) -> list[int]:
+    def _protected(self, protect: Any, super_experts: bool) -> dict[int, set[int]]:
+        fixed: dict[int, set[int]] = {layer: set() for layer in self.scores}
+        if not isinstance(protect, Mapping):
+            protect = dict.fromkeys(self.scores, tuple(protect)) if protect else {}
+        for layer, ids in protect.items():
+            if layer not in fixed:
+                raise BadPlan("no layer with experts", object="protect", found=repr(layer)[:80])
+            fixed[layer] |= set(_ids(layer, list(ids), self._model.experts, None, "protect"))
+        if super_experts:
+            if self.seen.supers is None:
+                raise BadPlan("only calibration knows which experts have massive activations", object="super_experts",
+                              hint="give stats=, --stats")
+            for layer, ids in self.seen.supers.items():
+                fixed[layer] |= set(ids)
+        return fixed
+
+    def _global_numbers(self, n: int) -> dict[int, int]:
+        """How many experts each layer would keep of a budget over all layers: the largest shares of their layer's sum
+        of scores, or the largest scores where those are no masses. Each keeps as many as a token uses; MTP blocks, which
+        may be scored by another metric, keep n."""
         import numpy as np
 
+        layers = [layer for layer in self.scores if layer not in self._model.mtp]
+        if self._step() > 1 or not layers:
+            return {}
+        scores = np.stack([self.scores[layer] for layer in layers])
+        if (scores >= 0).all():
+            total = scores.sum(axis=1, keepdims=True)
+            scores = np.divide(scores, total, out=np.zeros_like(scores), where=total > 0)
+        best_first = np.argsort(-scores, axis=1, kind="stable")
+        value = np.take_along_axis(scores, best_first, axis=1)
+        least = min(max(self._used, 1), n)
+        value[:, :least] = np.inf
+        chosen = np.argsort(-value.ravel(), kind="stable")[:n * len(layers)]
+        counts = np.bincount(chosen // scores.shape[1], minlength=len(layers))
+        return {**dict.fromkeys(self.scores, n), **dict(zip(layers, counts.tolist()))}
+
+    def _choose(self, layer: int, scores: NDArray[np.float64], n: int, fixed: Iterable[int]) -> list[int]:
+        import numpy as np
+
+        fixed = list(fixed)
+        # A chunk of experts that share weights is chosen whole; a routing group keeps its share.
         if self._model.chunk > 1:
             chunk = self._model.chunk
-            best = np.argsort(-scores.reshape(-1, chunk).mean(axis=1), kind="stable")[:n // chunk]
-            return [int(c) * chunk + i for c in best for i in range(chunk)]
-        groups = max(self._model.groups, 1)
-        size = len(scores) // groups
-        best = np.argsort(-scores.reshape(groups, size), axis=1, kind="stable")[:, :n // groups]
-        return [int(e) for e in (best + np.arange(groups)[:, None] * size).ravel()]
+            value, groups = scores.reshape(-1, chunk).mean(axis=1), 1
+            units = [[c * chunk + i for i in range(chunk)] for c in range(len(value))]
+            fixed = sorted({e // chunk for e in fixed})
+        else:
+            value, groups = scores.copy(), max(self._model.groups, 1)
+            units = [[e] for e in range(len(value))]
+        value[fixed] = np.inf
+        size, room = len(value) // groups, n // len(units[0]) // groups
+        most = max(np.bincount(np.array(fixed, np.int64) // size, minlength=groups), default=0)
+        if most > room:
+            raise BadPlan(f"{most} experts are protected" + (" in one group" if groups > 1 else ""),
+                          object=f"layer {layer}", expected=f"at most {room}, which are kept")
+        best = np.argsort(-value.reshape(groups, size), axis=1, kind="stable")[:, :room]
+        return [e for unit in (best + np.arange(groups)[:, None] * size).ravel() for e in units[unit]]
 
     def _keep_named(self, n: int | None, ratio: float | None) -> Keep:
         if ratio is not None:
@@ -121,14 +254,13 @@ class Ranking:
             if n is not None and len(ids) != n:
                 raise BadPlan("the experts are named already", object="keep", found=n,
                               expected=f"{len(ids)}, as named for layer {layer}")
-        return Keep(self._kept, self.metric)
+        return Keep(self._kept, self.metric, scores=self.scores, seen=self.seen)
 
     def to_json(self) -> str:
         """Text that `rank(model, by=FILE)` accepts."""
         if self._kept is not None:
-            return json.dumps({"metric": self.metric, "kept": {str(k): list(v) for k, v in self._kept.items()}})
-        scores = {str(layer): [float(x) for x in scores] for layer, scores in self.scores.items()}
-        return json.dumps({"metric": self.metric, "scores": scores}, allow_nan=False)
+            return Keep(self._kept, self.metric, scores=self.scores).to_json()
+        return json.dumps({"metric": self.metric, "scores": _scores_to_json(self.scores)}, allow_nan=False)
 
 
 def nearest(n: int, step: int, most: int) -> str:
@@ -137,21 +269,35 @@ def nearest(n: int, step: int, most: int) -> str:
     return " or ".join(str(x) for x in sorted({below, above}) if 0 < x <= most)
 
 
-def rank(model: Model, by: str | os.PathLike[str] | Mapping[str, Any] = "router-norm", *, memory: int | str = MEMORY,
-         threads: int = 0, io: str = "auto", progress: Progress | None = None) -> Ranking:
-    """Scores every expert of every MoE block, MTP blocks included.
+def rank(model: Model, by: str | os.PathLike[str] | Mapping[str, Any] = "router-norm", *,
+         stats: str | os.PathLike[str] | Stats | None = None, imatrix: str | os.PathLike[str] | Imatrix | None = None,
+         mtp: str = "keep", memory: int | str = MEMORY, threads: int = 0, io: str = "auto",
+         progress: Progress | None = None) -> Ranking:
+    """Scores every expert of every MoE block, MTP blocks included unless mtp="drop".
 
-    by: "router-norm", the L2 norm of the expert's router row, which is cheap; "aimer", minus mean|w| / rms(w) over the
-    gate, up and down weights of the expert together (arXiv 2603.18492), which reads all expert weights; or a dict or a
-    JSON file, {"scores": {"0": [E numbers]}} or {"kept": {"0": [ids]}}, with an optional "metric". Sums are in float64
-    and streamed within `memory`; quantized weights are decoded first.
+    by: one of `metrics.METRICS`, below, with the sums over the tokens t routed to expert e, g its gate and f its output
+    before the gate; or a dict or a JSON file, {"scores": {"0": [E numbers]}} or {"kept": {"0": [ids]}}, with an optional
+    "metric", such as Keep.to_json writes.
+      router-norm         L2 norm of the expert's router row; cheap
+      aimer               minus mean|w| / rms(w) over its gate, up and down weights (arXiv 2603.18492); reads all of them
+      frequency           count of tokens; from an importance matrix or statistics
+      imatrix-msan        sum_j E[h_j^2] ||W_down[:, j]||^2, a diagonal approximation of mean ||f||^2; importance matrix
+      reap                mean g ||f|| (arXiv 2510.13999); this and the rest from statistics of `calibrate`
+      reap-sum            sum g ||f||: what is rarely used counts less
+      ean-sum, ean-mean   sum and mean of ||f||
+      msan                mean ||f||^2
+      weighted-frequency  sum g
+    MTP blocks, which calibration does not run, are scored by aimer then. Sums are in float64; weights are streamed within
+    `memory`, quantized ones decoded first. stats, imatrix: the file or what `open` returned.
     progress: called with bytes done and bytes in all; an exception from it stops the run.
-    Errors: BadPlan for a model without experts or an unknown `by`, BadFile for weights that are not finite, Unsupported
-    for metrics that need calibration.
+    Errors: BadPlan for a model without experts, an unknown `by`, statistics that are missing or of another model, BadFile
+    for weights that are not finite, Unsupported for what an importance matrix of the old format has lost.
     """
     found = roles.layout(model.architecture, model.tensors, lambda key: model.metadata.get(key))
     if not found.layers:
         raise BadPlan("the model has no experts", path=model.path, object=model.architecture or None)
+    if mtp not in ("keep", "drop"):
+        raise BadPlan("no such choice", object="mtp", found=repr(mtp), expected='"keep" or "drop"')
     for name, tensor in model.tensors.items():
         if error := roles.check_shape(name, tensor.shape, found):
             raise error
@@ -159,105 +305,43 @@ def rank(model: Model, by: str | os.PathLike[str] | Mapping[str, Any] = "router-
                            if (rule := roles.expert_rule(name)) and rule.axis == "values"}))
     if isinstance(by, Mapping):
         return _given(by, "dict", found, tables, None)
-    if isinstance(by, str) and by in _METRICS:
-        reduce = _Reduce(model, found, memory=memory, threads=threads, io=io, progress=progress)
-        return Ranking(by, found, scores=_METRICS[by](reduce), tables=tables)
-    if isinstance(by, str) and by in _LATER:
-        raise Unsupported("this metric needs an importance matrix or calibration", object=by,
-                          hint=f"from the weights alone: {', '.join(_METRICS)}")
+    if isinstance(by, str) and by in metrics.METRICS:
+        if stats is not None and not isinstance(stats, Stats):
+            stats = stats_file.open(stats)
+        reduce = metrics.Reduce(model, found, memory=memory, threads=threads, io=io, progress=progress)
+        layers = [layer for layer in found.layers if mtp == "keep" or layer not in found.mtp]
+        opened = _open_imatrix(imatrix)
+        try:
+            scores, notes = metrics.compute(by, reduce, layers, stats, opened)
+        finally:
+            if opened is not None and opened is not imatrix:
+                opened.close()
+        seen = Seen(notes=tuple(notes))
+        if stats is not None:
+            metrics.check_stats(stats, model, found)
+            seen = Seen({layer: tuple(ids) for layer, ids in stats.unseen().items()}, metrics.super_experts(stats),
+                        tuple(notes))
+        return Ranking(by, found, scores=scores, tables=tables, seen=seen, used=_used(model))
     if isinstance(by, os.PathLike) or isinstance(by, str) and (
             by.endswith(".json") or os.path.basename(by) != by or os.path.isfile(by)):
         return _from_file(os.fspath(by), found, tables)
-    near = difflib.get_close_matches(by, (*_METRICS, *_LATER)) if isinstance(by, str) else ()
+    near = difflib.get_close_matches(by, metrics.METRICS) if isinstance(by, str) else ()
     raise BadPlan("unknown metric", object="by", found=repr(by)[:80],
-                  expected=f"{', '.join(_METRICS)}, or a JSON file", hint=f"did you mean {near[0]}?" if near else None)
+                  expected=f"{', '.join(metrics.METRICS)}, or a JSON file",
+                  hint=f"did you mean {near[0]}?" if near else None)
 
 
-# --- from the weights ----------------------------------------------------------------------------------------------
+def _open_imatrix(imatrix: str | os.PathLike[str] | Imatrix | None) -> Imatrix | None:
+    from .. import imatrix as files
 
-class _Reduce:
-    """Streams tensors of one model through _core.reduce_rows, with one progress over all of them."""
-
-    def __init__(self, model: Model, found: Layout, *, memory: int | str, threads: int, io: str,
-                 progress: Progress | None):
-        self.model, self.layout = model, found
-        self.options = {"memory": parse_memory(memory), "threads": parse_threads(threads), "io": io}
-        self.progress = progress
-        self.done = self.total = 0
-
-    def tensors(self, parts: tuple[str, ...]) -> dict[int, list[Tensor]]:
-        """Those of each MoE block that exist, in file order of `parts`; their bytes become the total of progress."""
-        have = self.model.tensors
-        chosen = {layer: [have[name] for part in parts if (name := f"blk.{layer}.{part}") in have]
-                  for layer in self.layout.layers}
-        self.total = sum(tensor.nbytes for tensors in chosen.values() for tensor in tensors)
-        return chosen
-
-    def sums(self, tensors: Sequence[Tensor]) -> NDArray[np.float64]:
-        """[len(tensors), E, 2]: sum |w| and sum w^2 of each expert's slice, of tensors of one type and shape."""
-        import numpy as np
-
-        first, experts = tensors[0], self.layout.experts
-        rows = first.elements // first.ne[0]
-        job = _core.Job(first.name, source_type=first.type_id, target_type=_core.type_id("F32"),
-                        row_elements=first.ne[0], rows=rows * len(tensors), target_offset=0,
-                        runs=np.array([[t.source, t.offset, t.nbytes] for t in tensors], np.uint64))
-        base = self.done
-        poll = None if self.progress is None else lambda done, _: self.progress(base + done, self.total)
-        sums = _core.reduce_rows(self.model.sources, job, rows // experts, progress=poll, **self.options)
-        self.done += first.nbytes * len(tensors)
-        if not np.isfinite(sums).all():
-            which, expert = divmod(int(np.flatnonzero(~np.isfinite(sums).all(axis=1))[0]), experts)
-            tensor = tensors[which]
-            raise BadFile("weights that are not finite", path=self.model.paths[tensor.source], object=tensor.name,
-                          found=f"in expert {expert}")
-        return sums.reshape(len(tensors), experts, 2)
+    return files.open(imatrix) if isinstance(imatrix, (str, os.PathLike)) else imatrix
 
 
-def _router_norm(reduce: _Reduce) -> dict[int, NDArray[np.float64]]:
-    """L2 norm of the router row of each expert."""
-    import numpy as np
-
-    alike: dict[Any, dict[int, Tensor]] = {}  # many small tensors: one pass over all of a type and shape
-    for layer, tensors in reduce.tensors(("ffn_gate_inp.weight",)).items():
-        if not tensors:
-            raise BadFile("a block with experts and no router", object=f"blk.{layer}.ffn_gate_inp.weight")
-        alike.setdefault((tensors[0].type_id, tensors[0].ne), {})[layer] = tensors[0]
-    scores = {}
-    for routers in alike.values():
-        scores |= zip(routers, np.sqrt(reduce.sums(tuple(routers.values()))[:, :, 1]))
-    return {layer: scores[layer] for layer in sorted(scores)}
-
-
-# |score| is at most 1 (Cauchy-Schwarz), so an expert without any weight comes after every other.
-_EMPTY_EXPERT = -2.0
-
-
-def _aimer(reduce: _Reduce) -> dict[int, NDArray[np.float64]]:
-    """-mean|w| / rms(w), w all gate, up and down weights of the expert times its scale where the file has one."""
-    import numpy as np
-
-    parts = tuple(f"ffn_{part}_exps.weight" for part in ("gate_up", "gate", "up", "down"))
-    scores = {}
-    for layer, tensors in reduce.tensors(parts).items():
-        total, elements = np.zeros((reduce.layout.experts, 2)), 0
-        for tensor in tensors:
-            sums = reduce.sums([tensor])[0]
-            scale = reduce.model.tensors.get(tensor.name.removesuffix("weight") + "scale")
-            if scale is not None:
-                s = np.abs(scale.dequantize().astype(np.float64))
-                if not np.isfinite(s).all():
-                    raise BadFile("scales that are not finite", object=scale.name)
-                sums = sums * np.stack([s, s * s], axis=1)
-            total += sums
-            elements += tensor.elements // reduce.layout.experts
-        rms = np.sqrt(total[:, 1] / elements)
-        ratio = np.divide(total[:, 0] / elements, rms, out=np.full(len(rms), -_EMPTY_EXPERT), where=rms > 0)
-        scores[layer] = -ratio
-    return scores
-
-
-_METRICS: dict[str, Callable[[_Reduce], dict[int, Any]]] = {"router-norm": _router_norm, "aimer": _aimer}
+def _used(model: Model) -> int:
+    """The most experts per token, or 1 where the file does not say."""
+    value = model.metadata.get(f"{model.architecture}.expert_used_count")
+    numbers_of = value if isinstance(value, list) else [value]
+    return max((n for n in numbers_of if isinstance(n, int) and not isinstance(n, bool)), default=1)
 
 
 # --- from the user --------------------------------------------------------------------------------------------------
@@ -287,20 +371,32 @@ def _no_constant(text: str) -> Any:
 
 
 def _given(data: Any, metric: str, found: Layout, tables: tuple[int, ...], path: str | None) -> Ranking:
-    """{"kept": {"0": [ids]}} or {"scores": {"0": [E numbers]}}, each with an optional "metric"; nothing else."""
-    import numpy as np
-
+    """{"kept": {"0": [ids]}} or {"scores": {"0": [E numbers]}}, with an optional "metric", or a decision, which has both
+    and says which experts stay; nothing else."""
     form = '{"kept": {"0": [ids]}} or {"scores": {"0": [numbers]}}'
     if not isinstance(data, Mapping):
         raise BadPlan("not a ranking", path=path, found=type(data).__name__, expected=form)
     kinds = [kind for kind in ("kept", "scores") if kind in data]
     unknown = [key for key in data if key not in ("kept", "scores", "metric")]
-    if len(kinds) != 1 or unknown:
+    if not kinds or unknown:
         raise BadPlan("not a ranking", path=path, found=f"keys {', '.join(map(str, data)) or 'none'}", expected=form)
     name = data.get("metric", metric)
     if not isinstance(name, str) or not name:
         raise BadPlan("not a name", path=path, object="metric", found=repr(name)[:80])
-    kind, layers = kinds[0], data[kinds[0]]
+    numbers_of = {kind: _per_layer(kind, data[kind], found, path, form) for kind in kinds}
+    scores = kept = None
+    if "scores" in numbers_of:
+        import numpy as np
+
+        scores = {layer: np.array(_scores(layer, values, found.experts, path), np.float64)
+                  for layer, values in numbers_of["scores"].items()}
+    if "kept" in numbers_of:
+        kept = {layer: _ids(layer, values, found.experts, path, "kept")
+                for layer, values in numbers_of["kept"].items()}
+    return Ranking(name, found, scores=scores, kept=kept, tables=tables)
+
+
+def _per_layer(kind: str, layers: Any, found: Layout, path: str | None, form: str) -> dict[int, list[Any]]:
     if not isinstance(layers, Mapping):
         raise BadPlan("not layers and their experts", path=path, object=kind, found=type(layers).__name__,
                       expected=form)
@@ -317,13 +413,7 @@ def _given(data: Any, metric: str, found: Layout, tables: tuple[int, ...], path:
     if missing:
         raise BadPlan(f"layer {missing[0]} is missing", path=path, object=kind, found=f"{len(numbers_of)} layers",
                       expected=f"the {len(found.layers)} layers with experts")
-    ordered = {layer: numbers_of[layer] for layer in found.layers if layer in numbers_of}
-    if kind == "scores":
-        scores = {layer: np.array(_scores(layer, values, found.experts, path), np.float64)
-                  for layer, values in ordered.items()}
-        return Ranking(name, found, scores=scores, tables=tables)
-    kept = {layer: _ids(layer, values, found.experts, path) for layer, values in ordered.items()}
-    return Ranking(name, found, kept=kept)
+    return {layer: numbers_of[layer] for layer in found.layers if layer in numbers_of}
 
 
 def _layer(key: Any, kind: str, found: Layout, path: str | None) -> int:
@@ -353,8 +443,8 @@ def _scores(layer: int, values: list[Any], experts: int, path: str | None) -> li
     return [float(x) for x in values]
 
 
-def _ids(layer: int, values: list[Any], experts: int, path: str | None) -> tuple[int, ...]:
-    where, ids = f"kept.{layer}", set()
+def _ids(layer: int, values: list[Any], experts: int, path: str | None, kind: str) -> tuple[int, ...]:
+    where, ids = f"{kind}.{layer}", set()
     for x in values:
         try:
             i = -1 if isinstance(x, bool) else operator.index(x)

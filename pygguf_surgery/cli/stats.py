@@ -1,0 +1,64 @@
+"""`gguf-surgery calibrate` and `stats show | merge`: arguments in, exit code out."""
+
+from __future__ import annotations
+
+import errno
+import os
+from argparse import Namespace
+
+from . import words
+
+# As in cli/imatrix.py.
+OPTIONS = {
+    "--force": dict(action="store_true", help="replace an existing output"),
+    "--json": dict(action="store_true", help="print the machine form"),
+}
+COMMANDS = {
+    "show": ("what calibration has seen", ("STATS",), ("--json",)),
+    "merge": ("add statistics of one model over several texts", ("OUT", "STATS..."), ("--force",)),
+}
+POSITIONALS = {
+    "STATS": ("input", "statistics of calibrate", None),
+    "STATS...": ("inputs", "statistics of calibrate", "+"),
+    "OUT": ("output", "the statistics to write", None),
+}
+
+
+def calibrate(args: Namespace) -> int:
+    from ..experts import calibrate as run
+    from .commands import Usage, progress
+
+    path, *texts = args.arguments
+    if not texts:
+        raise Usage("calibrate needs a TEXT")
+    quiet = args.quiet
+    with progress("calibrating", quiet, "windows") as bar:
+        stats = run(path, texts, args.output, n_ctx=args.ctx, chunks=args.chunks, merge_stats=args.merge_stats,
+                    parse_special=args.parse_special, threads=args.threads, gpu_layers=args.gpu_layers,
+                    overwrite=args.force, progress=bar)
+    if args.json:
+        words.print_json(stats.to_json())
+    elif not quiet:
+        words.show(stats.summary())
+    return 0
+
+
+def show(args: Namespace) -> int:
+    from ..experts import open_stats
+
+    stats = open_stats(args.input)
+    if args.json:
+        words.print_json(stats.to_json())
+    else:
+        words.show(stats.summary())
+    return 0
+
+
+def merge(args: Namespace) -> int:
+    from ..experts import open_stats
+
+    if not args.force and os.path.lexists(args.output):
+        raise FileExistsError(errno.EEXIST, "exists already; --force replaces it", args.output)
+    first, *others = (open_stats(path) for path in args.inputs)
+    first.merge(*others).write(args.output, overwrite=args.force)
+    return 0
