@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .model import Model
 
 KEPT = "pgs.layers.kept"        # u32[]: the source's number of each block
-_KEPT_EXPERTS = re.compile(r"pgs\.experts\.([0-9]+)\.kept")
+_OF_EXPERTS = re.compile(r"pgs\.experts\.([0-9]+)\.(\w+)")
 # Numbers under "{architecture}." that count the first blocks, which differ from the rest.
 _LEADING = ("leading_dense_block_count", "hash_layer_count")
 # Arrays of block numbers, and arrays with one element per block that are not under "{architecture}." (apertus).
@@ -147,11 +147,11 @@ def _rename(metadata: dict[str, Value], gone: list[int]) -> dict[str, Value]:
     """Keys and lists that name blocks, in their old places."""
     result: dict[str, Value] = {}
     for key, value in metadata.items():
-        match = _KEPT_EXPERTS.fullmatch(key)
+        match = _OF_EXPERTS.fullmatch(key)
         if match is None:
             result[key] = value
         elif (number := _number(int(match[1]), gone)) is not None:
-            result[f"pgs.experts.{number}.kept"] = value
+            result[f"pgs.experts.{number}.{match[2]}"] = value
     names = result.get("general.tensor_extra.name")
     if names is None or names.type != "str[]":
         return result

@@ -15,8 +15,8 @@ from . import _core, metadata as metadata_rules
 from ._core import Value
 from .errors import BadFile, BadPlan, SourceChanged, SurgeryError, Unsupported
 from .model import Model, merge_adjacent, row_bytes, type_facts
-from .plan_data import Copy, KeepExperts, MEAN, ONES, OutputTensor, PlanData, PruneLayers, Quantize, Remap, \
-    RemoveMetadata, SetMetadata, Split, Stack, Take, UseImatrix, expression_to_json, plan_to_json
+from .plan_data import Copy, FromRepair, KeepExperts, MEAN, ONES, OutputTensor, PlanData, PruneLayers, Quantize, Remap, \
+    RemoveMetadata, SetMetadata, Split, Stack, Take, UseImatrix, UseRepair, expression_to_json, plan_to_json
 from .quantize import recipe
 from .units import MEMORY, human, parse_memory, parse_threads
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from .experts.repair_file import Repair
     from .imatrix import Imatrix
 
 NAME_BYTES = 63            # llama.cpp's limit of a tensor name
@@ -65,10 +66,15 @@ class CheckedPlan:
     architecture: str
     experts: tuple[int | None, int | None]  # before, after
     imatrix: Imatrix | None     # open, as the run reads its rows
+    repair: Repair | None       # the same
 
     def __repr__(self) -> str:
         return (f"<CheckedPlan of {len(self.tensors)} tensors, {human(self.file_bytes)}, {len(self.blockers)} blockers, "
                 f"{len(self.warnings)} warnings>")
+
+    def extra_sources(self) -> list[_core.Source]:
+        """What a run reads beside the model, in the order of their numbers."""
+        return [extra.source for extra in (self.imatrix, self.repair) if extra is not None]
 
     @property
     def elements(self) -> int:
@@ -140,7 +146,7 @@ def action(tensor: OutputTensor) -> str:
         return "remap"
     if tensor.type != tensor.source_type:
         return "encode"
-    return {Copy: "copy", Take: "take", Stack: "stack"}[type(tensor.expression)]
+    return {Copy: "copy", Take: "take", Stack: "stack", FromRepair: "repair"}[type(tensor.expression)]
 
 
 def value_for_json(value: Value, full: bool = False) -> Any:
@@ -201,12 +207,13 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
     # The architecture's own keys before the experts, so that their rules see the final numbers; all others after, so
     # that the caller has the last word.
     metadata = _edit_metadata(model.architecture, metadata, metadata_edits, True, blockers)
-    uncut = metadata
+    uncut, repair = metadata, None
     for edit in data.edits:  # in their order: the numbers of a second cut are those after the first
         if isinstance(edit, KeepExperts):
             from .experts import prune
 
-            outcome = prune.apply(model, tensors, metadata, edit)
+            repair = _open_repair(edit.repair, blockers) or repair
+            outcome = prune.apply(model, tensors, metadata, edit, repair)
         elif isinstance(edit, PruneLayers):
             from . import layers
 
@@ -240,7 +247,8 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
         alignment=alignment, files=[], split=False, file_bytes=0, peak_memory_bytes=0, blockers=blockers,
         warnings=warnings, notes=notes,
         source_bytes=sum(t.nbytes for t in model.tensors.values()), architecture=model.architecture,
-        experts=(_count(before, model.architecture), _count(metadata, model.architecture)), imatrix=imatrix)
+        experts=(_count(before, model.architecture), _count(metadata, model.architecture)), imatrix=imatrix,
+        repair=repair)
     _lay_out(model, checked, split)
     if quantize is not None and quantize.max_bytes is not None and checked.file_bytes > quantize.max_bytes:
         blockers.append(BadPlan("the output is too large", object="max_size", found=human(checked.file_bytes),
@@ -269,6 +277,24 @@ def _open_imatrix(use: UseImatrix | None, blockers: list[SurgeryError]) -> Imatr
         return opened
     except (OSError, ValueError) as error:  # ValueError: a path from JSON that is none
         blockers.append(BadFile("the importance matrix cannot be read", path=use.path,
+                                found=getattr(error, "strerror", None) or error))
+    except SurgeryError as error:
+        blockers.append(error)
+    return None
+
+
+def _open_repair(use: UseRepair | None, blockers: list[SurgeryError]) -> Repair | None:
+    if use is None:
+        return None
+    from .experts import repair_file
+
+    try:
+        opened = repair_file.open(use.path)
+        if opened.digest != use.digest:
+            raise SourceChanged("the repair is not the one that the plan was made with", path=use.path)
+        return opened
+    except (OSError, ValueError) as error:
+        blockers.append(BadFile("the repair cannot be read", path=use.path,
                                 found=getattr(error, "strerror", None) or error))
     except SurgeryError as error:
         blockers.append(error)
@@ -417,7 +443,7 @@ def build_jobs(model: Model, checked: CheckedPlan) -> list[_core.Job]:
             if facts[tensor.source_type]["block"] != 1 or facts[tensor.type]["block"] != 1:
                 raise Unsupported("a vector of blocks cannot be cut", object=tensor.name, found=tensor.source_type)
             row = 1  # runs are whole rows
-        runs = source_runs(model, tensor)
+        runs = source_runs(model, tensor, checked.repair, len(model.sources) + (checked.imatrix is not None))
         expected = elements // row * row_bytes(tensor.source_type, row)
         if int(runs[:, 2].sum()) != expected:
             raise BadPlan("an expression of another size than its shape", object=tensor.name,
@@ -457,18 +483,24 @@ def _importance(tensor: OutputTensor, imatrix: Imatrix | None, source: int) -> d
             "importance_rows": np.array(rows, np.uint64), "importance_divisors": np.array(divisors, np.float32)}
 
 
-def source_runs(model: Model, tensor: OutputTensor) -> NDArray[np.uint64]:
-    """[n, 3]: source, byte offset, bytes. Neighbouring slices that are kept are one run."""
+def source_runs(model: Model, tensor: OutputTensor, repair: Repair | None = None,
+                repair_source: int = 0) -> NDArray[np.uint64]:
+    """[n, 3]: source, byte offset, bytes. Neighbouring slices that are kept are one run. repair_source: the number of
+    the repair among the run's sources."""
     import numpy as np
 
     expression = tensor.expression
-    if isinstance(expression, Take):
-        ref = model.tensors[expression.ref]
-        if not expression.indices or not ref.shape or min(expression.indices) < 0 \
-                or max(expression.indices) >= ref.shape[0]:
+    if isinstance(expression, (Take, FromRepair)):
+        if isinstance(expression, Take):
+            ref, source, indices = model.tensors[expression.ref], None, expression.indices
+        else:
+            assert repair is not None
+            ref, source, indices = repair.tensors[expression.ref], repair_source, expression.rows
+        if not indices or not ref.shape or min(indices) < 0 or max(indices) >= ref.shape[0]:
             raise BadPlan("slices out of range", object=tensor.name, expected=f"within {list(ref.shape)}")
         step = ref.nbytes // ref.shape[0]
-        runs = [(ref.source, ref.offset + first * step, n * step) for first, n in merge_adjacent(expression.indices)]
+        runs = [(ref.source if source is None else source, ref.offset + first * step, n * step)
+                for first, n in merge_adjacent(indices)]
     else:
         refs = expression.refs if isinstance(expression, Stack) else (expression.ref,)
         runs = [(ref.source, ref.offset, ref.nbytes) for ref in (model.tensors[name] for name in refs)]

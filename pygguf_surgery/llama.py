@@ -42,8 +42,8 @@ class Session:
     """A model loaded by llama.cpp. A context manager; one thread at a time.
 
     n_ctx: tokens of a window. watch: None, or an object with `wants(name) -> bool`, asked about every tensor of the
-    graph, and `take(name, array)`, called with the values of those, shape outermost first: float32, or int32 for ids.
-    What `take` raises ends the run and is raised from it.
+    graph, and `take(name, array)`, called with the values of those, shape outermost first: float32, or int32 for ids. An
+    array that `take` returns takes the place of the values. What it raises ends the run and is raised from it.
     BadFile for a file that llama.cpp does not load, with what it said.
     """
 
@@ -103,8 +103,9 @@ class Session:
         lib = self.llama._lib
         lib.ggml_tensor_overhead.restype = ctypes.c_size_t
         lib.ggml_init.restype = lib.ggml_new_tensor_3d.restype = lib.ggml_set_name.restype = ctypes.c_void_p
-        lib.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
-        lib.ggml_backend_tensor_get.restype = None
+        for move in (lib.ggml_backend_tensor_get, lib.ggml_backend_tensor_set):
+            move.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+            move.restype = None
 
         class Params(ctypes.Structure):
             _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
@@ -196,7 +197,9 @@ class Session:
             name = tensor.name.decode(errors="replace")
             if ask:
                 return bool(self._error is None and self.watch.wants(name))
-            self.watch.take(name, self._values(address, tensor))
+            replacement = self.watch.take(name, self._values(address, tensor))
+            if replacement is not None:
+                self._replace(address, tensor, replacement)
             return True
         except BaseException as error:  # KeyboardInterrupt too
             self._error = self._error or error
@@ -219,6 +222,16 @@ class Session:
         while view.ndim > 1 and view.shape[0] == 1:
             view = view[0]
         return view
+
+
+    def _replace(self, address: int, tensor: _Tensor, values: NDArray[Any]) -> None:
+        import numpy as np
+
+        ne, nb = tuple(tensor.ne), tuple(tensor.nb)
+        data = np.ascontiguousarray(values, _NUMPY_TYPES[tensor.type])
+        if data.size != math.prod(ne) or nb[1:] != tuple(4 * math.prod(ne[:i]) for i in (1, 2, 3)):
+            raise Unsupported("a tensor of the graph cannot be replaced", object=tensor.name.decode(errors="replace"))
+        self.llama._lib.ggml_backend_tensor_set(address, data.ctypes.data, 0, data.nbytes)
 
 
 def _losses(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[np.float64]:

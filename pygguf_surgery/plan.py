@@ -14,7 +14,7 @@ from .check import CheckedPlan, check
 from .errors import BadPlan, SourceChanged
 from .model import Model, open as open_model
 from .plan_data import Edit, KeepExperts, PlanData, PruneLayers, Quantize, RemoveMetadata, SetMetadata, Split, \
-    plan_from_json, plan_to_json
+    UseRepair, plan_from_json, plan_to_json
 from .quantize import mixes, recipe, recipe_file
 from .units import MEMORY, parse_size
 from .write import Progress, Receipt, write
@@ -64,10 +64,12 @@ class Plan:
 
     # --- edits -----------------------------------------------------------------------------------------------------
 
-    def keep_experts(self, keep: Keep | Mapping[int, Sequence[int]], *, mtp: str = "keep") -> Plan:
+    def keep_experts(self, keep: Keep | Mapping[int, Sequence[int]], *, mtp: str = "keep",
+                     repair: str | os.PathLike[str] | None = None) -> Plan:
         """Keep these experts, {layer: ids}, and drop the others; the ids of a second cut are those after the first.
 
         mtp: "keep" cuts the MTP blocks like the rest (`keep` names them too), "drop" removes these blocks.
+        repair: the file that experts.repair made for these experts: their down projections are taken from it.
         """
         if mtp not in ("keep", "drop"):
             raise BadPlan("unknown choice", object="mtp", found=repr(mtp), expected='"keep" or "drop"')
@@ -77,8 +79,12 @@ class Plan:
         kept = {_whole(layer, "layer"): _ids(layer, ids) for layer, ids in keep.items()}
         order = {layer: tuple(ids) for layer, ids in getattr(keep, "order", {}).items()}
         scores = {layer: tuple(map(float, values)) for layer, values in getattr(keep, "scores", {}).items()}
-        return self._with(KeepExperts(dict(sorted(kept.items())), str(getattr(keep, "metric", "given")), mtp, order,
-                                      scores))
+        metric = str(getattr(keep, "metric", "given"))
+        if repair is None and metric == "best":
+            raise BadPlan("the choice by `best` counts on repaired down projections", object="repair",
+                          hint="make them with experts.repair (gguf-surgery repair), or choose by reap-sum")
+        use = None if repair is None else _use_repair(repair)
+        return self._with(KeepExperts(dict(sorted(kept.items())), metric, mtp, order, scores, use))
 
     def set_metadata(self, items: Mapping[str, Any]) -> Plan:
         """Set keys. An existing key keeps its type; a new one gets bool -> bool, int -> u32, else i32, u64, i64,
@@ -237,6 +243,14 @@ class Plan:
             raise SourceChanged("not the file that the plan was made for", path=model.path, object="header",
                                 found=model.header_sha256[:16], expected=data.header_sha256[:16])
         return cls(model, data)
+
+
+def _use_repair(path: str | os.PathLike[str]) -> UseRepair:
+    from .experts import repair_file
+
+    opened = repair_file.open(path)
+    opened.close()
+    return UseRepair(opened.path, opened.digest)
 
 
 def _whole(number: Any, what: str) -> int:

@@ -25,6 +25,16 @@ class KeepExperts:
     mtp: str = "keep"
     order: dict[int, tuple[int, ...]] = field(default_factory=dict)
     scores: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    repair: UseRepair | None = None
+
+
+@dataclass(frozen=True)
+class UseRepair:
+    """New down projections of the experts that stay, made by experts.repair. path is absolute; digest is
+    experts.repair_file.Repair.digest."""
+
+    path: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,16 @@ class Remap:
     substitutes: tuple[int, ...]
 
 
-Expression = Copy | Take | Stack | Remap
+@dataclass(frozen=True)
+class FromRepair:
+    """Slices `rows` of the tensor `ref` in the plan's repair, in the place of slices `indices` of the source's."""
+
+    ref: str
+    rows: tuple[int, ...]
+    indices: tuple[int, ...]
+
+
+Expression = Copy | Take | Stack | Remap | FromRepair
 
 
 ONES = -1   # a row of ones in place of a row of an importance matrix
@@ -197,7 +216,8 @@ def edit_to_json(edit: Edit) -> dict[str, Any]:
     match edit:
         case KeepExperts():
             return {"edit": "keep_experts", "kept": _per_layer(edit.kept), "metric": edit.metric, "mtp": edit.mtp,
-                    "order": _per_layer(edit.order), "scores": _per_layer(edit.scores)}
+                    "order": _per_layer(edit.order), "scores": _per_layer(edit.scores),
+                    "repair": None if edit.repair is None else asdict(edit.repair)}
         case SetMetadata(items):
             return {"edit": "set_metadata", "items": [[k, value_to_json(v)] for k, v in items]}
         case RemoveMetadata(keys):
@@ -257,7 +277,8 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
         case "keep_experts":
             return KeepExperts({int(k): _numbers(v) for k, v in data["kept"].items()}, _text(data["metric"]),
                                _text(data["mtp"]), {int(k): _numbers(v) for k, v in data.get("order", {}).items()},
-                               {int(k): tuple(float(x) for x in v) for k, v in data.get("scores", {}).items()})
+                               {int(k): tuple(float(x) for x in v) for k, v in data.get("scores", {}).items()},
+                               _maybe(lambda r: UseRepair(_text(r["path"]), _text(r["digest"])), data.get("repair")))
         case "set_metadata":
             return SetMetadata(tuple((_text(k), value_from_json(v)) for k, v in _typed(data["items"], list, "a list")))
         case "remove_metadata":
@@ -284,6 +305,8 @@ def expression_to_json(expression: Expression) -> dict[str, Any]:
             return {"expression": "take", "ref": ref, "indices": list(indices)}
         case Stack(refs):
             return {"expression": "stack", "refs": list(refs)}
+        case FromRepair(ref, rows, indices):
+            return {"expression": "repair", "ref": ref, "rows": list(rows), "indices": list(indices)}
         case Remap(ref, table, substitutes):
             return {"expression": "remap", "ref": ref, "table": list(table), "substitutes": list(substitutes)}
     raise TypeError(expression)

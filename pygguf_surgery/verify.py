@@ -39,6 +39,7 @@ class Report:
     bytes_checked: int = 0
     equal_tensors: int = 0                                      # byte-equal to the source, whole or by slices
     equal_experts: int = 0                                      # slices among them
+    repaired: list[str] = field(default_factory=list)           # tensors that differ from the source on purpose
     removed: list[str] = field(default_factory=list)            # tensors that only the source has
     encoded: list[dict[str, Any]] = field(default_factory=list)
 
@@ -55,6 +56,8 @@ class Report:
             parts.append(f"{self.equal_tensors} byte-equal to the source ({self.equal_experts} expert slices)")
             parts.append(f"{len(self.encoded)} re-encoded, "
                          f"{sum(e['reproduced'] for e in self.encoded)} of them reproduced in a sample")
+            if self.repaired:
+                parts.append(f"{len(self.repaired)} repaired, not compared")
             if self.removed:
                 parts.append(f"{len(self.removed)} tensors of the source removed")
         verdict = "good" if self.good else f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
@@ -64,7 +67,8 @@ class Report:
         return {
             "path": self.path, "good": self.good, "problems": [str(p) for p in self.problems],
             "warnings": self.warnings, "tensors": self.tensors, "bytes_checked": self.bytes_checked,
-            "equal_tensors": self.equal_tensors, "equal_experts": self.equal_experts, "removed": self.removed,
+            "equal_tensors": self.equal_tensors, "equal_experts": self.equal_experts,
+            "repaired": self.repaired, "removed": self.removed,
             "encoded": self.encoded,
         }
 
@@ -276,6 +280,9 @@ def _check_against(model: Model, source: Model, report: Report) -> None:
     kept, layers = kept_experts(model, source), kept_layers(model, source)
     for tensor in model.tensors.values():
         origin = origin_of(tensor, source, kept, layers)
+        if _is_repaired(tensor, model, source) and not isinstance(origin, str):
+            report.repaired.append(tensor.name)
+            continue
         if isinstance(origin, str):
             report.problem(origin, object=tensor.name)
             continue
@@ -298,6 +305,12 @@ def _check_against(model: Model, source: Model, report: Report) -> None:
         layer = layer_of(name)
         if layer is None or left is None or layer in left:  # else a block that was dropped
             report.problem("in the source and not here", object=name)
+
+
+def _is_repaired(tensor: Tensor, model: Model, source: Model) -> bool:
+    """A cut with a repair gave it other numbers on purpose."""
+    key = f"pgs.experts.{layer_of(tensor.name)}.repaired"
+    return tensor.name.endswith(".ffn_down_exps.weight") and key in model.metadata and key not in source.metadata
 
 
 def _check_equal(model: Model, tensor: Tensor, origin: Origin, report: Report) -> None:

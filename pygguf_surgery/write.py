@@ -53,7 +53,7 @@ def write(model: Model, checked: CheckedPlan, path: str | os.PathLike[str], *, o
     paths = output_paths(checked, path)
     start = time.monotonic()
     bar = ProgressBar(os.path.basename(paths[0])) if progress is True else None
-    sources = model.sources if checked.imatrix is None else [*model.sources, checked.imatrix.source]
+    sources = [*model.sources, *checked.extra_sources()]
     try:
         stats = _core.run(
             sources, [(name, file.header, file.file_bytes) for name, file in zip(paths, checked.files)],

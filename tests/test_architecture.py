@@ -18,7 +18,7 @@ LONGEST = 650
 # A module imports only from modules listed before it.
 ORDER = ["_core", "errors", "units", "container", "llama", "model", "safetensors", "imatrix.files", "imatrix.tools",
          "plan_data", "experts.roles", "experts.stats", "experts.calibrate", "experts.metrics", "blocks",
-         "experts.rank", "experts.prune", "experts.merge",
+         "experts.rank", "experts.repair_file", "experts.repair", "experts.prune", "experts.merge",
          "quantize", "quantize.mixes", "quantize.importance", "quantize.recipe_file", "quantize.recipe", "metadata",
          "layers", "shards", "check", "write", "quantize.fit", "plan",
          "report", "report.compare", "report.demo_model", "report.memory", "report.plots", "verify", "distributed",

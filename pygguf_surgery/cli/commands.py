@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from . import words
 
 if TYPE_CHECKING:
+    from ..experts import Keep
     from ..model import Model
     from ..plan import Plan
 
@@ -67,6 +68,12 @@ def calibrate(args: Namespace) -> int:
     return run(args)
 
 
+def repair(args: Namespace) -> int:
+    from .stats import repair as run
+
+    return run(args)
+
+
 def stats(args: Namespace) -> int:
     from . import stats as tools
 
@@ -89,7 +96,7 @@ def plan(args: Namespace) -> int:
 def prune(args: Namespace) -> int:
     from ..experts import METRICS
 
-    if args.keep is None and args.ratio is None and args.by in (None, *METRICS):
+    if args.keep is None and args.ratio is None and args.by in (None, *METRICS) and args.repair is None:
         raise Usage("prune needs --keep N or --ratio R (or --by FILE.json with the experts to keep)")
     return _describe_or_write(args)
 
@@ -217,7 +224,7 @@ def make_plan(model: Model, args: Namespace) -> Plan:
         result = result.set_metadata(dict(args.override_kv))
     result = _add_types(result, given)
     result = _add_shards(result, args)
-    if any(given.get(option) is not None for option in ("keep", "ratio", "by")):
+    if any(given.get(option) is not None for option in ("keep", "ratio", "by", "repair")):
         result = _keep_experts(model, result, args)
     elif given.get("mtp") == "drop":
         raise Usage("--mtp drop goes with --keep or --ratio")
@@ -231,20 +238,35 @@ def make_plan(model: Model, args: Namespace) -> Plan:
 
 
 def _keep_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
-    from ..experts import rank
+    quiet = getattr(args, "quiet", False) or args.json
+    if args.repair is not None and (args.keep, args.ratio, args.by) == (None, None, None):
+        from ..experts import open_repair
 
-    quiet, by = getattr(args, "quiet", False), DEFAULT_METRIC if args.by is None else args.by
-    if by in READ_ALL and not args.dry_run:
-        _refuse_early(model, plan, args)
-    with progress("ranking", quiet) as bar:
-        ranking = rank(model, by=by, stats=args.stats, imatrix=args.imatrix, mtp=args.mtp, memory=args.memory,
-                       threads=args.threads, io=args.io, progress=bar)
-    keep = ranking.keep(args.keep, ratio=args.ratio, super_experts=args.super_experts, budget=args.budget)
+        opened = open_repair(args.repair)
+        opened.close()
+        keep = opened.keep()
+        if not quiet:
+            words.explain(opened.summary())
+    else:
+        if args.by in READ_ALL and not args.dry_run:
+            _refuse_early(model, plan, args)
+        keep = choose(model, args)
     if args.report is not None:
         _write_report(args, keep.to_json())
-    if not (quiet or args.json) and (keep.scores or keep.seen.notes):
+    if not quiet and (keep.scores or keep.seen.notes):
         words.explain(keep.summary())
-    return plan.keep_experts(keep, mtp=args.mtp)
+    return plan.keep_experts(keep, mtp=args.mtp, repair=args.repair)
+
+
+def choose(model: Model, args: Namespace) -> Keep:
+    """The experts that --by, --keep and their companions name."""
+    from ..experts import rank
+
+    with progress("ranking", args.quiet if "quiet" in args else False) as bar:
+        ranking = rank(model, by=DEFAULT_METRIC if args.by is None else args.by, stats=args.stats, imatrix=args.imatrix,
+                       mtp=args.mtp, memory=args.memory, threads=args.threads, io=args.io, progress=bar)
+    return ranking.keep(args.keep, ratio=args.ratio, super_experts=args.super_experts,
+                        budget=getattr(args, "budget", "layer"))
 
 
 def _write_report(args: Namespace, text: str) -> None:

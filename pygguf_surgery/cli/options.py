@@ -14,13 +14,16 @@ OPTIONS = {
     "--ratio": dict(type=float, metavar="R", help="share of the experts to keep, such as 0.5, in place of --keep"),
     "--by": dict(metavar="METRIC", help="how to choose them: router-norm (default) or aimer from the weights; frequency "
                  "or imatrix-msan with --imatrix; reap, reap-sum, ean-sum, ean-mean, msan, weighted-frequency or frequency "
-                 'with --stats; or a JSON file with {"kept": {"0": [ids]}} or {"scores": {"0": [numbers]}}'),
+                 'with --stats; best, that is reap-sum, with --stats and --repair; or a JSON file with {"kept": {"0": [ids]}} or {"scores": {"0": [numbers]}}'),
     "--stats": dict(metavar="STATS", help="what calibrate has recorded, for --by"),
     "--super-experts": dict(action="store_true", help="keep experts with massive activations (from --stats) whatever "
                             "their score"),
     "--budget": dict(choices=("layer", "global"), default="layer", help="keep N in each layer (the default), or N times "
                      "the layers where they matter most, which only routers with a selection bias can load"),
     "--report": dict(metavar="FILE", help="write the decision, kept ids and scores, as JSON that --by takes back"),
+    "--repair": dict(metavar="REPAIR", help="down projections that repair has made for the experts that stay; names "
+                     "those too, in place of --keep and --by"),
+    "--run": dict(metavar="FILE", help="let llama.cpp run this file of the same model, such as a quantized one"),
     "-o": dict(dest="output", metavar="OUT", required=True, help="the file to write"),
     "--ctx": dict(type=int, default=512, metavar="N", help="tokens of a window (default 512)"),
     "--chunks": dict(type=int, metavar="N", help="at most N windows of each text"),
@@ -98,7 +101,8 @@ OPTIONS = {
     "--folder": dict(metavar="DIR", help="keep the files here (default: a temporary folder, removed at the end)"),
 }
 
-EXPERTS = ("--keep", "--ratio", "--by", "--stats", "--super-experts", "--budget", "--report", "--mtp")
+CHOICE = ("--keep", "--ratio", "--by", "--stats", "--super-experts")
+EXPERTS = CHOICE + ("--budget", "--report", "--repair", "--mtp")
 TEXTS = ("--ctx", "--chunks", "--parse-special", "--gpu-layers", "--threads")
 LAYERS = ("--prune-layers",)
 TYPES = ("--recipe", "--pure", "--override", "--tensor-type", "--tensor-type-file", "--output-tensor-type",
@@ -128,6 +132,9 @@ COMMANDS = {
                ("--against", "--no-data", "--quiet", "--json")),
     "calibrate": ("run texts through a model and record what its experts do", ("CALIBRATE",),
                   ("-o",) + TEXTS + ("--merge-stats", "--force", "--quiet", "--json")),
+    "repair": ("make down projections with which the experts that stay do what all did", ("CALIBRATE",),
+               ("-o",) + CHOICE + ("--imatrix", "--mtp", "--run") + TEXTS + ("--memory", "--io", "--force", "--quiet",
+                                                                          "--json")),
     "demo": ("make a small model, cut it in half, show what was lost", (),
              ("--model", "--keep", "--by", "--type", "--folder") + RUN + ("--json",)),
 }

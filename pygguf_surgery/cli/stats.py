@@ -1,4 +1,4 @@
-"""`gguf-surgery calibrate` and `stats show | merge`: arguments in, exit code out."""
+"""`gguf-surgery calibrate`, `repair` and `stats show | merge`: arguments in, exit code out."""
 
 from __future__ import annotations
 
@@ -40,6 +40,33 @@ def calibrate(args: Namespace) -> int:
         words.print_json(stats.to_json())
     elif not quiet:
         words.show(stats.summary())
+    return 0
+
+
+def repair(args: Namespace) -> int:
+    from ..experts import METRICS, open_repair, repair as run
+    from ..model import open as open_model
+    from .commands import Usage, choose, progress
+
+    path, *texts = args.arguments
+    if not texts:
+        raise Usage("repair needs a TEXT")
+    if args.keep is None and args.ratio is None and args.by in (None, *METRICS):
+        raise Usage("repair needs --keep N or --ratio R (or --by FILE.json with the experts to keep)")
+    if not args.force and os.path.lexists(args.output):  # before the text is run
+        raise FileExistsError(errno.EEXIST, "exists already; --force replaces it", args.output)
+    with open_model(path) as model:
+        keep = choose(model, args)
+        with progress("repairing", args.quiet, "windows") as bar:
+            errors = run(model, keep, texts, args.output, run=args.run, n_ctx=args.ctx, chunks=args.chunks,
+                         parse_special=args.parse_special, memory=args.memory, threads=args.threads,
+                         gpu_layers=args.gpu_layers, overwrite=args.force, progress=bar)
+    if args.json:
+        words.print_json({"layers": {str(layer): {"before": a, "after": b} for layer, (a, b) in errors.items()}})
+    elif not args.quiet:
+        opened = open_repair(args.output)
+        words.show(opened.summary())
+        opened.close()
     return 0
 
 

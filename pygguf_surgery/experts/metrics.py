@@ -187,7 +187,7 @@ def _mean(total: NDArray[np.float64], stats: LayerStats) -> NDArray[np.float64]:
     return np.divide(total, stats.count, out=np.zeros_like(total), where=stats.count > 0)
 
 
-# g: gate, f: output before the gate (arXiv 2510.13999 and the ablations there). `best` is what does best together with
+# g: gate, f: output before the gate (arXiv 2510.13999 and the ablations there). best: what does best with a repair. `best` is what does best together with
 # a repair: docs/experts.md.
 _FROM_STATS: Mapping[str, Callable[[LayerStats], Any]] = {
     "reap": lambda s: _mean(s.gated_norm_sum, s),
@@ -197,6 +197,7 @@ _FROM_STATS: Mapping[str, Callable[[LayerStats], Any]] = {
     "msan": lambda s: _mean(s.norm_sq_sum, s),
     "weighted-frequency": lambda s: s.gate_sum.copy(),
     "frequency": lambda s: s.count.copy(),
+    "best": lambda s: s.gated_norm_sum.copy(),
 }
 
 METRICS = (*_FROM_WEIGHTS, *_FROM_IMATRIX, *(name for name in _FROM_STATS if name not in _FROM_IMATRIX))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +13,24 @@ from .. import _core
 from .._core import Value
 from ..blocks import Outcome, claim_source, drop, drop_size_label, getter, like, ranges
 from ..errors import BadFile, BadPlan, SurgeryError, Unsupported
-from ..plan_data import Copy, Expression, KeepExperts, OutputTensor, Remap, Stack, Take
+from ..model import type_facts
+from ..plan_data import Copy, Expression, FromRepair, KeepExperts, OutputTensor, Remap, Stack, Take
 from . import roles
 from .rank import nearest
 from .roles import Layout
 
 if TYPE_CHECKING:
     from ..model import Model
+    from .repair_file import Repair
 
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 Kept = dict[int, tuple[int, ...]]
 
 
-def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value], edit: KeepExperts) -> Outcome:
-    """Keeps the experts that `edit` names in every MoE block. Reads no tensor data and changes nothing in place.
+def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value], edit: KeepExperts,
+          repair: Repair | None = None) -> Outcome:
+    """Keeps the experts that `edit` names in every MoE block. Reads no tensor data and changes nothing in place. repair:
+    that of the edit, open, or None where it has none or that could not be opened.
 
     Ids are those of `tensors`, so a second cut counts in the experts that the first one left. What llama.cpp could not
     load, and what would change routing silently, becomes a blocker; nothing is raised.
@@ -50,9 +54,13 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
     _check_routing(architecture, found, kept, out)
     if out.blockers:
         return out
+    uncut = out.tensors
     out.tensors = [_cut(t, found, kept, edit.order, out.blockers) for t in out.tensors]
     try:
-        _set_metadata(model, architecture, kept, edit, out)
+        if edit.repair is not None and repair is not None:
+            _check_repair(model, kept, repair)
+            out.tensors = [_repaired(before, after, repair) for before, after in zip(uncut, out.tensors)]
+        _set_metadata(model, architecture, kept, edit, found.mtp, out)
     except SurgeryError as error:
         out.blockers.append(error)
     return out
@@ -248,7 +256,40 @@ def _take(tensor: OutputTensor, ids: tuple[int, ...]) -> Expression:
             return Take(ref, tuple(indices[i] for i in ids))
         case Stack(refs):
             return Stack(tuple(refs[i] for i in ids))
+        case FromRepair(ref, rows, indices):
+            return FromRepair(ref, tuple(rows[i] for i in ids), tuple(indices[i] for i in ids))
     raise Unsupported("experts of a remapped tensor", object=tensor.name)
+
+
+def _check_repair(model: Model, kept: Kept, repair: Repair) -> None:
+    if repair.header_sha256 != model.header_sha256:
+        raise BadPlan("the repair is of another file", path=repair.path, object="repair",
+                      found=repair.header_sha256[:16], expected=model.header_sha256[:16])
+    for layer, ids in kept.items():
+        if repair.kept.get(layer) != ids:
+            raise BadPlan("the repair is for other experts", path=repair.path, object=f"blk.{layer}",
+                          hint="keep those that it was made for: prune --repair without --keep and --by does")
+
+
+def _repaired(before: OutputTensor, after: OutputTensor, repair: Repair) -> OutputTensor:
+    """The tensor of the repair in place of what the cut left, decoded and encoded again if its type is not that of the
+    source."""
+    tensor = repair.tensors.get(after.name)
+    if tensor is None:
+        return after
+    if before.expression != Copy(before.name):  # its numbers of layers and experts are those of the source
+        raise BadPlan("a repair goes with the first cut", path=repair.path, object=after.name)
+    if tensor.shape != after.shape:
+        raise BadPlan("the repair does not fit", path=repair.path, object=after.name, found=list(tensor.shape),
+                      expected=list(after.shape))
+    facts = type_facts()[after.type]
+    type, notes = after.type, list(after.notes)
+    if not facts["encodes"] or facts["needs_importance"]:  # a quantize() of the plan may still say otherwise
+        type = tensor.type
+        notes.append(f"repaired, so {type}: {after.type} cannot be made without an importance matrix")
+    expression = FromRepair(after.name, tuple(range(len(repair.kept[roles.layer_of(after.name)]))),
+                            after.expression.indices)
+    return replace(after, type=type, source_type=tensor.type, expression=expression, notes=notes)
 
 
 def _remap(tensor: OutputTensor, ids: tuple[int, ...], best_first: tuple[int, ...], experts: int) -> Remap:
@@ -298,7 +339,8 @@ def _drop_mtp(architecture: str, out: Outcome) -> range:
 
 # --- metadata -------------------------------------------------------------------------------------------------------
 
-def _set_metadata(model: Model, architecture: str, kept: Kept, edit: KeepExperts, out: Outcome) -> None:
+def _set_metadata(model: Model, architecture: str, kept: Kept, edit: KeepExperts, mtp: Collection[int],
+                  out: Outcome) -> None:
     metric = edit.metric
     metadata, old = out.metadata, roles.count(getter(out.metadata), f"{architecture}.expert_count")
     n = len(next(iter(kept.values())))
@@ -314,6 +356,8 @@ def _set_metadata(model: Model, architecture: str, kept: Kept, edit: KeepExperts
     for layer, ids in kept.items():
         source = [earlier[layer][i] for i in ids] if layer in earlier else list(ids)
         metadata[f"pgs.experts.{layer}.kept"] = Value(source, "u32[]")
+        if edit.repair is not None and layer not in mtp:
+            metadata[f"pgs.experts.{layer}.repaired"] = Value(True, "bool")
         if layer in edit.scores and not earlier:  # of all experts of the source
             metadata[f"pgs.experts.{layer}.scores"] = Value(list(edit.scores[layer]), "f64[]")
 

@@ -287,6 +287,7 @@ def rank(model: Model, by: str | os.PathLike[str] | Mapping[str, Any] = "router-
       ean-sum, ean-mean   sum and mean of ||f||
       msan                mean ||f||^2
       weighted-frequency  sum g
+      best                reap-sum, for a cut whose down projections are repaired (experts.repair): by far the best
     MTP blocks, which calibration does not run, are scored by aimer then. Sums are in float64; weights are streamed within
     `memory`, quantized ones decoded first. stats, imatrix: the file or what `open` returned.
     progress: called with bytes done and bytes in all; an exception from it stops the run.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from ..check import CheckedPlan, check
 from ..errors import BadPlan, SurgeryError
 from ..model import Model, row_bytes, type_facts
-from ..plan_data import MEAN, ONES, Copy, Importance, OutputTensor, PlanData, Quantize, Take
+from ..plan_data import MEAN, ONES, Copy, FromRepair, Importance, OutputTensor, PlanData, Quantize, Take
 from ..units import MEMORY, human, parse_size, parse_threads
 from . import dequantize, importance, mixes, quantize
 
@@ -218,7 +218,7 @@ def _undecided(base: CheckedPlan, edit: Quantize) -> tuple[list[OutputTensor], l
                    or output and edit.output_type is not None
                    or tensor.name in mixes.TOKEN_EMBEDDING and edit.token_embedding_type is not None)
         if (decided or not mixes.allows(base.architecture, tensor.name, tensor.shape, edit.leave_output)
-                or not math.prod(tensor.shape) or not isinstance(tensor.expression, (Copy, Take))):
+                or not math.prod(tensor.shape) or not isinstance(tensor.expression, (Copy, Take, FromRepair))):
             continue
         (kept if facts[tensor.source_type]["quantized"] and not edit.allow_requantize else free).append(tensor)
     return free, kept
@@ -295,7 +295,7 @@ def _sample(model: Model, tensor: _Tensor, imatrix: Imatrix | None, threads: int
     k = output.shape[-1]
     total = math.prod(output.shape[:-1])
     rows = sample_rows(total, k)
-    if isinstance(output.expression, Take):
+    if isinstance(output.expression, (Take, FromRepair)):  # repaired rows are near enough to those they replace
         per_slice = total // output.shape[0]
         taken = output.expression.indices
         source = [taken[row // per_slice] * per_slice + row % per_slice for row in rows]

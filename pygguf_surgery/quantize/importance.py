@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..errors import BadPlan, SurgeryError
 from ..imatrix import POLICIES
 from ..model import type_facts
-from ..plan_data import MEAN, ONES, Copy, Importance, OutputTensor, Take, UseImatrix
+from ..plan_data import MEAN, ONES, Copy, FromRepair, Importance, OutputTensor, Take, UseImatrix
 from .mixes import OUTPUT, TOKEN_EMBEDDING
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class _Resolver:
             (self.out.summary if normal else self.out.warnings).append(f"importance: {', '.join(parts)}")
 
     def importance(self, tensor: OutputTensor, needed: bool) -> Importance | None:
-        ref = tensor.expression.ref if isinstance(tensor.expression, (Copy, Take)) else tensor.name
+        ref = tensor.expression.ref if isinstance(tensor.expression, (Copy, Take, FromRepair)) else tensor.name
         entry = self.entries.get(ref)
         if entry is not None:
             return Importance(ref, self.rows(entry, tensor, ref))
@@ -208,7 +208,7 @@ class _Resolver:
                 raise
             rows = -1
         if rows == here:
-            if isinstance(tensor.expression, Take) and len(shape) > 2:
+            if isinstance(tensor.expression, (Take, FromRepair)) and len(shape) > 2:
                 each = here // shape[0]  # 4-D: several rows to a slice of the slowest axis
                 return [i * each + j for i in tensor.expression.indices for j in range(each)]
             return range(slices)
