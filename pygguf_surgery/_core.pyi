@@ -110,10 +110,17 @@ class Job:
         importance_rows: NDArray[np.uint64] | None = None,
         importance_divisors: NDArray[np.float32] | None = None,  # [g]: each value read is divided by it, in float32
         remap: tuple[Sequence[int], Sequence[int], int] | None = None,  # table, substitutes, column
+        # [g] lists of (byte offset, order): the first is the importance row itself, the sums at the others are added to
+        # it before it is divided. order: index into the orders of `merge`, or AS_IS.
+        importance_parts: Sequence[Sequence[tuple[int, int]]] | None = None,
+        # (rows of a slice, columns, orders, groups of (slice, order or AS_IS, weight)): output slice g is the weighted mean
+        # of the source's slices in groups[g], the first its centroid, neurons reordered: rows, or columns.
+        merge: tuple[int, bool, Sequence[NDArray[np.uint32]], Sequence[Sequence[tuple[int, int, float]]]] | None = None,
         file: int = 0,  # index of the output file
         best: bool = False,  # with less error than ggml's encoder, where the type has_best; else ggml's bytes
     ) -> None: ...
 
+AS_IS: int  # the "order" of a member of a merge whose neurons stay where they are
 IN_MEMORY: int  # the "source index" of importance rows that the job itself holds
 
 def plan_budget(jobs: Sequence[Job], *, memory: int, threads: int, io: str) -> dict[str, int]:

@@ -15,7 +15,7 @@ from . import _core, metadata as metadata_rules
 from ._core import Value
 from .errors import BadFile, BadPlan, SourceChanged, SurgeryError, Unsupported
 from .model import Model, merge_adjacent, row_bytes, type_facts
-from .plan_data import Copy, FromRepair, KeepExperts, MEAN, ONES, OutputTensor, PlanData, PruneLayers, Quantize, Remap, \
+from .plan_data import Copy, FromRepair, KeepExperts, Merge, MergeExperts, MEAN, ONES, OutputTensor, PlanData, PruneLayers, Quantize, Remap, \
     RemoveMetadata, SetMetadata, Split, Stack, Take, UseImatrix, UseRepair, expression_to_json, plan_to_json
 from .quantize import recipe
 from .units import MEMORY, human, parse_memory, parse_threads
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .experts.repair_file import Repair
-    from .imatrix import Imatrix
+    from .imatrix import Entry, Imatrix
 
 NAME_BYTES = 63            # llama.cpp's limit of a tensor name
 ALIGNMENT_LEAST = 32       # llama.cpp aborts on 4, and always writes 32
@@ -142,8 +142,8 @@ class CheckedPlan:
 
 
 def action(tensor: OutputTensor) -> str:
-    if isinstance(tensor.expression, Remap):
-        return "remap"
+    if isinstance(tensor.expression, (Remap, Merge)):
+        return type(tensor.expression).__name__.lower()
     if tensor.type != tensor.source_type:
         return "encode"
     return {Copy: "copy", Take: "take", Stack: "stack", FromRepair: "repair"}[type(tensor.expression)]
@@ -214,6 +214,10 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
 
             repair = _open_repair(edit.repair, blockers) or repair
             outcome = prune.apply(model, tensors, metadata, edit, repair)
+        elif isinstance(edit, MergeExperts):
+            from .experts import merge
+
+            outcome = merge.apply(model, tensors, metadata, edit)
         elif isinstance(edit, PruneLayers):
             from . import layers
 
@@ -445,7 +449,10 @@ def build_jobs(model: Model, checked: CheckedPlan) -> list[_core.Job]:
             row = 1  # runs are whole rows
         runs = source_runs(model, tensor, checked.repair, len(model.sources) + (checked.imatrix is not None))
         expected = elements // row * row_bytes(tensor.source_type, row)
-        if int(runs[:, 2].sum()) != expected:
+        merge = None
+        if isinstance(tensor.expression, Merge):
+            merge = _merge(tensor)
+        elif int(runs[:, 2].sum()) != expected:
             raise BadPlan("an expression of another size than its shape", object=tensor.name,
                           found=f"{int(runs[:, 2].sum())} bytes", expected=f"{expected}")
         remap = None
@@ -453,9 +460,45 @@ def build_jobs(model: Model, checked: CheckedPlan) -> list[_core.Job]:
             remap = (tensor.expression.table, tensor.expression.substitutes, row)
         jobs.append(_core.Job(
             tensor.name, source_type=facts[tensor.source_type]["id"], target_type=facts[tensor.type]["id"],
-            row_elements=row, rows=elements // row, target_offset=offset, runs=runs, remap=remap, file=file_of[i],
+            row_elements=row, rows=elements // row, target_offset=offset, runs=runs, remap=remap, merge=merge, file=file_of[i],
             best=tensor.best, **_importance(tensor, checked.imatrix, len(model.sources))))
     return jobs
+
+
+def _merge(tensor: OutputTensor) -> tuple[Any, ...]:
+    """A job's merge: the orders of all members in one list, groups that name them by place."""
+    import numpy as np
+
+    expression, shape = tensor.expression, tensor.shape
+    rows, columns = math.prod(shape[1:-1]), expression.axis.endswith("columns")
+    orders: list[NDArray[np.uint32]] = []
+    groups = []
+    for group in expression.groups:
+        parts = []
+        for member, weight, order in zip(group.members, group.weights, group.orders):
+            place = _core.AS_IS
+            if order and expression.axis != "none":
+                place = len(orders)
+                neurons = np.frombuffer(order, "<u2").astype(np.uint32)
+                orders.append(np.concatenate([neurons, neurons + len(neurons)]) if "half" in expression.axis else neurons)
+            parts.append((member, place, weight))
+        groups.append(parts)
+    return rows, columns, orders, groups
+
+
+def _importance_parts(tensor: OutputTensor, entry: Entry | None) -> list[list[tuple[int, int]]]:
+    """The sums that are added for each importance row of a merged tensor: those of all members of its group. They belong
+    to the columns of the tensor and come in their order."""
+    row, parts, place = tensor.shape[-1], [], 0
+    ordered = tensor.expression.axis == "columns"
+    for group, number in zip(tensor.expression.groups, tensor.importance.rows):
+        places = {}
+        for member, order in zip(group.members, group.orders):
+            places[member] = place if order and ordered else _core.AS_IS
+            place += bool(order) and tensor.expression.axis != "none"
+        several = number if isinstance(number, tuple) else ()
+        parts.append([(entry.offset + member * row * 4, places[member]) for member in several])
+    return parts
 
 
 def _importance(tensor: OutputTensor, imatrix: Imatrix | None, source: int) -> dict[str, Any]:
@@ -469,6 +512,10 @@ def _importance(tensor: OutputTensor, imatrix: Imatrix | None, source: int) -> d
     held: dict[int, int] = {}  # ONES, MEAN -> row of `inline`
     inline, rows, divisors = [], [], []
     for number in tensor.importance.rows:
+        if isinstance(number, tuple):  # of a merged expert
+            rows.append((source, entry.offset + number[0] * row * 4))
+            divisors.append(sum(entry.divisor(member, row) for member in number))
+            continue
         if number >= 0:
             rows.append((source, entry.offset + number * row * 4))
             divisors.append(entry.divisor(number, row))
@@ -479,7 +526,8 @@ def _importance(tensor: OutputTensor, imatrix: Imatrix | None, source: int) -> d
                            MEAN: lambda: imatrix.mean_row(entry.name, row)}[number]())
         rows.append((_core.IN_MEMORY, held[number]))
         divisors.append(1.0)
-    return {"importance": np.array(inline, np.float32).reshape(-1, row),
+    more = {"importance_parts": _importance_parts(tensor, entry)} if isinstance(tensor.expression, Merge) else {}
+    return {**more, "importance": np.array(inline, np.float32).reshape(-1, row),
             "importance_rows": np.array(rows, np.uint64), "importance_divisors": np.array(divisors, np.float32)}
 
 

@@ -13,7 +13,7 @@ from ._core import Value
 from .check import CheckedPlan, check
 from .errors import BadPlan, SourceChanged
 from .model import Model, open as open_model
-from .plan_data import Edit, KeepExperts, PlanData, PruneLayers, Quantize, RemoveMetadata, SetMetadata, Split, \
+from .plan_data import Edit, Group, KeepExperts, MergeExperts, PlanData, PruneLayers, Quantize, RemoveMetadata, SetMetadata, Split, \
     UseRepair, plan_from_json, plan_to_json
 from .quantize import mixes, recipe, recipe_file
 from .units import MEMORY, parse_size
@@ -21,6 +21,7 @@ from .write import Progress, Receipt, write
 
 if TYPE_CHECKING:
     from .experts.rank import Keep
+    from .experts.ream import Groups
     from .imatrix import Imatrix
 
 
@@ -85,6 +86,22 @@ class Plan:
                           hint="make them with experts.repair (gguf-surgery repair), or choose by reap-sum")
         use = None if repair is None else _use_repair(repair)
         return self._with(KeepExperts(dict(sorted(kept.items())), metric, mtp, order, scores, use))
+
+    def merge_experts(self, groups: Groups | Mapping[int, Sequence[Group]], *, mtp: str = "keep") -> Plan:
+        """Make one expert of each group, {layer: groups}, as experts.group returns them: the weighted mean of its members,
+        in the place of its centroid, whose router row and bias stay. Groups of one are copied.
+
+        mtp: as in keep_experts.
+        """
+        if mtp not in ("keep", "drop"):
+            raise BadPlan("unknown choice", object="mtp", found=repr(mtp), expected='"keep" or "drop"')
+        if not isinstance(groups, Mapping) or not groups:
+            raise BadPlan("not groups of experts", object="groups", found=type(groups).__name__,
+                          expected="{layer: groups}", hint="experts.group makes them")
+        plain = {_whole(layer, "layer"): tuple(some) for layer, some in groups.items()}
+        if not all(isinstance(group, Group) for some in plain.values() for group in some):
+            raise BadPlan("not groups of experts", object="groups", hint="experts.group makes them")
+        return self._with(MergeExperts(dict(sorted(plain.items())), str(getattr(groups, "metric", "given")), mtp))
 
     def set_metadata(self, items: Mapping[str, Any]) -> Plan:
         """Set keys. An existing key keeps its type; a new one gets bool -> bool, int -> u32, else i32, u64, i64,

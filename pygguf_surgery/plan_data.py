@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -35,6 +36,27 @@ class UseRepair:
 
     path: str
     digest: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts that become one. members: their ids, the first is the centroid, whose router row stays. weights: of the
+    mean, adding to one. orders: for each member the neuron of its own that comes in each place, little-endian uint16;
+    empty where they stay as they are."""
+
+    members: tuple[int, ...]
+    weights: tuple[float, ...]
+    orders: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class MergeExperts:
+    """Make one expert of each group. groups: layer -> groups by ascending centroid, the same number in every layer; an
+    expert in no group is dropped. mtp: as in KeepExperts."""
+
+    groups: dict[int, tuple[Group, ...]]
+    metric: str
+    mtp: str = "keep"
 
 
 @dataclass(frozen=True)
@@ -97,7 +119,7 @@ class Split:
     first_empty: bool = False
 
 
-Edit = KeepExperts | PruneLayers | SetMetadata | RemoveMetadata | Quantize | Split
+Edit = KeepExperts | MergeExperts | PruneLayers | SetMetadata | RemoveMetadata | Quantize | Split
 
 
 # --- expressions: where an output tensor's rows come from ----------------------------------------------------------
@@ -141,7 +163,17 @@ class FromRepair:
     indices: tuple[int, ...]
 
 
-Expression = Copy | Take | Stack | Remap | FromRepair
+@dataclass(frozen=True)
+class Merge:
+    """Slice i is the weighted mean of the slices groups[i].members of `ref`; neurons are reordered along the rows of a
+    slice ("rows", "halves": both halves of a fused gate and up) or within them ("columns"), or are not ("none")."""
+
+    ref: str
+    groups: tuple[Group, ...]
+    axis: str
+
+
+Expression = Copy | Take | Stack | Remap | FromRepair | Merge
 
 
 ONES = -1   # a row of ones in place of a row of an importance matrix
@@ -151,10 +183,10 @@ MEAN = -2   # the mean of the entry's rows, weighted by their counts
 @dataclass(frozen=True)
 class Importance:
     """The importance rows of an encoded tensor: one for all its rows, or one per slice of its third-fastest axis. ref is
-    the entry of the importance matrix, rows its row numbers, ONES or MEAN."""
+    the entry of the importance matrix, rows its row numbers, ONES, MEAN, or the rows of several experts that are merged."""
 
     ref: str
-    rows: tuple[int, ...]
+    rows: tuple[int | tuple[int, ...], ...]
 
 
 @dataclass
@@ -212,12 +244,26 @@ def _per_layer(numbers: dict[int, tuple[Any, ...]]) -> dict[str, list[Any]]:
     return {str(layer): list(values) for layer, values in numbers.items()}
 
 
+def _group_to_json(group: Group) -> dict[str, Any]:
+    return {"members": list(group.members), "weights": list(group.weights),
+            "orders": [base64.b64encode(order).decode() for order in group.orders]}
+
+
+def _group_from_json(data: Any) -> Group:
+    return Group(_numbers(data["members"]), tuple(float(x) for x in _typed(data["weights"], list, "a list")),
+                 tuple(base64.b64decode(order, validate=True) for order in _texts(data["orders"])))
+
+
 def edit_to_json(edit: Edit) -> dict[str, Any]:
     match edit:
         case KeepExperts():
             return {"edit": "keep_experts", "kept": _per_layer(edit.kept), "metric": edit.metric, "mtp": edit.mtp,
                     "order": _per_layer(edit.order), "scores": _per_layer(edit.scores),
                     "repair": None if edit.repair is None else asdict(edit.repair)}
+        case MergeExperts():
+            return {"edit": "merge_experts", "groups": {str(layer): [_group_to_json(g) for g in groups]
+                                                        for layer, groups in edit.groups.items()},
+                    "metric": edit.metric, "mtp": edit.mtp}
         case SetMetadata(items):
             return {"edit": "set_metadata", "items": [[k, value_to_json(v)] for k, v in items]}
         case RemoveMetadata(keys):
@@ -289,6 +335,9 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
                             _maybe(_text, data.get("output_type")), _maybe(_text, data.get("token_embedding_type")),
                             _flag(data.get("leave_output", False)), _maybe(_imatrix_from_json, data.get("imatrix")),
                             _maybe(_number, data.get("max_bytes")), _text(data.get("quality", "default")))
+        case "merge_experts":
+            return MergeExperts({int(k): tuple(_group_from_json(g) for g in _typed(v, list, "a list"))
+                                 for k, v in data["groups"].items()}, _text(data["metric"]), _text(data["mtp"]))
         case "prune_layers":
             return PruneLayers(_numbers(data["layers"]))
         case "split":
@@ -305,6 +354,9 @@ def expression_to_json(expression: Expression) -> dict[str, Any]:
             return {"expression": "take", "ref": ref, "indices": list(indices)}
         case Stack(refs):
             return {"expression": "stack", "refs": list(refs)}
+        case Merge(ref, groups, axis):  # the orders are in the plan's edit
+            return {"expression": "merge", "ref": ref, "axis": axis, "groups": [list(g.members) for g in groups],
+                    "weights": [list(g.weights) for g in groups]}
         case FromRepair(ref, rows, indices):
             return {"expression": "repair", "ref": ref, "rows": list(rows), "indices": list(indices)}
         case Remap(ref, table, substitutes):

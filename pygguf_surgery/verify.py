@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ class Report:
     equal_tensors: int = 0                                      # byte-equal to the source, whole or by slices
     equal_experts: int = 0                                      # slices among them
     repaired: list[str] = field(default_factory=list)           # tensors that differ from the source on purpose
+    merged: list[str] = field(default_factory=list)             # those with experts made of several
     removed: list[str] = field(default_factory=list)            # tensors that only the source has
     encoded: list[dict[str, Any]] = field(default_factory=list)
 
@@ -58,6 +60,8 @@ class Report:
                          f"{sum(e['reproduced'] for e in self.encoded)} of them reproduced in a sample")
             if self.repaired:
                 parts.append(f"{len(self.repaired)} repaired, not compared")
+            if self.merged:
+                parts.append(f"{len(self.merged)} with merged experts")
             if self.removed:
                 parts.append(f"{len(self.removed)} tensors of the source removed")
         verdict = "good" if self.good else f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
@@ -68,7 +72,7 @@ class Report:
             "path": self.path, "good": self.good, "problems": [str(p) for p in self.problems],
             "warnings": self.warnings, "tensors": self.tensors, "bytes_checked": self.bytes_checked,
             "equal_tensors": self.equal_tensors, "equal_experts": self.equal_experts,
-            "repaired": self.repaired, "removed": self.removed,
+            "repaired": self.repaired, "merged": self.merged, "removed": self.removed,
             "encoded": self.encoded,
         }
 
@@ -287,7 +291,10 @@ def _check_against(model: Model, source: Model, report: Report) -> None:
             report.problem(origin, object=tensor.name)
             continue
         rule = expert_rule(tensor.name)
-        if rule is not None and rule.axis == "values":
+        if (merged := _merged_slices(tensor, model, source)) and not isinstance(origin, str):
+            report.merged.append(tensor.name)
+            _check_singles(model, tensor, origin, merged, report)
+        elif rule is not None and rule.axis == "values":
             _check_remap(model, tensor, origin, kept.get(layer_of(tensor.name)), report)
         elif tensor.type == origin.tensor.type:
             _check_equal(model, tensor, origin, report)
@@ -311,6 +318,30 @@ def _is_repaired(tensor: Tensor, model: Model, source: Model) -> bool:
     """A cut with a repair gave it other numbers on purpose."""
     key = f"pgs.experts.{layer_of(tensor.name)}.repaired"
     return tensor.name.endswith(".ffn_down_exps.weight") and key in model.metadata and key not in source.metadata
+
+
+def _merged_slices(tensor: Tensor, model: Model, source: Model) -> set[int]:
+    """The experts of this tensor that were made of several of the source's."""
+    key = f"pgs.experts.{layer_of(tensor.name)}.merged"
+    if not re.search(r"_exps\.(weight|bias)$", tensor.name) or key not in model.metadata or key in source.metadata:
+        return set()
+    return {expert for expert, n in Counter(model.metadata[key]).items() if n > 1}
+
+
+def _check_singles(model: Model, tensor: Tensor, origin: Origin, merged: set[int], report: Report) -> None:
+    """Experts that no other was merged into are byte-equal, where the type is."""
+    if tensor.type != origin.tensor.type or origin.slices is None:
+        return
+    size = tensor.nbytes // len(origin.slices)
+    for expert, number in enumerate(origin.slices):
+        if expert in merged:
+            continue
+        here = model.sources[tensor.source].read(tensor.offset + expert * size, size)
+        if (here != origin.read(expert * size, size)).any():
+            report.problem(f"expert {expert} differs from expert {number} of the source", object=tensor.name,
+                           offset=tensor.offset + expert * size)
+            return
+        report.equal_experts += 1
 
 
 def _check_equal(model: Model, tensor: Tensor, origin: Origin, report: Report) -> None:

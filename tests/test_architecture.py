@@ -18,7 +18,7 @@ LONGEST = 650
 # A module imports only from modules listed before it.
 ORDER = ["_core", "errors", "units", "container", "llama", "model", "safetensors", "imatrix.files", "imatrix.tools",
          "plan_data", "experts.roles", "experts.stats", "experts.calibrate", "experts.metrics", "blocks",
-         "experts.rank", "experts.repair_file", "experts.repair", "experts.prune", "experts.merge",
+         "experts.rank", "experts.repair_file", "experts.repair", "experts.prune", "experts.ream", "experts.merge",
          "quantize", "quantize.mixes", "quantize.importance", "quantize.recipe_file", "quantize.recipe", "metadata",
          "layers", "shards", "check", "write", "quantize.fit", "plan",
          "report", "report.compare", "report.demo_model", "report.memory", "report.plots", "verify", "distributed",
@@ -27,7 +27,7 @@ ORDER = ["_core", "errors", "units", "container", "llama", "model", "safetensors
 GATHER = {"experts": "experts.merge", "imatrix": "imatrix.tools"}
 ROOMS = ["base", "io", "gguf", "quant", "engine", "bind"]
 # Imported inside functions only: not everybody has or needs them.
-LAZY = ["matplotlib", "dask", "ray", "llama_cpp"]
+LAZY = ["scipy", "matplotlib", "dask", "ray", "llama_cpp"]
 
 MODULES = sorted(p for p in PACKAGE.rglob("*.py"))
 SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".cpp", ".hpp"))

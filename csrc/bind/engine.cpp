@@ -11,13 +11,28 @@ namespace {
 using FloatRows = py::array_t<float, py::array::c_style | py::array::forcecast>;
 using RunRows = py::array_t<std::uint64_t, py::array::c_style | py::array::forcecast>;
 
+using Order = py::array_t<std::uint32_t, py::array::c_style | py::array::forcecast>;
+// slice_rows, columns, orders, groups of (slice, order, weight)
+using PyMerge = std::tuple<std::uint64_t, bool, std::vector<Order>,
+                           std::vector<std::vector<std::tuple<std::uint32_t, std::uint32_t, float>>>>;
+
 pgs::Job make_job(std::string name, std::int32_t source_type, std::int32_t target_type, std::uint64_t row_elements,
                   std::uint64_t rows, std::uint64_t target_offset, const std::optional<RunRows>& runs,
                   const std::optional<py::bytes>& literal, const std::optional<FloatRows>& importance,
                   const std::optional<RunRows>& importance_rows, const std::optional<FloatRows>& importance_divisors,
                   const std::optional<std::tuple<std::vector<std::int32_t>, std::vector<std::int32_t>, std::uint64_t>>& remap,
-                  std::uint32_t file, bool best) {
+                  const std::optional<std::vector<std::vector<std::pair<std::uint64_t, std::uint32_t>>>>& importance_parts,
+                  const std::optional<PyMerge>& merge, std::uint32_t file, bool best) {
     pgs::Job job;
+    if (merge) {
+        const auto& [slice_rows, columns, orders, groups] = *merge;
+        job.merge = pgs::Merge{slice_rows, columns, {}, {}};
+        for (const Order& order : orders) job.merge->orders.emplace_back(order.data(), order.data() + order.size());
+        for (const auto& group : groups) {
+            auto& parts = job.merge->groups.emplace_back();
+            for (const auto& [slice, order, weight] : group) parts.push_back({slice, order, weight});
+        }
+    }
     job.best = best;
     job.name = std::move(name);
     job.file = file;
@@ -54,16 +69,27 @@ pgs::Job make_job(std::string name, std::int32_t source_type, std::int32_t targe
         if (importance_rows->ndim() != 2 || importance_rows->shape(1) != 2 || importance_rows->shape(0) == 0)
             throw py::value_error("importance_rows must have shape (g, 2)");
         auto r = importance_rows->unchecked<2>();
-        for (py::ssize_t i = 0; i < r.shape(0); ++i) job.importance_rows.push_back({r(i, 0), r(i, 1), 1});
+        for (py::ssize_t i = 0; i < r.shape(0); ++i) job.importance_rows.push_back({r(i, 0), r(i, 1), 1, pgs::Merge::as_is, {}});
     } else if (importance) {
         for (py::ssize_t i = 0; i < importance->shape(0); ++i)
-            job.importance_rows.push_back({pgs::ImportanceRow::in_memory, static_cast<std::uint64_t>(i), 1});
+            job.importance_rows.push_back(
+                {pgs::ImportanceRow::in_memory, static_cast<std::uint64_t>(i), 1, pgs::Merge::as_is, {}});
     }
     if (importance_divisors) {
         const std::size_t n = job.importance_rows.size();
         if (importance_divisors->ndim() != 1 || static_cast<std::size_t>(importance_divisors->size()) != n)
             throw py::value_error("importance_divisors must have shape (g,)");
         for (std::size_t i = 0; i < n; ++i) job.importance_rows[i].divisor = importance_divisors->data()[i];
+    }
+    if (importance_parts) {
+        if (importance_parts->size() != job.importance_rows.size())
+            throw py::value_error("importance_parts must have an entry for each of importance_rows");
+        for (std::size_t i = 0; i < importance_parts->size(); ++i) {
+            auto& row = job.importance_rows[i];
+            const auto& parts = (*importance_parts)[i];
+            if (!parts.empty()) row.order = parts[0].second;
+            for (std::size_t j = 1; j < parts.size(); ++j) row.more.push_back({parts[j].first, parts[j].second});
+        }
     }
     if (remap) job.remap = pgs::Remap{std::get<0>(*remap), std::get<1>(*remap), std::get<2>(*remap)};
     return job;
@@ -148,10 +174,12 @@ void bind_engine(py::module_& m) {
              py::arg("row_elements"), py::arg("rows"), py::arg("target_offset"), py::arg("runs") = py::none(),
              py::arg("literal") = py::none(), py::arg("importance") = py::none(),
              py::arg("importance_rows") = py::none(), py::arg("importance_divisors") = py::none(),
-             py::arg("remap") = py::none(), py::arg("file") = 0, py::arg("best") = false)
+             py::arg("remap") = py::none(), py::arg("importance_parts") = py::none(), py::arg("merge") = py::none(),
+             py::arg("file") = 0, py::arg("best") = false)
         .def_readonly("name", &pgs::Job::name)
         .def_readonly("target_offset", &pgs::Job::target_offset)
         .def_readonly("target_bytes", &pgs::Job::target_bytes);
+    m.attr("AS_IS") = pgs::Merge::as_is;
     m.attr("IN_MEMORY") = pgs::ImportanceRow::in_memory;
     m.def("plan_budget", [](const std::vector<std::shared_ptr<pgs::Job>>& jobs, std::uint64_t memory, int threads, const std::string& io) {
         const auto b = pgs::plan_budget(jobs_of(jobs), {memory, threads, pgs::io_from_name(io), false});

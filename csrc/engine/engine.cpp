@@ -25,6 +25,7 @@ TileBuffers largest_buffers(const Jobs& jobs, std::uint64_t tile_bytes) {
         most.target = std::max(most.target, b.target);
         most.floats = std::max(most.floats, b.floats);
         most.importance = std::max(most.importance, b.importance);
+        most.sums = std::max(most.sums, b.sums);
     }
     return most;
 }
@@ -32,11 +33,12 @@ TileBuffers largest_buffers(const Jobs& jobs, std::uint64_t tile_bytes) {
 float* floats_of(const PageBuffer& buffer) { return reinterpret_cast<float*>(buffer.get()); }
 
 struct Buffers {
-    PageBuffer source, target, floats, importance_row;
+    PageBuffer source, target, floats, importance_row, sums;
     ImportanceReader importance;
     Buffers(const TileBuffers& b, const Sources& sources)
         : source(page_buffer(b.source)), target(page_buffer(b.target)), floats(page_buffer(b.floats)),
-          importance_row(page_buffer(b.importance)), importance(sources, floats_of(importance_row)) {}
+          importance_row(page_buffer(b.importance)), sums(page_buffer(b.sums)),
+          importance(sources, floats_of(importance_row)) {}
 };
 
 // The buffers of each worker, made by the worker itself, so that memory is local to it.
@@ -56,12 +58,12 @@ private:
     std::vector<std::unique_ptr<Buffers>> buffers_;
 };
 
-// Rows [first, first + count): decode a chunk, encode it, next chunk.
-void encode_tile(const Job& job, std::uint64_t first, std::uint64_t count, const std::byte* source, Buffers& buffers,
-                 std::byte* target, const Cancel& cancel) {
+// Rows [first, first + count), of type `type`: decode a chunk, encode it, next chunk.
+void encode_tile(const Job& job, std::int32_t type, std::uint64_t first, std::uint64_t count, const std::byte* source,
+                 Buffers& buffers, std::byte* target, const Cancel& cancel) {
     float* const floats = floats_of(buffers.floats);
     static const std::int32_t f32 = type_from_name("F32");
-    const std::uint64_t source_row = row_bytes(job.source_type, job.row_elements);
+    const std::uint64_t source_row = row_bytes(type, job.row_elements);
     const std::uint64_t target_row = row_bytes(job.target_type, job.row_elements);
     const std::uint64_t per_importance = job.importance_rows.empty() ? 0 : job.rows / job.importance_rows.size();
     const std::uint64_t step = chunk_rows(job.row_elements);
@@ -74,12 +76,63 @@ void encode_tile(const Job& job, std::uint64_t first, std::uint64_t count, const
             importance = buffers.importance.row(job, row / per_importance);
         }
         const std::byte* from = source + (row - first) * source_row;
-        const bool as_is = job.source_type == f32 && reinterpret_cast<std::uintptr_t>(from) % alignof(float) == 0;
-        if (!as_is) decode_rows(job.source_type, from, floats, n, job.row_elements);
+        const bool as_is = type == f32 && reinterpret_cast<std::uintptr_t>(from) % alignof(float) == 0;
+        if (!as_is) decode_rows(type, from, floats, n, job.row_elements);
         encode_rows(job.target_type, as_is ? reinterpret_cast<const float*>(from) : floats,
                     target + (row - first) * target_row, n, job.row_elements, importance, row, job.best);
         row += n;
     }
+}
+
+// Rows [first, first + count), all of one group: c + sum w (x - c), which leaves a centroid c alone where its members are
+// equal to it. A single expert whose type stays is copied.
+void merge_tile(const Job& job, std::uint64_t first, std::uint64_t count, const RunReader& reader, Buffers& buffers,
+                std::byte* target, const Cancel& cancel) {
+    static const std::int32_t f32 = type_from_name("F32");
+    const Merge& merge = *job.merge;
+    const std::uint64_t k = job.row_elements, rows = merge.slice_rows, begin = first % rows;
+    const std::uint64_t source_row = row_bytes(job.source_type, k);
+    const auto& group = merge.groups[first / rows];
+    std::byte* const source = buffers.source.get();
+    const bool single = group.size() == 1 && group[0].order == Merge::as_is;
+    if (single) {
+        const bool copy = job.source_type == job.target_type;
+        reader.read_at((group[0].slice * rows + begin) * source_row, {copy ? target : source, count * source_row});
+        if (!copy) encode_tile(job, job.source_type, first, count, source, buffers, target, cancel);
+        return;
+    }
+    float* const row = floats_of(buffers.floats);
+    float* const sum = floats_of(buffers.sums);
+    float* const centroid = sum + count * k;
+    for (const Merge::Part& part : group) {
+        const std::uint64_t slice = part.slice * rows;
+        const std::uint32_t* order = part.order == Merge::as_is ? nullptr : merge.orders[part.order].data();
+        const bool mixed = order && !merge.columns;  // rows of the tile lie anywhere in the slice
+        const bool whole = count == rows;
+        if (!mixed || whole) {
+            reader.read_at((slice + begin) * source_row, {source, count * source_row});
+        } else {
+            for (std::uint64_t i = 0; i < count; ++i)
+                reader.read_at((slice + order[begin + i]) * source_row, {source + i * source_row, source_row});
+        }
+        const bool is_first = &part == group.data();
+        for (std::uint64_t i = 0; i < count; ++i) {
+            if (i % 64 == 0) cancel.check();
+            const std::uint64_t from = mixed && whole ? order[i] : i;
+            decode_rows(job.source_type, source + from * source_row, row, 1, k);
+            float* const s = sum + i * k;
+            float* const c = centroid + i * k;
+            const bool permute = order && merge.columns;
+            for (std::uint64_t j = 0; j < k; ++j) {
+                const float x = row[permute ? order[j] : j];
+                if (is_first)
+                    s[j] = c[j] = x;
+                else
+                    s[j] += part.weight * (x - c[j]);
+            }
+        }
+    }
+    encode_tile(job, f32, first, count, reinterpret_cast<const std::byte*>(sum), buffers, target, cancel);
 }
 
 void remap_tile(const Job& job, const std::byte* source, std::byte* target, std::uint64_t bytes) {
@@ -228,11 +281,19 @@ RunStats run(const std::vector<std::shared_ptr<Source>>& inputs, const std::vect
             std::byte* target = b.target.get() + offset % 4096;
             std::byte* source = by_row(job) ? b.source.get() : target;
             const std::uint64_t nbytes = tile.count * source_row;
-            reader.read_at(tile.first * source_row, {source, nbytes});
-            read.fetch_add(nbytes, std::memory_order_relaxed);
+            if (kind == Work::merge) {
+                const auto& group = job.merge->groups[tile.first / job.merge->slice_rows];
+                merge_tile(job, tile.first, tile.count, reader, b, target, cancel);
+                read.fetch_add(group.size() * nbytes, std::memory_order_relaxed);
+                if (group.size() > 1 || job.source_type != job.target_type)
+                    encoded.fetch_add(tile.count * job.row_elements, std::memory_order_relaxed);
+            } else {
+                reader.read_at(tile.first * source_row, {source, nbytes});
+                read.fetch_add(nbytes, std::memory_order_relaxed);
+            }
             if (kind == Work::remap) remap_tile(job, source, target, nbytes);
             if (kind == Work::encode) {
-                encode_tile(job, tile.first, tile.count, source, b, target, cancel);
+                encode_tile(job, job.source_type, tile.first, tile.count, source, b, target, cancel);
                 encoded.fetch_add(tile.count * job.row_elements, std::memory_order_relaxed);
             }
             cancel.check();

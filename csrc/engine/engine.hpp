@@ -26,12 +26,33 @@ struct Remap {
     std::uint64_t column = 0;
 };
 
+// Slices of `slice_rows` rows: slice g of the output is the weighted mean of the slices of the source in groups[g]. The
+// neurons of a member come in the order orders[order]: its rows, or with `columns` the elements of its rows.
+struct Merge {
+    static constexpr std::uint32_t as_is = UINT32_MAX;
+    struct Part {
+        std::uint32_t slice = 0, order = as_is;
+        float weight = 1;  // those of a group add to one
+    };
+    std::uint64_t slice_rows = 0;
+    bool columns = false;
+    std::vector<std::vector<std::uint32_t>> orders;
+    std::vector<std::vector<Part>> groups;  // the first part of a group is its centroid
+};
+
 // Where an importance row is: `row_elements` little-endian float32 at byte `at` of a source, or row `at` of those that
-// the job itself holds. Each value is divided by `divisor`, in float32: llama.cpp's files hold sums and counts.
+// the job itself holds. Each value is divided by `divisor`, in float32: llama.cpp's files hold sums and counts. The sums of
+// a merged expert are added before: `more` are at the same source, their elements in the order of one of merge->orders.
 struct ImportanceRow {
     static constexpr std::uint64_t in_memory = UINT64_MAX;
+    struct More {
+        std::uint64_t at = 0;
+        std::uint32_t order = Merge::as_is;
+    };
     std::uint64_t source = in_memory, at = 0;
     float divisor = 1;
+    std::uint32_t order = Merge::as_is;
+    std::vector<More> more;
 };
 
 // One output tensor. Its source bytes are the concatenation of `runs`, or `literal`.
@@ -47,6 +68,7 @@ struct Job {
     std::vector<float> importance;                      // the rows in memory, each of row_elements, checked
     bool best = false;                                  // encode with less error than ggml, where that is possible
     std::optional<Remap> remap;
+    std::optional<Merge> merge;  // then the runs are all slices that a group may name
 };
 
 using Jobs = std::vector<std::shared_ptr<const Job>>;

@@ -28,17 +28,25 @@ std::uint64_t rows_per_tile(const Job& job, std::uint64_t tile_bytes) {
 }
 
 // In the job's memory as the encoder takes it.
-bool as_is(const ImportanceRow& row) { return row.source == ImportanceRow::in_memory && row.divisor == 1; }
+bool as_is(const ImportanceRow& row) {
+    return row.source == ImportanceRow::in_memory && row.divisor == 1 && row.order == Merge::as_is && row.more.empty();
+}
+
+// Of the tile of a merge, which never reaches from one slice into the next.
+std::uint64_t merge_step(const Job& job, std::uint64_t tile_bytes) {
+    return std::min(job.merge->slice_rows, rows_per_tile(job, tile_bytes));
+}
 
 }  // namespace
 
 bool by_row(const Job& job) {
     const Work work = work_of(job);
-    return work == Work::encode || work == Work::remap;
+    return work == Work::encode || work == Work::remap || work == Work::merge;
 }
 
 Work work_of(const Job& job) {
     if (job.remap) return Work::remap;
+    if (job.merge) return Work::merge;
     if (job.source_type != job.target_type) return Work::encode;
     return job.runs.empty() ? Work::literal : Work::move;
 }
@@ -49,11 +57,17 @@ std::uint64_t chunk_rows(std::uint64_t row_elements) {
 
 std::uint64_t tile_count(const Job& job, std::uint64_t tile_bytes) {
     if (job.target_bytes == 0) return 0;  // though it may have rows: of no elements
+    if (job.merge) return job.merge->groups.size() * ((job.merge->slice_rows - 1) / merge_step(job, tile_bytes) + 1);
     if (by_row(job)) return (job.rows - 1) / rows_per_tile(job, tile_bytes) + 1;
     return (job.target_offset + job.target_bytes - 1) / tile_bytes - job.target_offset / tile_bytes + 1;
 }
 
 Tile tile_at(const Job& job, std::uint64_t tile_bytes, std::uint64_t index) {
+    if (job.merge) {
+        const std::uint64_t rows = job.merge->slice_rows, step = merge_step(job, tile_bytes);
+        const std::uint64_t each = (rows - 1) / step + 1, first = index % each * step;
+        return {index / each * rows + first, std::min(step, rows - first)};
+    }
     if (by_row(job)) {
         const std::uint64_t step = rows_per_tile(job, tile_bytes);
         return {index * step, std::min(step, job.rows - index * step)};
@@ -70,13 +84,15 @@ TileBuffers tile_buffers(const Job& job, std::uint64_t tile_bytes) {
         case Work::literal: return {};
         case Work::move: return {0, std::min(job.target_bytes, tile_bytes) + block, 0};
         case Work::remap:
+        case Work::merge:
         case Work::encode: break;
     }
-    const std::uint64_t rows = std::min(job.rows, rows_per_tile(job, tile_bytes));
+    const std::uint64_t rows = job.merge ? merge_step(job, tile_bytes) : std::min(job.rows, rows_per_tile(job, tile_bytes));
     TileBuffers b{rows * row_bytes(job.source_type, job.row_elements), rows * row_bytes(job.target_type, job.row_elements) + block,
                   std::min(job.rows, chunk_rows(job.row_elements)) * job.row_elements * sizeof(float)};
     if (!std::all_of(job.importance_rows.begin(), job.importance_rows.end(), as_is))
-        b.importance = job.row_elements * sizeof(float);
+        b.importance = (job.merge ? 2 : 1) * job.row_elements * sizeof(float);
+    if (job.merge) b.sums = 2 * rows * job.row_elements * sizeof(float);
     return b;
 }
 
@@ -105,7 +121,7 @@ void check_importance_rows(const Job& job, const std::vector<std::shared_ptr<Sou
         if (!job.importance.empty()) throw fail("importance that no row uses");
         return;
     }
-    if (work_of(job) != Work::encode) throw fail("importance of a tensor that is not encoded");
+    if (work_of(job) != Work::encode && !job.merge) throw fail("importance of a tensor that is not encoded");
     if (job.rows % job.importance_rows.size()) throw fail("importance does not fit the rows");
     const std::uint64_t bytes = job.row_elements * sizeof(float);  // row_bytes has bounded the row
     for (const ImportanceRow& row : job.importance_rows) {
@@ -122,7 +138,52 @@ void check_importance_rows(const Job& job, const std::vector<std::shared_ptr<Sou
             if (!end || *end > sources[row.source]->size())
                 throw fail("importance row reaches beyond its source").at(row.at);
         }
+        auto check_order = [&](std::uint32_t order) {
+            if (order != Merge::as_is && !(job.merge && order < job.merge->orders.size() &&
+                                           job.merge->orders[order].size() == job.row_elements))
+                throw fail("no such order of an importance row");
+        };
+        check_order(row.order);
+        for (const ImportanceRow::More& more : row.more) {
+            if (row.source == ImportanceRow::in_memory) throw fail("sums of importance in memory");
+            const auto end = checked_add(more.at, bytes);
+            if (!end || *end > sources[row.source]->size())
+                throw fail("importance row reaches beyond its source").at(more.at);
+            check_order(more.order);
+        }
     }
+}
+
+// source_bytes: of all runs.
+void check_merge(const Job& job, std::uint64_t source_bytes) {
+    auto fail = [&](const char* problem) -> Error { return std::move(Error(Kind::bad_plan, problem).on(job.name)); };
+    const Merge& merge = *job.merge;
+    const auto rows = checked_mul<std::uint64_t>(merge.slice_rows, merge.groups.size());
+    if (!merge.slice_rows || rows != job.rows) throw fail("groups do not give the rows");
+    const auto slice_bytes = checked_mul(merge.slice_rows, row_bytes(job.source_type, job.row_elements));
+    if (!slice_bytes || !*slice_bytes || source_bytes % *slice_bytes) throw fail("the source has no whole slices");
+    const std::uint64_t neurons = merge.columns ? job.row_elements : merge.slice_rows;
+    for (const auto& order : merge.orders) {
+        std::vector<bool> seen(neurons);
+        if (order.size() != neurons) throw fail("an order of another length");
+        for (const std::uint32_t i : order) {
+            if (i >= neurons || seen[i]) throw fail("an order that is no permutation");
+            seen[i] = true;
+        }
+    }
+    bool decodes = job.source_type != job.target_type;
+    for (const auto& group : merge.groups) {
+        if (group.empty()) throw fail("an empty group");
+        for (const Merge::Part& part : group) {
+            if (part.slice >= source_bytes / *slice_bytes) throw fail("no such slice").got(std::to_string(part.slice));
+            if (part.order != Merge::as_is && part.order >= merge.orders.size()) throw fail("no such order");
+            if (!std::isfinite(part.weight)) throw fail("a weight that is not finite");
+            decodes |= group.size() > 1 || part.order != Merge::as_is;
+        }
+    }
+    if (decodes && (!type_can_decode(job.source_type) || !type_can_encode(job.target_type)))
+        throw Error(Kind::unsupported, "experts of this type cannot be merged").on(job.name)
+            .got(type_table()[job.source_type].name + " to " + type_table()[job.target_type].name);
 }
 
 }  // namespace
@@ -149,12 +210,17 @@ void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sourc
         sum = *next;
     }
     if (!job.literal.empty() && !job.runs.empty()) throw fail("both runs and literal");
-    if (sum != *source_bytes) throw fail("source size does not follow from the shape");
+    if (job.merge) {
+        if (job.remap || !job.literal.empty()) throw fail("a merge of no tensor");
+        check_merge(job, sum);
+    } else if (sum != *source_bytes) {
+        throw fail("source size does not follow from the shape");
+    }
     if (job.source_type != job.target_type && (!type_can_decode(job.source_type) || !type_can_encode(job.target_type)))
         throw Error(Kind::unsupported, "no conversion between these types").on(job.name)
             .got(table[job.source_type].name + " to " + table[job.target_type].name);
     // The encoders write blocks in place; the buffer agrees with the file in its lowest bits. GGUF aligns to 8 at least.
-    if (work_of(job) == Work::encode && job.target_bytes && job.target_offset % 8) throw fail("an encoded target is not aligned");
+    if ((work_of(job) == Work::encode || job.merge) && job.target_bytes && job.target_offset % 8) throw fail("an encoded target is not aligned");
     if (job.remap) {
         if (table[job.source_type].name != "I32" || job.source_type != job.target_type) throw fail("remap needs I32");
         if (job.remap->column == 0 || job.row_elements % job.remap->column) throw fail("remap column does not divide the row");
@@ -175,10 +241,20 @@ const float* ImportanceReader::row(const Job& job, std::uint64_t index) {
     if (as_is(where)) return held;
     if (job_ == &job && index_ == index) return buffer_;
     job_ = nullptr;  // until all of it is there
-    if (in_memory)
-        std::copy_n(held, job.row_elements, buffer_);
-    else
-        sources_[where.source]->read_at(where.at, std::as_writable_bytes(std::span(buffer_, job.row_elements)));
+    float* const part = job.merge ? buffer_ + job.row_elements : buffer_;  // sums of several are added in the buffer
+    auto read = [&](std::uint64_t at, std::uint32_t order, bool add) {
+        if (in_memory)
+            std::copy_n(held, job.row_elements, part);
+        else
+            sources_[where.source]->read_at(at, std::as_writable_bytes(std::span(part, job.row_elements)));
+        if (part == buffer_) return;
+        for (std::uint64_t i = 0; i < job.row_elements; ++i) {
+            const float x = part[order == Merge::as_is ? i : job.merge->orders[order][i]];
+            buffer_[i] = add ? buffer_[i] + x : x;
+        }
+    };
+    read(where.at, where.order, false);
+    for (const ImportanceRow::More& more : where.more) read(more.at, more.order, true);
     if (where.divisor != 1)
         for (std::uint64_t i = 0; i < job.row_elements; ++i) buffer_[i] /= where.divisor;
     check_importance(buffer_, 1, job.row_elements, index);

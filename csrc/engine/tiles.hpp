@@ -9,9 +9,9 @@
 
 namespace pgs {
 
-enum class Work { move, encode, remap, literal };
+enum class Work { move, encode, remap, merge, literal };
 Work work_of(const Job& job);
-bool by_row(const Job& job);  // encode and remap
+bool by_row(const Job& job);  // all but move and literal
 
 // Bytes [first, first + count) of the target for `move` and `literal`, rows for the others.
 struct Tile {
@@ -23,10 +23,10 @@ struct Tile {
 std::uint64_t tile_count(const Job& job, std::uint64_t tile_bytes);
 Tile tile_at(const Job& job, std::uint64_t tile_bytes, std::uint64_t index);
 
-// The largest buffers that a tile of this job needs, in bytes.
+// The largest buffers that a tile of this job needs, in bytes. sums: the tile's rows in float32, twice.
 struct TileBuffers {
-    std::uint64_t source = 0, target = 0, floats = 0, importance = 0;
-    std::uint64_t total() const { return source + target + floats + importance; }
+    std::uint64_t source = 0, target = 0, floats = 0, importance = 0, sums = 0;
+    std::uint64_t total() const { return source + target + floats + importance + sums; }
 };
 TileBuffers tile_buffers(const Job& job, std::uint64_t tile_bytes);
 

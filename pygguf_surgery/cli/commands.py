@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
 
 DEFAULT_METRIC = "router-norm"
+GROUP_MEMORY = 1 << 30  # matching experts needs more than the default --memory: it holds several of them
 READ_ALL = ("aimer", "imatrix-msan")  # metrics that read all weights of experts, or a third of them
 _EXCLUSIVE = (("keep", "ratio"), ("target_size", "target_bpw"), ("include_weights", "exclude_weights"),
               ("split_max_size", "split_max_tensors"), ("keep_split", "split_max_size"),
@@ -98,6 +99,14 @@ def prune(args: Namespace) -> int:
 
     if args.keep is None and args.ratio is None and args.by in (None, *METRICS) and args.repair is None:
         raise Usage("prune needs --keep N or --ratio R (or --by FILE.json with the experts to keep)")
+    return _describe_or_write(args)
+
+
+def merge(args: Namespace) -> int:
+    if args.keep is None and args.ratio is None:
+        raise Usage("merge needs --keep N or --ratio R")
+    if args.stats is None and not args.weights_only:
+        raise Usage("merge needs --stats STATS (of calibrate --merge-stats) or --weights-only")
     return _describe_or_write(args)
 
 
@@ -224,7 +233,9 @@ def make_plan(model: Model, args: Namespace) -> Plan:
         result = result.set_metadata(dict(args.override_kv))
     result = _add_types(result, given)
     result = _add_shards(result, args)
-    if any(given.get(option) is not None for option in ("keep", "ratio", "by", "repair")):
+    if "weights_only" in given:
+        result = _merge_experts(model, result, args)
+    elif any(given.get(option) is not None for option in ("keep", "ratio", "by", "repair")):
         result = _keep_experts(model, result, args)
     elif given.get("mtp") == "drop":
         raise Usage("--mtp drop goes with --keep or --ratio")
@@ -256,6 +267,21 @@ def _keep_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
     if not quiet and (keep.scores or keep.seen.notes):
         words.explain(keep.summary())
     return plan.keep_experts(keep, mtp=args.mtp, repair=args.repair)
+
+
+def _merge_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
+    from ..experts import group
+
+    quiet = args.quiet or args.json
+    if not args.dry_run:
+        _refuse_early(model, plan, args)
+    with progress("matching", args.quiet, "experts") as bar:
+        groups = group(model, args.keep, ratio=args.ratio, stats=args.stats, by=args.saliency,
+                       group_size=args.group_size, weights_only=args.weights_only, mtp=args.mtp,
+                       memory=max(args.memory, GROUP_MEMORY), threads=args.threads, io=args.io, progress=bar)
+    if not quiet:
+        words.explain(groups.summary())
+    return plan.merge_experts(groups, mtp=args.mtp)
 
 
 def choose(model: Model, args: Namespace) -> Keep:

@@ -97,6 +97,9 @@ def read_kept(path: str) -> dict[int, list[int]]:
             layers = _whole(path, "pgs.layers.kept", model.metadata.get("pgs.layers.kept", range(MAX_LAYERS)))
             kept = {layers[int(match[1])]: _whole(path, key, model.metadata[key]) for key in model.metadata
                     if (match := _KEPT.fullmatch(key)) and int(match[1]) < len(layers)}
+            if any(re.fullmatch(r"pgs\.experts\.[0-9]+\.merged", key) for key in model.metadata):
+                raise BadPlan("the model's experts were merged: how their neurons were matched is not in the file",
+                              path=path, hint="quantize with the importance matrix in the run that merges")
         if not kept:
             raise BadPlan("this model does not say which experts it kept", path=path,
                           expected="keys pgs.experts.N.kept")

@@ -15,6 +15,8 @@ OPTIONS = {
     "--by": dict(metavar="METRIC", help="how to choose them: router-norm (default) or aimer from the weights; frequency "
                  "or imatrix-msan with --imatrix; reap, reap-sum, ean-sum, ean-mean, msan, weighted-frequency or frequency "
                  'with --stats; best, that is reap-sum, with --stats and --repair; or a JSON file with {"kept": {"0": [ids]}} or {"scores": {"0": [numbers]}}'),
+    "--saliency": dict(metavar="METRIC", default="reap", help="which experts the others are merged into, a metric of "
+                       "--stats (default reap)"),
     "--stats": dict(metavar="STATS", help="what calibrate has recorded, for --by"),
     "--super-experts": dict(action="store_true", help="keep experts with massive activations (from --stats) whatever "
                             "their score"),
@@ -27,6 +29,8 @@ OPTIONS = {
     "-o": dict(dest="output", metavar="OUT", required=True, help="the file to write"),
     "--ctx": dict(type=int, default=512, metavar="N", help="tokens of a window (default 512)"),
     "--chunks": dict(type=int, metavar="N", help="at most N windows of each text"),
+    "--weights-only": dict(action="store_true", help="group experts without statistics"),
+    "--group-size": dict(type=int, default=16, metavar="N", help="experts of a group at most (default 16)"),
     "--merge-stats": dict(action="store_true", help="also record what merging needs: larger statistics"),
     "--parse-special": dict(action="store_true", help="special tokens in the text are tokens, not text"),
     "--gpu-layers": dict(type=int, default=0, metavar="N", help="layers that llama.cpp puts on a GPU, -1 for all"),
@@ -122,6 +126,9 @@ COMMANDS = {
              EXPERTS + LAYERS + ("--type",) + TYPES + METADATA + SHARDS + RUN + JSON),
     "prune": ("drop experts; quantize and edit metadata in the same pass", ("IN", "OUT"),
               EXPERTS + LAYERS + ("--type",) + TYPES + METADATA + SHARDS + RUN + OUTPUT + JSON),
+    "merge": ("merge experts; quantize and edit metadata in the same pass", ("IN", "OUT"),
+              ("--keep", "--ratio", "--saliency", "--stats", "--weights-only", "--group-size", "--mtp") + LAYERS + ("--type",)
+              + TYPES + METADATA + SHARDS + RUN + OUTPUT + JSON),
     "quantize": ("change the types of tensors, with llama-quantize's arguments", ("QUANTIZE",),
                  LAYERS + TYPES + METADATA + SHARDS + ("--max-buffer-size",) + RUN + OUTPUT + JSON),
     "edit": ("set and remove metadata, drop layers, copy the rest", ("IN", "OUT"),

@@ -14,7 +14,7 @@ from .._core import Value
 from ..blocks import Outcome, claim_source, drop, drop_size_label, getter, like, ranges
 from ..errors import BadFile, BadPlan, SurgeryError, Unsupported
 from ..model import type_facts
-from ..plan_data import Copy, Expression, FromRepair, KeepExperts, OutputTensor, Remap, Stack, Take
+from ..plan_data import Copy, Expression, FromRepair, KeepExperts, Merge, OutputTensor, Remap, Stack, Take
 from . import roles
 from .rank import nearest
 from .roles import Layout
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .repair_file import Repair
 
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
+DROPPED = 0xFFFFFFFF  # in pgs.experts.LAYER.merged: in no group
 Kept = dict[int, tuple[int, ...]]
 
 
@@ -258,6 +259,8 @@ def _take(tensor: OutputTensor, ids: tuple[int, ...]) -> Expression:
             return Stack(tuple(refs[i] for i in ids))
         case FromRepair(ref, rows, indices):
             return FromRepair(ref, tuple(rows[i] for i in ids), tuple(indices[i] for i in ids))
+        case Merge(ref, groups, axis):
+            return Merge(ref, tuple(groups[i] for i in ids), axis)
     raise Unsupported("experts of a remapped tensor", object=tensor.name)
 
 
@@ -350,13 +353,18 @@ def _set_metadata(model: Model, architecture: str, kept: Kept, edit: KeepExperts
     earlier = {layer: metadata[key].value for layer in kept if (key := f"pgs.experts.{layer}.kept") in metadata}
     if again and (first := metadata.get("pgs.experts.metric")) and first.value != metric:
         metric = f"{first.value}, {metric}"
+    merged = {layer: metadata[key].value for layer in kept if (key := f"pgs.experts.{layer}.merged") in metadata}
+    repaired = [layer for layer in kept if f"pgs.experts.{layer}.repaired" in metadata]
     for key in [k for k in metadata if k.startswith("pgs.experts.")]:
         del metadata[key]
     metadata["pgs.experts.metric"] = Value(metric, "str")
     for layer, ids in kept.items():
         source = [earlier[layer][i] for i in ids] if layer in earlier else list(ids)
         metadata[f"pgs.experts.{layer}.kept"] = Value(source, "u32[]")
-        if edit.repair is not None and layer not in mtp:
+        if again and layer in merged:  # old id -> id after the merge -> id now
+            now = {old: new for new, old in enumerate(ids)}
+            metadata[f"pgs.experts.{layer}.merged"] = Value([now.get(i, DROPPED) for i in merged[layer]], "u32[]")
+        if edit.repair is not None and layer not in mtp or again and layer in repaired:
             metadata[f"pgs.experts.{layer}.repaired"] = Value(True, "bool")
         if layer in edit.scores and not earlier:  # of all experts of the source
             metadata[f"pgs.experts.{layer}.scores"] = Value(list(edit.scores[layer]), "f64[]")

@@ -8,12 +8,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BadPlan, SurgeryError
 from ..imatrix import POLICIES
 from ..model import type_facts
-from ..plan_data import MEAN, ONES, Copy, FromRepair, Importance, OutputTensor, Take, UseImatrix
+from ..plan_data import MEAN, ONES, Copy, FromRepair, Importance, Merge, OutputTensor, Take, UseImatrix
 from .mixes import OUTPUT, TOKEN_EMBEDDING
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class _Resolver:
             (self.out.summary if normal else self.out.warnings).append(f"importance: {', '.join(parts)}")
 
     def importance(self, tensor: OutputTensor, needed: bool) -> Importance | None:
-        ref = tensor.expression.ref if isinstance(tensor.expression, (Copy, Take, FromRepair)) else tensor.name
+        ref = tensor.expression.ref if isinstance(tensor.expression, (Copy, Take, FromRepair, Merge)) else tensor.name
         entry = self.entries.get(ref)
         if entry is not None:
             return Importance(ref, self.rows(entry, tensor, ref))
@@ -159,21 +159,26 @@ class _Resolver:
             return Importance(entry.name, (ONES if nothing else MEAN,) * _slices(tensor.shape))
         return Importance(entry.name, self.rows(entry, tensor, ref))
 
-    def rows(self, entry: Entry, tensor: OutputTensor, ref: str) -> tuple[int, ...]:
+    def rows(self, entry: Entry, tensor: OutputTensor, ref: str) -> tuple[int | tuple[int, ...], ...]:
         """The entry's rows for the slices of the tensor, after the policy."""
         numbers, row = self.numbers(entry, tensor, ref), tensor.shape[-1]
         unseen, zero, fill = self.useless(entry, row)
+        every = [n for number in numbers for n in (number if isinstance(number, tuple) else (number,))]
         if self.policy == "fail":
-            self.refuse("experts never seen" if len(numbers) > 1 else "never seen", numbers, unseen, entry)
+            self.refuse("experts never seen" if len(numbers) > 1 else "never seen", every, unseen, entry)
         if self.policy in ("default", "fail"):
-            self.refuse("importance is all zero", numbers, zero, entry)
+            self.refuse("importance is all zero", every, zero, entry)
+        # Of a merged expert what its members saw together; one that saw nothing adds nothing.
+        useless = {*unseen, *zero}
+        numbers = [(tuple(n for n in number if n not in useless) or number[0]) if isinstance(number, tuple) else number
+                   for number in numbers]
         what = "expert" if len(numbers) > 1 else "row"
         for problem, some in (("never seen", set(unseen)), ("of zeros", set(zero))):
             if n := sum(number in some for number in numbers):
                 before = self.replaced.get((what, problem), (0, 0))
                 self.replaced[what, problem] = before[0] + n, before[1] + 1
                 self.notes.append(f"{_number(n, what)} {problem}: importance of {_WORDS[fill]}")
-        replaced = dict.fromkeys([*unseen, *zero], fill)
+        replaced: dict[Any, int] = dict.fromkeys(useless, fill)
         return tuple(replaced.get(number, number) for number in numbers)
 
     def useless(self, entry: Entry, row: int) -> tuple[list[int], list[int], int]:
@@ -194,7 +199,7 @@ class _Resolver:
             experts = f"experts {_list(found)}" if len(numbers) > 1 else None
             raise BadPlan(problem, path=self.imatrix.path, object=entry.name, found=experts, hint=_FILL)
 
-    def numbers(self, entry: Entry, tensor: OutputTensor, ref: str) -> Sequence[int]:
+    def numbers(self, entry: Entry, tensor: OutputTensor, ref: str) -> Sequence[int | tuple[int, ...]]:
         """Which row of the entry belongs to each slice of the tensor, before the policy. BadPlan for an unfit entry."""
         row, slices = tensor.shape[-1], _slices(tensor.shape)
         source = self.model.tensors.get(ref)
@@ -211,6 +216,8 @@ class _Resolver:
             if isinstance(tensor.expression, (Take, FromRepair)) and len(shape) > 2:
                 each = here // shape[0]  # 4-D: several rows to a slice of the slowest axis
                 return [i * each + j for i in tensor.expression.indices for j in range(each)]
+            if isinstance(tensor.expression, Merge):
+                return [g.members if len(g.members) > 1 else g.members[0] for g in tensor.expression.groups]
             return range(slices)
         if rows == slices:
             self.counts["direct"] += 1
