@@ -120,6 +120,7 @@ class Job:
         best: bool = False,  # with less error than ggml's encoder, where the type has_best; else ggml's bytes
     ) -> None: ...
 
+FILL: int  # the "source index" of runs whose offset is four bytes, little-endian, to be repeated
 AS_IS: int  # the "order" of a member of a merge whose neurons stay where they are
 IN_MEMORY: int  # the "source index" of importance rows that the job itself holds
 

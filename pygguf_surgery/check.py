@@ -6,6 +6,7 @@ Pure: reads no tensor data, raises only for a misuse of the call itself.
 from __future__ import annotations
 
 import math
+import struct
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from . import _core, metadata as metadata_rules
 from ._core import Value
 from .errors import BadFile, BadPlan, SourceChanged, SurgeryError, Unsupported
 from .model import Model, merge_adjacent, row_bytes, type_facts
-from .plan_data import Copy, FromRepair, KeepExperts, Merge, MergeExperts, MEAN, ONES, OutputTensor, PlanData, PruneLayers, Quantize, Remap, \
+from .plan_data import PAD, Copy, FromRepair, KeepExperts, Merge, MergeExperts, MEAN, ONES, OutputTensor, PlanData, PruneLayers, Quantize, Remap, \
     RemoveMetadata, SetMetadata, Split, Stack, Take, UseImatrix, UseRepair, expression_to_json, plan_to_json
 from .quantize import recipe
 from .units import MEMORY, human, parse_memory, parse_threads
@@ -544,11 +545,15 @@ def source_runs(model: Model, tensor: OutputTensor, repair: Repair | None = None
         else:
             assert repair is not None
             ref, source, indices = repair.tensors[expression.ref], repair_source, expression.rows
-        if not indices or not ref.shape or min(indices) < 0 or max(indices) >= ref.shape[0]:
+        real = [i for i in indices if i != PAD]
+        if not real or not ref.shape or min(real) < 0 or max(real) >= ref.shape[0]:
             raise BadPlan("slices out of range", object=tensor.name, expected=f"within {list(ref.shape)}")
         step = ref.nbytes // ref.shape[0]
         runs = [(ref.source if source is None else source, ref.offset + first * step, n * step)
-                for first, n in merge_adjacent(indices)]
+                for first, n in merge_adjacent(real)]
+        if len(real) < len(indices):  # the pads come last
+            fill = getattr(expression, "fill", 0.0)
+            runs.append((_core.FILL, int.from_bytes(struct.pack("<f", fill), "little"), (len(indices) - len(real)) * step))
     else:
         refs = expression.refs if isinstance(expression, Stack) else (expression.ref,)
         runs = [(ref.source, ref.offset, ref.nbytes) for ref in (model.tensors[name] for name in refs)]

@@ -124,6 +124,9 @@ Edit = KeepExperts | MergeExperts | PruneLayers | SetMetadata | RemoveMetadata |
 
 # --- expressions: where an output tensor's rows come from ----------------------------------------------------------
 
+PAD = -1  # in place of a slice's number: an expert that the router never picks
+
+
 @dataclass(frozen=True)
 class Copy:
     ref: str
@@ -131,10 +134,11 @@ class Copy:
 
 @dataclass(frozen=True)
 class Take:
-    """Slices of `ref` along its slowest axis."""
+    """Slices of `ref` along its slowest axis; PAD is one of zeros, in an F32 tensor of `fill`."""
 
     ref: str
     indices: tuple[int, ...]
+    fill: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -350,8 +354,8 @@ def expression_to_json(expression: Expression) -> dict[str, Any]:
     match expression:
         case Copy(ref):
             return {"expression": "copy", "ref": ref}
-        case Take(ref, indices):
-            return {"expression": "take", "ref": ref, "indices": list(indices)}
+        case Take(ref, indices, fill):
+            return {"expression": "take", "ref": ref, "indices": list(indices), **({"fill": fill} if fill else {})}
         case Stack(refs):
             return {"expression": "stack", "refs": list(refs)}
         case Merge(ref, groups, axis):  # the orders are in the plan's edit

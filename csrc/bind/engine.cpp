@@ -179,6 +179,7 @@ void bind_engine(py::module_& m) {
         .def_readonly("name", &pgs::Job::name)
         .def_readonly("target_offset", &pgs::Job::target_offset)
         .def_readonly("target_bytes", &pgs::Job::target_bytes);
+    m.attr("FILL") = pgs::Run::fill;
     m.attr("AS_IS") = pgs::Merge::as_is;
     m.attr("IN_MEMORY") = pgs::ImportanceRow::in_memory;
     m.def("plan_budget", [](const std::vector<std::shared_ptr<pgs::Job>>& jobs, std::uint64_t memory, int threads, const std::string& io) {

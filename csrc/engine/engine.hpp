@@ -13,8 +13,9 @@
 
 namespace pgs {
 
-// A run of whole rows in a source file.
+// A run of whole rows in a source file; of source `fill` the four bytes of `offset`, little-endian, over and over.
 struct Run {
+    static constexpr std::uint32_t fill = UINT32_MAX;
     std::uint32_t source;
     std::uint64_t offset, nbytes;
 };

@@ -202,9 +202,11 @@ void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sourc
     if (*target_bytes != job.target_bytes) throw fail("target size does not follow from the shape");
     std::uint64_t sum = job.literal.size();
     for (const Run& run : job.runs) {
-        if (run.source >= sources.size()) throw fail("no such source");
-        const auto end = checked_add(run.offset, run.nbytes);
-        if (!end || *end > sources[run.source]->size()) throw fail("run reaches beyond its source");
+        if (run.source != Run::fill) {
+            if (run.source >= sources.size()) throw fail("no such source");
+            const auto end = checked_add(run.offset, run.nbytes);
+            if (!end || *end > sources[run.source]->size()) throw fail("run reaches beyond its source");
+        }
         const auto next = checked_add(sum, run.nbytes);
         if (!next) throw fail("size overflows");
         sum = *next;
@@ -281,7 +283,11 @@ void RunReader::read_at(std::uint64_t offset, std::span<std::byte> out) const {
         const Run& run = job_.runs[i];
         const std::uint64_t inside = offset - starts_[i];
         const std::uint64_t n = std::min<std::uint64_t>(out.size(), run.nbytes - inside);
-        if (n) sources_[run.source]->read_at(run.offset + inside, out.first(n));
+        if (run.source == Run::fill) {
+            for (std::uint64_t j = 0; j < n; ++j) out[j] = static_cast<std::byte>(run.offset >> (8 * ((inside + j) % 4)) & 255);
+        } else if (n) {
+            sources_[run.source]->read_at(run.offset + inside, out.first(n));
+        }
         out = out.subspan(n);
         offset += n;
         ++i;

@@ -239,7 +239,7 @@ def make_plan(model: Model, args: Namespace) -> Plan:
         result = _keep_experts(model, result, args)
     elif given.get("mtp") == "drop":
         raise Usage("--mtp drop goes with --keep or --ratio")
-    elif word := next((word for word in ("stats", "super_experts", "report") if given.get(word)), None):
+    elif word := next((word for word in ("stats", "super_experts", "report", "plot") if given.get(word)), None):
         raise Usage(f"--{word.replace('_', '-')} goes with --keep, --ratio or --by")
     if given.get("prune_layers"):
         result = result.prune_layers(args.prune_layers)
@@ -263,7 +263,11 @@ def _keep_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
             _refuse_early(model, plan, args)
         keep = choose(model, args)
     if args.report is not None:
-        _write_report(args, keep.to_json())
+        _write_beside(args.report, (keep.to_json() + "\n").encode(), args.force)
+    if args.plot is not None:
+        from ..report.plots import importance
+
+        _write_beside(args.plot, importance(keep), args.force)
     if not quiet and (keep.scores or keep.seen.notes):
         words.explain(keep.summary())
     return plan.keep_experts(keep, mtp=args.mtp, repair=args.repair)
@@ -295,11 +299,14 @@ def choose(model: Model, args: Namespace) -> Keep:
                         budget=getattr(args, "budget", "layer"))
 
 
-def _write_report(args: Namespace, text: str) -> None:
-    if not getattr(args, "force", False):
-        _refuse_existing([args.report])
-    with open(args.report, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
+def _write_beside(path: str, data: bytes, force: bool) -> None:
+    """A small file, whole or not at all."""
+    from .._core import Sink
+
+    if not force:
+        _refuse_existing([path])
+    with Sink(path, len(data), overwrite=force) as sink:
+        sink.write_at(0, data)
 
 
 # argparse's name -> the argument of Plan.quantize

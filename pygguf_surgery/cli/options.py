@@ -23,6 +23,7 @@ OPTIONS = {
     "--budget": dict(choices=("layer", "global"), default="layer", help="keep N in each layer (the default), or N times "
                      "the layers where they matter most, which only routers with a selection bias can load"),
     "--report": dict(metavar="FILE", help="write the decision, kept ids and scores, as JSON that --by takes back"),
+    "--plot": dict(metavar="FILE.png", help="draw the choice: layers by experts, and what stays of each layer"),
     "--repair": dict(metavar="REPAIR", help="down projections that repair has made for the experts that stay; names "
                      "those too, in place of --keep and --by"),
     "--run": dict(metavar="FILE", help="let llama.cpp run this file of the same model, such as a quantized one"),
@@ -94,7 +95,7 @@ OPTIONS = {
                      help="limit of all buffers (default 512MiB)"),
     "--threads": dict(type=int, default=0, metavar="N", help="worker threads (default: all cores, or PGS_THREADS)"),
     "--io": dict(choices=("auto", "mmap", "pread", "direct"), default="auto", help="how to read (default auto)"),
-    "--force": dict(action="store_true", help="replace an existing output"),
+    "--force": dict(action="store_true", help="replace existing files that are written"),
     "--dry-run": dict(action="store_true", help="describe what would be written, and write nothing"),
     "--quiet": dict(action="store_true", help="no progress, no summary, no warnings"),
     "--json": dict(action="store_true", help="print the machine form"),
@@ -106,7 +107,7 @@ OPTIONS = {
 }
 
 CHOICE = ("--keep", "--ratio", "--by", "--stats", "--super-experts")
-EXPERTS = CHOICE + ("--budget", "--report", "--repair", "--mtp")
+EXPERTS = CHOICE + ("--budget", "--report", "--plot", "--repair", "--mtp")
 TEXTS = ("--ctx", "--chunks", "--parse-special", "--gpu-layers", "--threads")
 LAYERS = ("--prune-layers",)
 TYPES = ("--recipe", "--pure", "--override", "--tensor-type", "--tensor-type-file", "--output-tensor-type",
@@ -123,7 +124,7 @@ JSON = ("--json", "--full")
 COMMANDS = {
     "info": ("what is in a model", ("IN",), JSON),
     "plan": ("describe what prune, quantize or edit would write", ("IN",),
-             EXPERTS + LAYERS + ("--type",) + TYPES + METADATA + SHARDS + RUN + JSON),
+             EXPERTS + LAYERS + ("--type",) + TYPES + METADATA + SHARDS + RUN + ("--force",) + JSON),
     "prune": ("drop experts; quantize and edit metadata in the same pass", ("IN", "OUT"),
               EXPERTS + LAYERS + ("--type",) + TYPES + METADATA + SHARDS + RUN + OUTPUT + JSON),
     "merge": ("merge experts; quantize and edit metadata in the same pass", ("IN", "OUT"),

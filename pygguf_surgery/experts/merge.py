@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .._core import Value
 from ..blocks import Outcome
 from ..errors import BadPlan, SurgeryError, Unsupported
-from ..plan_data import Copy, Group, KeepExperts, Merge, MergeExperts, OutputTensor, Take
+from ..plan_data import PAD, Copy, Group, KeepExperts, Merge, MergeExperts, OutputTensor, Take
 from . import prune, roles
 
 if TYPE_CHECKING:
@@ -97,10 +97,12 @@ def _merged(before: OutputTensor, after: OutputTensor, groups: tuple[Group, ...]
     match before.expression:
         case Copy(ref):
             ids = None
-        case Take(ref, indices):
+        case Take(ref, indices, _):
             ids = indices
         case _:
             raise Unsupported("experts that are no plain copies cannot be merged", object=after.name)
     if ids is not None:
+        if PAD in ids:
+            raise Unsupported("layers with padding experts cannot be merged", object=after.name)
         groups = tuple(replace(g, members=tuple(ids[m] for m in g.members)) for g in groups)
     return replace(after, expression=Merge(ref, groups, axis), notes=list(after.notes))

@@ -14,7 +14,7 @@ from .._core import Value
 from ..blocks import Outcome, claim_source, drop, drop_size_label, getter, like, ranges
 from ..errors import BadFile, BadPlan, SurgeryError, Unsupported
 from ..model import type_facts
-from ..plan_data import Copy, Expression, FromRepair, KeepExperts, Merge, OutputTensor, Remap, Stack, Take
+from ..plan_data import PAD, Copy, Expression, FromRepair, KeepExperts, Merge, OutputTensor, Remap, Stack, Take
 from . import roles
 from .rank import nearest
 from .roles import Layout
@@ -49,14 +49,14 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
         out.blockers.append(error)
         return out
     out.blockers += [error for t in out.tensors if (error := roles.check_shape(t.name, t.shape, found))]
-    kept = _check_kept(edit, found, dropped, out.blockers)
+    kept = _check_kept(architecture, edit, found, dropped, out)
     if out.blockers or all(len(ids) == found.experts for ids in kept.values()):
         return out
     _check_routing(architecture, found, kept, out)
     if out.blockers:
         return out
     uncut = out.tensors
-    out.tensors = [_cut(t, found, kept, edit.order, out.blockers) for t in out.tensors]
+    out.tensors = [_cut(t, architecture, found, kept, edit.order, out.blockers) for t in out.tensors]
     try:
         if edit.repair is not None and repair is not None:
             _check_repair(model, kept, repair)
@@ -69,9 +69,10 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
 
 # --- what was asked for ---------------------------------------------------------------------------------------------
 
-def _check_kept(edit: KeepExperts, found: Layout, dropped: range, blockers: list[SurgeryError]) -> Kept:
-    """The ids per MoE layer as plain ints; every fault is a blocker."""
+def _check_kept(architecture: str, edit: KeepExperts, found: Layout, dropped: range, out: Outcome) -> Kept:
+    """The ids per MoE layer as plain ints, padded where layers keep different numbers; every fault is a blocker."""
     kept: Kept = {}
+    blockers = out.blockers
     for layer, ids in edit.kept.items():
         if layer in found.layers:
             kept[layer] = _check_ids(layer, ids, found.experts, blockers)
@@ -85,11 +86,57 @@ def _check_kept(edit: KeepExperts, found: Layout, dropped: range, blockers: list
                                     object=f"blk.{layer}", hint='or drop it with mtp="drop"' if mtp else None))
     counts = sorted({len(ids) for ids in kept.values()})
     if len(counts) > 1 and not blockers:
-        blockers.append(Unsupported(
-            "a different number of experts per layer", object="keep_experts",
-            found=", ".join(f"{n} in {ranges(k for k, v in kept.items() if len(v) == n)}" for n in counts),
-            hint="llama.cpp has one expert_count for all layers: keep the same number in each"))
+        numbers = ", ".join(f"{n} in {ranges(k for k, v in kept.items() if len(v) == n)}" for n in counts)
+        if reason := _unpaddable(architecture, found, kept, out):
+            blockers.append(Unsupported(
+                "a different number of experts per layer", object="keep_experts", found=numbers,
+                hint="llama.cpp has one expert_count for all layers, and experts that are never picked cannot make up "
+                     f"for it: {reason}; keep the same number in each"))
+        else:
+            out.warnings.append(f"experts per layer: {numbers}; made up to {counts[-1]} in each by experts of zeros that "
+                                "the router never picks, which saves no bytes")
+            kept = {layer: ids + (PAD,) * (counts[-1] - len(ids)) for layer, ids in kept.items()}
     return {layer: kept[layer] for layer in found.layers if layer in kept}
+
+
+# {architecture}.expert_gating_func, llama.cpp's llama_expert_gating_func_type
+_SOFTMAX, _SIGMOID, _SQRT_SOFTPLUS = 1, 2, 4
+_NEVER_PICKED = -3e4  # finite, as llama.cpp's check of tensors wants it
+_SELECTION_BIASES = ("exp_probs_b.bias", "exp_probs_b", "exp_probs_b_vl.bias")
+
+
+def _unpaddable(architecture: str, found: Layout, kept: Kept, out: Outcome) -> str | None:
+    """Why experts of zeros would change what the model computes; None where they do not: a bias keeps the router from
+    them, and a zero logit does not enter the gates of the others."""
+    tensors = {t.name: t for t in out.tensors}
+    get = getter(out.metadata)
+    if found.groups > 1 or found.chunk > 1:
+        return "the router picks groups" if found.groups > 1 else "experts share chunk experts"
+    if any(name.endswith(".ffn_gate_tid2eid.weight") for name in tensors):
+        return "experts are looked up by token"
+    if architecture != "gpt-oss":  # whose router bias is added to the logits, and the softmax is over those picked
+        gate = get(f"{architecture}.expert_gating_func")
+        if gate == _SOFTMAX and not get(f"{architecture}.expert_weights_norm"):
+            return "the softmax over all experts is not renormalised"
+        if gate not in (_SOFTMAX, _SIGMOID, _SQRT_SOFTPLUS):
+            return "the file does not say how gates are computed"
+    for layer in kept:
+        names = [f"blk.{layer}.{bias}" for bias in _selection_biases(architecture)]
+        biases = [tensors[name] for name in names if name in tensors]
+        if not biases:
+            return f"layer {layer} has no selection bias"
+        if any(bias.source_type != "F32" for bias in biases):
+            return f"the selection bias of layer {layer} is not F32"
+    return None
+
+
+def _selection_biases(architecture: str) -> tuple[str, ...]:
+    return ("ffn_gate_inp.bias",) if architecture == "gpt-oss" else _SELECTION_BIASES
+
+
+def pad_value(architecture: str, name: str) -> float:
+    """What the padding experts of this tensor hold."""
+    return _NEVER_PICKED if name.split(".", 2)[2] in _selection_biases(architecture) else 0.0
 
 
 def _check_ids(layer: int, ids: Iterable[Any], experts: int, blockers: list[SurgeryError]) -> tuple[int, ...]:
@@ -117,14 +164,15 @@ def _check_ids(layer: int, ids: Iterable[Any], experts: int, blockers: list[Surg
 
 def _check_routing(architecture: str, found: Layout, kept: Kept, out: Outcome) -> None:
     n = len(kept[found.layers[0]])
+    least = min(sum(i != PAD for i in ids) for ids in kept.values())
     get = getter(out.metadata)
     if n > MAX_EXPERTS:
         out.blockers.append(Unsupported("more experts than llama.cpp loads", object=f"{architecture}.expert_count",
                                         found=n, expected=f"at most {MAX_EXPERTS}"))
     try:
         used = _used(get, f"{architecture}.expert_used_count")
-        if n < used:
-            out.blockers.append(BadPlan(f"{n} experts kept and {used} used per token",
+        if least < used:
+            out.blockers.append(BadPlan(f"{least} experts kept and {used} used per token",
                                         object=f"{architecture}.expert_used_count",
                                         hint=f"keep at least {used}; the number used is never changed silently"))
         if found.groups:
@@ -229,7 +277,8 @@ def _check_chunks(architecture: str, found: Layout, kept: Kept, blockers: list[S
 
 # --- tensors --------------------------------------------------------------------------------------------------------
 
-def _cut(tensor: OutputTensor, found: Layout, kept: Kept, order: Kept, blockers: list[SurgeryError]) -> OutputTensor:
+def _cut(tensor: OutputTensor, architecture: str, found: Layout, kept: Kept, order: Kept,
+         blockers: list[SurgeryError]) -> OutputTensor:
     rule, layer = roles.expert_rule(tensor.name), roles.layer_of(tensor.name)
     if rule is None or layer not in kept or rule.axis == "none":
         return tensor
@@ -243,7 +292,10 @@ def _cut(tensor: OutputTensor, found: Layout, kept: Kept, order: Kept, blockers:
         if len(tensor.shape) == 1 and _block(tensor.source_type) != 1:
             raise Unsupported("an expert is no whole block of this type", object=tensor.name, found=tensor.source_type)
         shape = (len(ids), *tensor.shape[1:])
-        return replace(tensor, shape=shape, expression=_take(tensor, ids), notes=list(tensor.notes))
+        expression = _take(tensor, ids)
+        if PAD in ids and isinstance(expression, Take):
+            expression = replace(expression, fill=pad_value(architecture, tensor.name))
+        return replace(tensor, shape=shape, expression=expression, notes=list(tensor.notes))
     except SurgeryError as error:
         blockers.append(error)
         return tensor
@@ -253,15 +305,15 @@ def _take(tensor: OutputTensor, ids: tuple[int, ...]) -> Expression:
     match tensor.expression:
         case Copy(ref):
             return Take(ref, ids)
-        case Take(ref, indices):
-            return Take(ref, tuple(indices[i] for i in ids))
-        case Stack(refs):
+        case Take(ref, indices, fill):
+            return Take(ref, tuple(PAD if i == PAD else indices[i] for i in ids), fill)
+        case Stack(refs) if PAD not in ids:
             return Stack(tuple(refs[i] for i in ids))
-        case FromRepair(ref, rows, indices):
+        case FromRepair(ref, rows, indices) if PAD not in ids:
             return FromRepair(ref, tuple(rows[i] for i in ids), tuple(indices[i] for i in ids))
-        case Merge(ref, groups, axis):
+        case Merge(ref, groups, axis) if PAD not in ids:
             return Merge(ref, tuple(groups[i] for i in ids), axis)
-    raise Unsupported("experts of a remapped tensor", object=tensor.name)
+    raise Unsupported("experts that can be neither cut nor padded", object=tensor.name)
 
 
 def _check_repair(model: Model, kept: Kept, repair: Repair) -> None:
@@ -359,8 +411,12 @@ def _set_metadata(model: Model, architecture: str, kept: Kept, edit: KeepExperts
         del metadata[key]
     metadata["pgs.experts.metric"] = Value(metric, "str")
     for layer, ids in kept.items():
-        source = [earlier[layer][i] for i in ids] if layer in earlier else list(ids)
+        source = [i for i in ids if i != PAD]
+        if layer in earlier:  # a number beyond those is a pad of that cut
+            source = [earlier[layer][i] for i in source if i < len(earlier[layer])]
         metadata[f"pgs.experts.{layer}.kept"] = Value(source, "u32[]")
+        if len(source) < n:
+            metadata[f"pgs.experts.{layer}.padded"] = Value(n - len(source), "u32")
         if again and layer in merged:  # old id -> id after the merge -> id now
             now = {old: new for new, old in enumerate(ids)}
             metadata[f"pgs.experts.{layer}.merged"] = Value([now.get(i, DROPPED) for i in merged[layer]], "u32[]")

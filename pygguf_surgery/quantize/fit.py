@@ -297,7 +297,7 @@ def _sample(model: Model, tensor: _Tensor, imatrix: Imatrix | None, threads: int
     rows = sample_rows(total, k)
     if isinstance(output.expression, (Take, FromRepair)):  # repaired rows are near enough to those they replace
         per_slice = total // output.shape[0]
-        taken = output.expression.indices
+        taken = [max(i, 0) for i in output.expression.indices]  # a padding expert is as easy to encode as any
         source = [taken[row // per_slice] * per_slice + row % per_slice for row in rows]
     else:
         source = rows

@@ -215,7 +215,7 @@ class _Resolver:
         if rows == here:
             if isinstance(tensor.expression, (Take, FromRepair)) and len(shape) > 2:
                 each = here // shape[0]  # 4-D: several rows to a slice of the slowest axis
-                return [i * each + j for i in tensor.expression.indices for j in range(each)]
+                return [ONES if i < 0 else i * each + j for i in tensor.expression.indices for j in range(each)]
             if isinstance(tensor.expression, Merge):
                 return [g.members if len(g.members) > 1 else g.members[0] for g in tensor.expression.groups]
             return range(slices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +16,10 @@ import numpy as np
 from .. import _core
 from ..blocks import KEPT
 from ..errors import BadPlan
+from ..experts.prune import pad_value
 from ..experts.roles import ROLES, expert_rule, layer_of, role_of
 from ..model import Model, Tensor, merge_adjacent, row_bytes, type_facts
+from ..plan_data import PAD
 
 CHUNK = 1 << 16  # elements in work at a time: their float64 copies stay in the cache
 
@@ -33,7 +36,8 @@ def kept_experts(result: Model, source: Model) -> dict[int, tuple[int, ...]]:
     for key in () if _of_earlier_cut(result, source) else result.metadata:
         match = re.fullmatch(r"pgs\.experts\.([0-9]+)\.kept", key)
         if match and result.metadata.value(key).type.endswith("[]"):
-            kept[int(match[1])] = tuple(result.metadata[key])
+            pads = result.metadata.get(f"pgs.experts.{match[1]}.padded", 0)
+            kept[int(match[1])] = (*result.metadata[key], *(PAD,) * pads)
     return kept
 
 
@@ -84,7 +88,11 @@ class Origin:
             file, offset, size = self.runs[k]
             skip = begin + done - self.starts[k]
             n = min(size - skip, nbytes - done)
-            out[done:done + n] = self.model.sources[file].read(offset + skip, n)
+            if file == _core.FILL:
+                pattern = np.frombuffer(offset.to_bytes(4, "little"), np.uint8)
+                out[done:done + n] = np.resize(np.roll(pattern, -(skip % 4)), n)
+            else:
+                out[done:done + n] = self.model.sources[file].read(offset + skip, n)
             done += n
             k += 1
         return out
@@ -107,10 +115,14 @@ def origin_of(result: Tensor, source: Model, kept: Kept, layers: Layers = None) 
         return whole(source, tensor)
     if not tensor.shape or not result.shape or tensor.shape[1:] != result.shape[1:]:
         return f"its shape {result.shape} cannot come from {tensor.shape}"
-    if len(slices) != result.shape[0] or not all(0 <= i < tensor.shape[0] for i in slices):
+    real = [i for i in slices if i != PAD]
+    if len(slices) != result.shape[0] or not all(0 <= i < tensor.shape[0] for i in real):
         return f"{len(slices)} kept experts do not give its shape {result.shape} from {tensor.shape}"
     size = tensor.nbytes // tensor.shape[0]
-    runs = [(tensor.source, tensor.offset + first * size, n * size) for first, n in merge_adjacent(slices)]
+    runs = [(tensor.source, tensor.offset + first * size, n * size) for first, n in merge_adjacent(real)]
+    if len(real) < len(slices):
+        value = struct.pack("<f", pad_value(source.architecture, result.name))
+        runs.append((_core.FILL, int.from_bytes(value, "little"), (len(slices) - len(real)) * size))
     return Origin(source, tensor, runs, slices)
 
 
