@@ -124,6 +124,8 @@ FILL: int  # the "source index" of runs whose offset is four bytes, little-endia
 AS_IS: int  # the "order" of a member of a merge whose neurons stay where they are
 IN_MEMORY: int  # the "source index" of importance rows that the job itself holds
 
+def thread_count(asked: int) -> int: ...  # asked, or for 0 what PGS_THREADS says, or all CPUs
+
 def plan_budget(jobs: Sequence[Job], *, memory: int, threads: int, io: str) -> dict[str, int]:
     """{"threads", "tile_bytes", "buffer_bytes"}"""
 

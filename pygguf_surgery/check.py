@@ -138,8 +138,17 @@ class CheckedPlan:
             "blockers": [error_for_json(error) for error in self.blockers],
             "warnings": list(self.warnings),
             "notes": list(self.notes),
-            "plan": shorten(plan_to_json(self.data)),
+            "plan": shorten(plan_to_json(self.data) if full else _without_groups(plan_to_json(self.data))),
         }
+
+
+def _without_groups(plan: dict[str, Any]) -> dict[str, Any]:
+    """Groups of experts only counted: the orders of their neurons are megabytes."""
+    for edit in plan["edits"]:
+        if edit["edit"] == "merge_experts":
+            edit["groups"] = {layer: {"type": "group", "length": len(groups), "head": []}
+                              for layer, groups in edit["groups"].items()}
+    return plan
 
 
 def action(tensor: OutputTensor) -> str:

@@ -7,7 +7,9 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
+from ._core import thread_count
 from .errors import BadFile, Unsupported
+from .units import parse_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +59,7 @@ class Session:
             text.decode(errors="replace")) if len(self._said) < 2000 else None)
         self._callback = self.llama.ggml_backend_sched_eval_callback(self._evaluated)
         try:
-            self._open(threads or len(os.sched_getaffinity(0)), gpu_layers)
+            self._open(thread_count(parse_threads(threads)), gpu_layers)
         except BaseException:
             self.close()
             raise

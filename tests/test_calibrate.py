@@ -152,6 +152,29 @@ def test_without_llama_cpp_python_the_error_says_what_to_install(tmp_path, monke
         pgs.experts.calibrate(moe_models.qwen3moe(tmp_path / "model.gguf"), [b"text"])
 
 
+def test_a_stopped_command_says_what_is_there(tmp_path, monkeypatch, capsys):
+    from pygguf_surgery.cli import main
+
+    def stopped(path, texts, out, **_):
+        if "late" in out:
+            some_stats().write(out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pgs.experts, "calibrate", stopped)
+    assert main(["calibrate", "model.gguf", "text", "-o", str(tmp_path / "late.gguf")]) == 130
+    assert "goes on" in capsys.readouterr().err
+    assert main(["calibrate", "model.gguf", "text", "-o", str(tmp_path / "early.gguf")]) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert main(["calibrate", "model.gguf", "-o", str(tmp_path / "x.gguf")]) == 2
+
+
+@pytest.mark.parametrize("out, texts, error", [("no/such/folder.gguf", [b"text"], FileNotFoundError),
+                                               ("out.gguf", ["no such text"], FileNotFoundError)])
+def test_what_would_fail_at_the_end_fails_at_the_start(tmp_path, out, texts, error):
+    with pytest.raises(error):
+        pgs.experts.calibrate(tmp_path / "no model.gguf", texts, tmp_path / out)
+
+
 # --- llama.cpp -------------------------------------------------------------------------------------------------------
 
 TOKENS = np.random.default_rng(7).integers(0, moe_models.VOCAB, 200)

@@ -182,6 +182,7 @@ void bind_engine(py::module_& m) {
     m.attr("FILL") = pgs::Run::fill;
     m.attr("AS_IS") = pgs::Merge::as_is;
     m.attr("IN_MEMORY") = pgs::ImportanceRow::in_memory;
+    m.def("thread_count", &pgs::thread_count, py::arg("asked"));
     m.def("plan_budget", [](const std::vector<std::shared_ptr<pgs::Job>>& jobs, std::uint64_t memory, int threads, const std::string& io) {
         const auto b = pgs::plan_budget(jobs_of(jobs), {memory, threads, pgs::io_from_name(io), false});
         py::dict d;

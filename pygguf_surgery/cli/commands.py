@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ..plan import Plan
 
 DEFAULT_METRIC = "router-norm"
-GROUP_MEMORY = 1 << 30  # matching experts needs more than the default --memory: it holds several of them
 READ_ALL = ("aimer", "imatrix-msan")  # metrics that read all weights of experts, or a third of them
 _EXCLUSIVE = (("keep", "ratio"), ("target_size", "target_bpw"), ("include_weights", "exclude_weights"),
               ("split_max_size", "split_max_tensors"), ("keep_split", "split_max_size"),
@@ -282,7 +281,7 @@ def _merge_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
     with progress("matching", args.quiet, "experts") as bar:
         groups = group(model, args.keep, ratio=args.ratio, stats=args.stats, by=args.saliency,
                        group_size=args.group_size, weights_only=args.weights_only, mtp=args.mtp,
-                       memory=max(args.memory, GROUP_MEMORY), threads=args.threads, io=args.io, progress=bar)
+                       memory=args.memory, threads=args.threads, io=args.io, progress=bar)
     if not quiet:
         words.explain(groups.summary())
     return plan.merge_experts(groups, mtp=args.mtp)

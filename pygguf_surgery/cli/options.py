@@ -92,7 +92,7 @@ OPTIONS = {
     "--remove": dict(action="append", default=[], metavar="KEY",
                      help="remove a metadata key, before any is set; may be repeated"),
     "--memory": dict(default="512MiB", metavar="SIZE", type=lambda text: size(text),
-                     help="limit of all buffers (default 512MiB)"),
+                     help="limit of all buffers (default 512MiB; of repair, which holds the tokens of a layer, 4GiB)"),
     "--threads": dict(type=int, default=0, metavar="N", help="worker threads (default: all cores, or PGS_THREADS)"),
     "--io": dict(choices=("auto", "mmap", "pread", "direct"), default="auto", help="how to read (default auto)"),
     "--force": dict(action="store_true", help="replace existing files that are written"),
@@ -174,6 +174,8 @@ def make_parser(program: str) -> argparse.ArgumentParser:
             command.add_argument(dest, metavar=_SEVERAL.get(metavar, metavar), help=text, type=not_empty, **several)
         for option in options:
             command.add_argument(option, **OPTIONS[option])
+        if name == "repair":
+            command.set_defaults(memory=4 << 30)
     for name, help, rules in (("imatrix", "show, merge, slice and convert importance matrices", imatrix),
                               ("stats", "show and merge what calibrate has recorded", stats)):
         _add_group(commands, name, help, rules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from argparse import Namespace
 
 from . import words
@@ -26,16 +27,24 @@ POSITIONALS = {
 
 def calibrate(args: Namespace) -> int:
     from ..experts import calibrate as run
+    from . import INTERRUPTED
     from .commands import Usage, progress
 
     path, *texts = args.arguments
     if not texts:
         raise Usage("calibrate needs a TEXT")
     quiet = args.quiet
-    with progress("calibrating", quiet, "windows") as bar:
-        stats = run(path, texts, args.output, n_ctx=args.ctx, chunks=args.chunks, merge_stats=args.merge_stats,
-                    parse_special=args.parse_special, threads=args.threads, gpu_layers=args.gpu_layers,
-                    overwrite=args.force, progress=bar)
+    begin = time.time()
+    try:
+        with progress("calibrating", quiet, "windows") as bar:
+            stats = run(path, texts, args.output, n_ctx=args.ctx, chunks=args.chunks, merge_stats=args.merge_stats,
+                        parse_special=args.parse_special, threads=args.threads, gpu_layers=args.gpu_layers,
+                        overwrite=args.force, progress=bar)
+    except KeyboardInterrupt:
+        if not os.path.exists(args.output) or os.stat(args.output).st_mtime < begin:
+            raise
+        words.say(f"interrupted; the same command without --force goes on from what {args.output} has")
+        return INTERRUPTED
     if args.json:
         words.print_json(stats.to_json())
     elif not quiet:

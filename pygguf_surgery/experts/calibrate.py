@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
@@ -154,17 +155,19 @@ class Windows:
     tokens: NDArray[np.int32]
 
 
-def read_texts(session: Session, texts: Sequence[TextLike], chunks: int | None,
+def read_texts(texts: Sequence[TextLike]) -> list[tuple[str, Any]]:
+    """(name for errors, bytes or token ids) of each text: what cannot be read is found before a model is loaded."""
+    return [(os.fsdecode(text), _read(text)) if isinstance(text, (str, os.PathLike)) else ("text", text)
+            for text in texts]
+
+
+def windows_of(session: Session, texts: Sequence[tuple[str, Any]], chunks: int | None,
                parse_special: bool) -> list[Windows]:
     """Each text cut into windows of the session's length, at most `chunks` of them. BadPlan for one that is too short."""
     out = []
-    for text in texts:
-        if isinstance(text, (str, os.PathLike)):
-            name, data = os.fsdecode(text), _read(text)
-        else:
-            name, data = "text", bytes(text)
-        tokens = session.tokenize(data, parse_special) if isinstance(text, (str, os.PathLike, bytes)) \
-            else _token_ids(text, session.n_vocab)
+    for name, text in texts:
+        data = bytes(text)
+        tokens = session.tokenize(data, parse_special) if isinstance(text, bytes) else _token_ids(text, session.n_vocab)
         n = len(tokens) // session.n_ctx
         if n == 0:
             raise BadPlan("the text is too short", path=name, found=f"{len(tokens)} tokens",
@@ -229,6 +232,9 @@ def calibrate(path: str | os.PathLike[str], texts: Sequence[TextLike],
     from ..llama import Session
 
     check_numbers(n_ctx, chunks, texts)
+    if out is not None:
+        _check_folder(out)
+    texts = read_texts(texts)
     with models.open(path) as model:
         found, layers = moe_layout(model)
         stats = Stats(model.header_sha256, model.architecture, str(model.metadata.get("general.name") or ""),
@@ -239,11 +245,11 @@ def calibrate(path: str | os.PathLike[str], texts: Sequence[TextLike],
     if out is not None and os.path.lexists(out) and not overwrite:
         earlier = stats_file.open(out)
         if earlier.complete:
-            raise FileExistsError(17, "exists already and is complete; overwrite=True (--force) replaces it",
+            raise FileExistsError(errno.EEXIST, "exists already and is complete; overwrite=True (--force) replaces it",
                                   os.fsdecode(out))
     recorder = _Recorder(stats.architecture, stats.layers, stats.experts, merge_stats)
     with Session(first, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, watch=recorder) as session:
-        windows = read_texts(session, texts, chunks, parse_special)
+        windows = windows_of(session, texts, chunks, parse_special)
         stats.texts = [w.text for w in windows]
         recorder.learn(session, windows[0].tokens[0])
         if earlier is not None:
@@ -269,6 +275,15 @@ def calibrate(path: str | os.PathLike[str], texts: Sequence[TextLike],
     if out is not None:
         stats.write(out, overwrite=overwrite or earlier is not None)
     return stats
+
+
+def _check_folder(out: str | os.PathLike[str]) -> None:
+    """That a file can be made there, before the hours after which it would be."""
+    folder = os.path.dirname(os.path.abspath(os.fsdecode(out)))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
 
 
 def _resume(stats: Stats, earlier: Stats, merge_stats: bool, path: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .. import _core
 from ..errors import BadPlan, Unsupported
 from ..plan_data import Group
-from ..units import human, parse_memory, parse_threads
+from ..units import MEMORY, human, parse_memory, parse_threads
 from . import metrics, roles, stats as stats_file
 from .rank import Ranking
 from .stats import Stats
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..model import Model, Tensor
 
 GROUP_SIZE = 16       # members of a group, the centroid among them
-MEMORY_DEFAULT = "1GiB"
 _PROBES = 32          # random inputs that experts are compared by where no text was run
 Progress = Callable[[int, int], object]
 
@@ -46,7 +45,7 @@ class Groups(dict[int, tuple[Group, ...]]):
 
 def group(model: Model, n: int | None = None, *, ratio: float | None = None, stats: str | os.PathLike[str] | Stats | None = None,
           by: str = "reap", group_size: int = GROUP_SIZE, weights_only: bool = False, mtp: str = "keep",
-          memory: int | str = MEMORY_DEFAULT, threads: int = 0, io: str = "auto",
+          memory: int | str = MEMORY, threads: int = 0, io: str = "auto",
           progress: Progress | None = None) -> Groups:
     """Groups of experts, n of them in each layer, each to become one expert; the others of a group are aligned to its
     centroid neuron by neuron.
@@ -200,7 +199,7 @@ class _Work:
 
     def __init__(self, model: Model, memory: int, threads: int, io: str, progress: Progress | None):
         self.sources = [_core.Source(path, io=io) for path in model.paths]
-        self._memory, self._threads = memory, threads or len(os.sched_getaffinity(0))
+        self._memory, self._threads = memory, _core.thread_count(threads)
         self._progress = progress
         self.done = self.total = 0
 

@@ -17,7 +17,8 @@ from .._core import Value
 from ..container import write_gguf
 from ..errors import BadFile, BadPlan
 from ..units import MEMORY_MOST, human, parse_size
-from .calibrate import GATE_IN_INPUT, Progress, Taps, TextLike, Windows, check_numbers, moe_layout, read_texts
+from .calibrate import GATE_IN_INPUT, Progress, Taps, TextLike, Windows, check_numbers, moe_layout, \
+    read_texts, windows_of
 from .rank import Keep
 from .repair_file import FORMAT, PREFIX
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ..llama import Session
     from ..model import Model
 
-MEMORY_DEFAULT = "4GiB"
+MEMORY_DEFAULT = "4GiB"  # of tokens and weights; as the command line says
 # One sweep over the experts with each, from a strong pull to the old weights to a weak one; relative to the mean of the
 # Gram matrices' diagonals. It ends where the tokens that were held back are predicted worse.
 RIDGES = (1e-1, 1e-2, 1e-2, 1e-3, 1e-3, 1e-3)
@@ -134,8 +135,8 @@ def fit(old: NDArray[np.float32], samples: Samples, held_back: int) -> tuple[NDA
     n, _, features = old.shape
     inputs, rest = samples.inputs[:samples.done], samples.outputs[:samples.done].copy()
     train = len(rest) - held_back
-    weights = np.ascontiguousarray(old.transpose(0, 2, 1))  # [n, F, width]
-    start = weights.copy()
+    start = old.transpose(0, 2, 1)  # [n, F, width]
+    weights = start.copy()
     where = [np.nonzero(samples.ids[:samples.done] == e) for e in range(n)]
     total = float(np.square(rest[train:], dtype=np.float64).sum()) or 1.0
     scale = sum(float(np.square(inputs[t[t < train], u[t < train]]).sum(dtype=np.float64)) for t, u in where)
@@ -165,7 +166,7 @@ def fit(old: NDArray[np.float32], samples: Samples, held_back: int) -> tuple[NDA
         if (now := error()) >= best:
             break
         best, chosen = now, weights.copy()
-    return np.ascontiguousarray(chosen.transpose(0, 2, 1)), (before, best)
+    return chosen.transpose(0, 2, 1), (before, best)
 
 
 def repair(model: Model, keep: Keep | Mapping[int, Sequence[int]], texts: Sequence[TextLike], out: str | os.PathLike[str],
@@ -195,12 +196,13 @@ def repair(model: Model, keep: Keep | Mapping[int, Sequence[int]], texts: Sequen
         ids = kept.get(layer, ())
         if list(ids) != sorted(set(ids)) or not ids or ids[0] < 0 or ids[-1] >= found.experts:
             raise BadPlan("not ascending ids of experts", object=f"keep {layer}", found=repr(ids)[:80])
+    texts = read_texts(texts)
     if run is not None:
         _check_twin(model, run, found.experts, layers)
     replay = _Replay(model.architecture, layers, found.experts, {layer: kept[layer] for layer in layers})
     with Session(os.fsdecode(run) if run is not None else model.path, n_ctx=n_ctx, threads=threads,
                  gpu_layers=gpu_layers, watch=replay) as session:
-        windows = read_texts(session, texts, chunks, parse_special)
+        windows = windows_of(session, texts, chunks, parse_special)
         replay.learn(session, windows[0].tokens[0])
         work = _Work(model, session, replay, windows, kept, layers, budget, progress)
         work.write(os.fsdecode(out), keep, parse_special, overwrite)
@@ -237,7 +239,7 @@ class _Work:
         return self.model.tensors[f"blk.{layer}.ffn_down_exps.weight"]
 
     def _layers_at_once(self, budget: int) -> int:
-        """A layer's tokens are held as Samples; the fit holds another copy of the outputs and three of its weights."""
+        """A layer's tokens are held as Samples; the fit holds another copy of the outputs, and old, new and best weights."""
         get = self.model.get("expert_used_count")
         used = max(get) if isinstance(get, list) else int(get or 1)
         features, width = self.down(self.layers[0]).ne[:2]
@@ -279,6 +281,8 @@ class _Work:
         return order, len(back) * self.session.n_ctx
 
     def solve(self, layer: int, type: str) -> Iterator[NDArray[np.uint8]]:
+        import numpy as np
+
         if layer not in self._ready:
             first = self.layers.index(layer)
             self.pass_over(self.layers[first:first + self._step])
@@ -286,7 +290,7 @@ class _Work:
         old = self.down(layer).dequantize(experts=list(self.kept[layer]))
         new, self.errors[layer] = fit(old, samples, self.held_back)
         for expert in new:
-            yield _core.quantize(expert, _core.type_id(type), None, 1, False)
+            yield _core.quantize(np.ascontiguousarray(expert), _core.type_id(type), None, 1, False)
 
     def write(self, path: str, keep: Any, parse_special: bool, overwrite: bool) -> None:
         import numpy as np
