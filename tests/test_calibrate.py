@@ -2,6 +2,8 @@
 import hashlib
 import importlib
 import json
+import re
+from pathlib import Path
 
 import gguf
 import moe_models
@@ -435,3 +437,21 @@ def test_from_the_shell(tmp_path, capsys):
     before = (tmp_path / "out.gguf").read_bytes()
     assert main(["prune", str(TRAINED), paths["out.gguf"], "--by", paths["r.json"], "--force"]) == 0
     assert (tmp_path / "out.gguf").read_bytes() == before
+
+
+@pytest.mark.parity
+def test_the_readme_s_example_runs(tmp_path, monkeypatch):
+    pytest.importorskip("llama_cpp")
+    if not TRAINED.exists():
+        pytest.skip(f"{TRAINED.name} is not here")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code.txt").write_bytes((TRAINED.parent / "calib.txt").read_bytes()[:40_000])
+    code = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)[1]
+    for written, here in (("model-Q8_0.gguf", str(TRAINED)), ("keep(256", "keep(16"), ("model, 384", "model, 24")):
+        assert written in code
+        code = code.replace(written, here)
+    with pgs.open(TRAINED) as model:
+        exec(compile(code, "README.md", "exec"), {"pgs": pgs, "model": model})
+    for name, experts in (("half.gguf", 16), ("merged.gguf", 24)):
+        made = pgs.experts.calibrate(name, [tmp_path / "code.txt"], n_ctx=256, chunks=10)
+        assert made.experts == experts and made.perplexity()[0] < 40

@@ -75,6 +75,7 @@ def test_imatrix_msan_is_the_sum_over_columns(qwen, tmp_path):
     counts[5], sums[5] = 0, 0
     path = imatrix_of(tmp_path / "i.gguf", qwen, {f"blk.{i}.ffn_down_exps.weight": (sums, counts) for i in range(2)})
     by_msan = pgs.experts.rank(qwen, "imatrix-msan", imatrix=path)
+    assert by_msan.seen.unseen == {0: (5,), 1: (5,)} and "1, kept 0" in by_msan.keep(8).summary()
     for layer in range(2):
         down = qwen.tensors[f"blk.{layer}.ffn_down_exps.weight"].dequantize().astype(np.float64)
         mean = (sums.astype(np.float32) / np.maximum(counts, 1).astype(np.float32)[:, None]).astype(np.float64)

@@ -115,7 +115,7 @@ def _scale_of(model: Model, tensor: Tensor) -> NDArray[np.float64] | None:
     return values
 
 
-_FROM_WEIGHTS: Mapping[str, Callable[[Reduce, Sequence[int]], Scores]] = {"router-norm": _router_norm, "aimer": _aimer}
+FROM_WEIGHTS: Mapping[str, Callable[[Reduce, Sequence[int]], Scores]] = {"router-norm": _router_norm, "aimer": _aimer}
 
 
 # --- from an importance matrix --------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def _imatrix_msan(reduce: Reduce, imatrix: Imatrix, layers: Sequence[int]) -> Sc
     return scores
 
 
-_FROM_IMATRIX: Mapping[str, Callable[[Reduce, Any, Sequence[int]], Scores]] = {
+FROM_IMATRIX: Mapping[str, Callable[[Reduce, Any, Sequence[int]], Scores]] = {
     "frequency": _counts, "imatrix-msan": _imatrix_msan}
 
 
@@ -189,7 +189,7 @@ def _mean(total: NDArray[np.float64], stats: LayerStats) -> NDArray[np.float64]:
 
 # g: gate, f: output before the gate (arXiv 2510.13999 and the ablations there). best: what does best with a repair. `best` is what does best together with
 # a repair: docs/experts.md.
-_FROM_STATS: Mapping[str, Callable[[LayerStats], Any]] = {
+FROM_STATS: Mapping[str, Callable[[LayerStats], Any]] = {
     "reap": lambda s: _mean(s.gated_norm_sum, s),
     "reap-sum": lambda s: s.gated_norm_sum.copy(),
     "ean-sum": lambda s: s.norm_sum.copy(),
@@ -200,7 +200,7 @@ _FROM_STATS: Mapping[str, Callable[[LayerStats], Any]] = {
     "best": lambda s: s.gated_norm_sum.copy(),
 }
 
-METRICS = (*_FROM_WEIGHTS, *_FROM_IMATRIX, *(name for name in _FROM_STATS if name not in _FROM_IMATRIX))
+METRICS = (*FROM_WEIGHTS, *FROM_IMATRIX, *(name for name in FROM_STATS if name not in FROM_IMATRIX))
 
 
 def compute(by: str, reduce: Reduce, layers: Sequence[int], stats: Stats | None,
@@ -208,21 +208,21 @@ def compute(by: str, reduce: Reduce, layers: Sequence[int], stats: Stats | None,
     """Scores of these layers by one of METRICS, and what the user should know. BadPlan where what it needs is not given
     or is of another model. MTP blocks that the numbers do not reach are scored by aimer."""
     notes: list[str] = []
-    if by in _FROM_WEIGHTS:
-        return _FROM_WEIGHTS[by](reduce, layers), notes
-    if by in _FROM_STATS and stats is not None:
+    if by in FROM_WEIGHTS:
+        return FROM_WEIGHTS[by](reduce, layers), notes
+    if by in FROM_STATS and stats is not None:
         check_stats(stats, reduce.model, reduce.layout)
         if stats.header_sha256 != reduce.model.header_sha256:
             notes.append(f"the statistics are of another file ({stats.name or 'no name'}) of the same shape")
-        scores: Scores = {layer: _FROM_STATS[by](stats.layers[layer]) for layer in layers if layer in stats.layers}
-    elif by in _FROM_IMATRIX and imatrix is not None:
-        scores = _FROM_IMATRIX[by](reduce, imatrix, layers)
+        scores: Scores = {layer: FROM_STATS[by](stats.layers[layer]) for layer in layers if layer in stats.layers}
+    elif by in FROM_IMATRIX and imatrix is not None:
+        scores = FROM_IMATRIX[by](reduce, imatrix, layers)
     else:
-        needs = [what for what, table in (("an importance matrix (imatrix=, --imatrix)", _FROM_IMATRIX),
-                                          ("statistics (stats=, --stats) of gguf-surgery calibrate", _FROM_STATS))
+        needs = [what for what, table in (("an importance matrix (imatrix=, --imatrix)", FROM_IMATRIX),
+                                          ("statistics (stats=, --stats) of gguf-surgery calibrate", FROM_STATS))
                  if by in table]
         raise BadPlan("this metric needs " + " or ".join(needs), object=by,
-                      hint=f"from the weights alone: {', '.join(_FROM_WEIGHTS)}")
+                      hint=f"from the weights alone: {', '.join(FROM_WEIGHTS)}")
     missing = [layer for layer in layers if layer not in scores]
     if wrong := [layer for layer in missing if layer not in reduce.layout.mtp]:
         raise BadPlan("nothing is known of the experts of this layer", object=f"blk.{wrong[0]}",

@@ -9,7 +9,7 @@ import numbers
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadPlan, Unsupported
@@ -32,9 +32,9 @@ Ids = dict[int, tuple[int, ...]]  # layer -> ascending expert ids
 @dataclass(frozen=True)
 class Seen:
     """What calibration says beside the scores. unseen: experts that no token reached; supers: those with massive
-    activations, None where nothing was recorded; notes: what the user should know of the scores."""
+    activations; None where nothing was recorded. notes: what the user should know of the scores."""
 
-    unseen: Ids = field(default_factory=dict)
+    unseen: Ids | None = None
     supers: Ids | None = None
     notes: tuple[str, ...] = ()
 
@@ -76,10 +76,10 @@ class Keep(dict[int, tuple[int, ...]]):
         lines = [f"experts kept by {self.metric}", f"{'layer':>5} {'kept':>9} {'mass':>7} {'unseen':>13} {'ties':>5}"
                  + (f" {'global budget':>14}" if self._everywhere else "")]
         for layer, ids in self.items():
-            mass, unseen = self.mass(layer), self.seen.unseen.get(layer, ())
+            mass, unseen = self.mass(layer), (self.seen.unseen or {}).get(layer, ())
             experts = len(self.scores[layer]) if layer in self.scores else None
             kept_unseen = len(set(unseen) & set(ids))
-            seen = f"{len(unseen)}, kept {kept_unseen}" if unseen else "" if self.seen.supers is None else "0"
+            seen = f"{len(unseen)}, kept {kept_unseen}" if unseen else "" if self.seen.unseen is None else "0"
             row = (f"{layer:>5} {f'{len(ids)}/{experts}' if experts else len(ids):>9} "
                    f"{'' if mass is None else f'{100 * mass:.1f}%':>7} {seen:>13} {self.ties(layer) or '':>5} "
                    f"{self._everywhere.get(layer, ''):>14}")
@@ -280,7 +280,7 @@ def rank(model: Model, by: str | os.PathLike[str] | Mapping[str, Any] = "router-
     "metric", such as Keep.to_json writes.
       router-norm         L2 norm of the expert's router row; cheap
       aimer               minus mean|w| / rms(w) over its gate, up and down weights (arXiv 2603.18492); reads all of them
-      frequency           count of tokens; from an importance matrix or statistics
+      frequency           count of tokens; from statistics, or else an importance matrix
       imatrix-msan        sum_j E[h_j^2] ||W_down[:, j]||^2, a diagonal approximation of mean ||f||^2; importance matrix
       reap                mean g ||f|| (arXiv 2510.13999); this and the rest from statistics of `calibrate`
       reap-sum            sum g ||f||: what is rarely used counts less
@@ -318,6 +318,9 @@ def rank(model: Model, by: str | os.PathLike[str] | Mapping[str, Any] = "router-
             if opened is not None and opened is not imatrix:
                 opened.close()
         seen = Seen(notes=tuple(notes))
+        if by in metrics.FROM_IMATRIX and stats is None:
+            unseen = {layer: tuple((s == 0).nonzero()[0].tolist()) for layer, s in scores.items()}
+            seen = Seen({layer: ids for layer, ids in unseen.items() if ids}, None, tuple(notes))
         if stats is not None:
             metrics.check_stats(stats, model, found)
             seen = Seen({layer: tuple(ids) for layer, ids in stats.unseen().items()}, metrics.super_experts(stats),

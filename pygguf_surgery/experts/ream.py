@@ -78,9 +78,9 @@ def group(model: Model, n: int | None = None, *, ratio: float | None = None, sta
         raise BadPlan("statistics are of no use", object="weights_only", hint="leave out one of the two")
     blind = [layer for layer in layers if layer not in known]
     reduce = metrics.Reduce(model, found, memory=memory, threads=threads, io=io, progress=None)
-    saliency = {layer: _positive(metrics._FROM_STATS[by](s)) for layer, s in known.items()}
+    saliency = {layer: _positive(metrics.FROM_STATS[by](s)) for layer, s in known.items()}
     if blind:
-        saliency |= {layer: -1 / s for layer, s in metrics._FROM_WEIGHTS["aimer"](reduce, blind).items()}
+        saliency |= {layer: -1 / s for layer, s in metrics.FROM_WEIGHTS["aimer"](reduce, blind).items()}
     name = "ream weights-only" if weights_only else f"ream {by}"
     keep = Ranking(name, found, scores=saliency).keep(n, ratio=ratio)
     work = _Work(model, parse_memory(memory), parse_threads(threads), io, progress)
@@ -103,9 +103,9 @@ def _known(model: Model, found: roles.Layout, stats: Any, by: str) -> dict[int, 
     if not isinstance(stats, Stats):
         stats = stats_file.open(stats)
     metrics.check_stats(stats, model, found)
-    if by not in metrics._FROM_STATS:
+    if by not in metrics.FROM_STATS:
         raise BadPlan("not a metric of statistics", object="by", found=repr(by)[:80],
-                      expected=", ".join(metrics._FROM_STATS))
+                      expected=", ".join(metrics.FROM_STATS))
     if any(s.gated_sum is None for s in stats.layers.values()):
         raise BadPlan("the statistics lack what merging needs", object="stats",
                       hint="calibrate with merge_stats=True (--merge-stats)")
