@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -280,35 +280,28 @@ def _at_most_one(data: PlanData, kind: type, blockers: list[SurgeryError]) -> An
 
 
 def _open_imatrix(use: UseImatrix | None, blockers: list[SurgeryError]) -> Imatrix | None:
-    if use is None:
-        return None
     from . import imatrix
 
-    try:
-        opened = imatrix.open(use.path)
-        if opened.digest != use.digest:
-            raise SourceChanged("the importance matrix is not the one that the plan was made with", path=use.path)
-        return opened
-    except (OSError, ValueError) as error:  # ValueError: a path from JSON that is none
-        blockers.append(BadFile("the importance matrix cannot be read", path=use.path,
-                                found=getattr(error, "strerror", None) or error))
-    except SurgeryError as error:
-        blockers.append(error)
-    return None
+    return _open_companion(use, imatrix.open, "importance matrix", blockers)
 
 
 def _open_repair(use: UseRepair | None, blockers: list[SurgeryError]) -> Repair | None:
-    if use is None:
-        return None
     from .experts import repair_file
 
+    return _open_companion(use, repair_file.open, "repair", blockers)
+
+
+def _open_companion(use: Any, open: Callable[[str], Any], what: str, blockers: list[SurgeryError]) -> Any:
+    """The file that an edit names, if there is one and it is still the one that the plan was made with."""
+    if use is None:
+        return None
     try:
-        opened = repair_file.open(use.path)
+        opened = open(use.path)
         if opened.digest != use.digest:
-            raise SourceChanged("the repair is not the one that the plan was made with", path=use.path)
+            raise SourceChanged(f"the {what} is not the one that the plan was made with", path=use.path)
         return opened
-    except (OSError, ValueError) as error:
-        blockers.append(BadFile("the repair cannot be read", path=use.path,
+    except (OSError, ValueError) as error:  # ValueError: a path from JSON that is none
+        blockers.append(BadFile(f"the {what} cannot be read", path=use.path,
                                 found=getattr(error, "strerror", None) or error))
     except SurgeryError as error:
         blockers.append(error)
