@@ -250,7 +250,7 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
         notes += quantized.notes
     metadata = metadata_rules.drop_tensor_extra(metadata, model.tensors.keys() - {t.name for t in tensors})
     metadata, alignment = _derived(model, metadata, warnings)
-    blockers += _check_tensors(model, tensors)
+    blockers += _check_tensors(model, tensors, weighed=quantize is not None)
     blockers += _check_metadata(model.architecture, before, metadata)
     embedding = next((t.shape for t in tensors if t.name == "token_embd.weight"), ())
     blockers += [error for error in metadata_rules.check_embedding(model.architecture, metadata, embedding)
@@ -334,8 +334,9 @@ def _derived(model: Model, metadata: dict[str, Value], warnings: list[str]) -> t
     return metadata, alignment
 
 
-def _check_tensors(model: Model, tensors: list[OutputTensor]) -> list[SurgeryError]:
-    """What llama.cpp could not load afterwards, and what ggml cannot do."""
+def _check_tensors(model: Model, tensors: list[OutputTensor], weighed: bool) -> list[SurgeryError]:
+    """What llama.cpp could not load afterwards, and what ggml cannot do. weighed: a quantize edit has looked whether each
+    type that needs importance has some."""
     found: list[SurgeryError] = []
     facts = type_facts()
     seen: set[str] = set()
@@ -353,7 +354,10 @@ def _check_tensors(model: Model, tensors: list[OutputTensor]) -> list[SurgeryErr
         if row % facts[tensor.type]["block"]:
             found.append(BadPlan("a row is no multiple of the block", object=tensor.name, found=f"{row} elements",
                                  expected=f"a multiple of {facts[tensor.type]['block']} ({tensor.type})"))
-        if tensor.type != tensor.source_type:
+        if tensor.encoded:
+            if facts[tensor.type]["needs_importance"] and not weighed:
+                found.append(Unsupported("this type needs an importance matrix", object=tensor.name, found=tensor.type,
+                                         hint="quantize() gives it one, or another type"))
             if not facts[tensor.source_type]["decodes"]:
                 found.append(Unsupported("ggml cannot decode this type", object=tensor.name, found=tensor.source_type,
                                          hint='override it with "copy"'))

@@ -208,6 +208,12 @@ class OutputTensor:
     importance: Importance | None = None
     best: bool = False  # encoded with less error than ggml's encoder has
 
+    @property
+    def encoded(self) -> bool:
+        """Whether numbers go through the encoder of its type; else bytes are only moved."""
+        merged = isinstance(self.expression, Merge) and any(len(g.members) > 1 for g in self.expression.groups)
+        return self.type != self.source_type or merged
+
 
 @dataclass(frozen=True)
 class PlanData:

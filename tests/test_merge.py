@@ -474,6 +474,32 @@ def test_the_importance_matrix_is_merged_too(tmp_path):
                 np.testing.assert_array_equal(out.tensors[name].bytes(), expected.ravel(), err_msg=name)
 
 
+def test_a_type_that_needs_importance_is_a_blocker_where_it_is_encoded_again(tmp_path):
+    b = moe_models.Builder("qwen3moe", blocks=1, experts=4, used=1)
+    rng = np.random.default_rng(0)
+    b.add("blk.0.ffn_gate_inp.weight", 4, 256)
+    for part in PARTS:
+        b.add(f"blk.0.ffn_{part}_exps.weight", data=rng.standard_normal((4, 256, 256), np.float32))
+    with pgs.open(b.write(tmp_path / "f32.gguf")) as model:
+        ones = {f"blk.0.ffn_{p}_exps.weight": (np.ones((4, 256)), np.ones(4)) for p in PARTS}
+        matrix = imatrix_of(tmp_path / "i.gguf", None, ones)
+        pgs.Plan(model).quantize("IQ2_XS", pure=True, imatrix=matrix, overrides=[("inp", "F32")]).write(tmp_path / "iq2.gguf")
+    identity = (b"", order_of(range(256)))
+    groups = {0: (Group((0, 1), (0.5, 0.5), identity), Group((2,), (1.0,), (b"",)), Group((3,), (1.0,), (b"",)))}
+    with pgs.open(tmp_path / "iq2.gguf") as model:
+        plan = pgs.Plan(model).merge_experts(groups)
+        assert model.tensors["blk.0.ffn_up_exps.weight"].type == "IQ2_XS"
+        assert [b.object for b in plan.check().blockers] == [f"blk.0.ffn_{p}_exps.weight" for p in PARTS]
+        plan.quantize("COPY", imatrix=matrix, allow_requantize=True).write(tmp_path / "merged.gguf")
+        with pgs.open(tmp_path / "merged.gguf") as out:
+            tensor, made = model.tensors["blk.0.ffn_up_exps.weight"], out.tensors["blk.0.ffn_up_exps.weight"]
+            merged = oracle(tensor.dequantize(), groups[0], "rows")[:1]
+            expected = pgs.quantize(merged, "IQ2_XS", imatrix=np.ones(256, np.float32)).ravel()
+            np.testing.assert_array_equal(made.bytes()[:len(expected)], expected)
+            np.testing.assert_array_equal(made.bytes()[len(expected):], tensor.bytes()[2 * len(expected):])
+        pgs.Plan(model).merge_experts(groups).quantize("Q8_0", allow_requantize=True).write(tmp_path / "q8.gguf")
+
+
 def test_slicing_an_importance_matrix_by_a_merged_model_is_refused(tmp_path):
     from pygguf_surgery.cli import main
 

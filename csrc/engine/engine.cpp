@@ -222,9 +222,13 @@ Budget plan_budget(const Jobs& jobs, const RunOptions& options) {
     const auto longest_row = std::max_element(jobs.begin(), jobs.end(), [](const auto& a, const auto& b) {
         return tile_buffers(*a, 0).total() < tile_buffers(*b, 0).total();
     });
-    // A job's own importance rows are memory that the caller has filled already; they count all the same.
+    // A job's own importance rows and orders are memory that the caller has filled already; they count all the same.
     std::uint64_t held = 0;
-    for (const auto& job : jobs) held += job->importance.size() * sizeof(float);
+    for (const auto& job : jobs) {
+        held += job->importance.size() * sizeof(float);
+        if (job->merge)
+            for (const auto& order : job->merge->orders) held += order.size() * sizeof(order[0]);
+    }
     return fit_budget(options, longest_row == jobs.end() ? "" : (*longest_row)->name, held,
                       [&](std::uint64_t tile_bytes) { return largest_buffers(jobs, tile_bytes).total(); });
 }

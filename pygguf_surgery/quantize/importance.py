@@ -96,7 +96,7 @@ class _Resolver:
 
     def run(self, tensors: Sequence[OutputTensor]) -> None:
         facts = type_facts()
-        chosen = [t for t in tensors if t.type != t.source_type and (t.best or facts[t.type]["uses_importance"])]
+        chosen = [t for t in tensors if t.encoded and (t.best or facts[t.type]["uses_importance"])]
         errors: list[SurgeryError] = []
         for tensor in chosen:
             self.notes: list[str] = []

@@ -240,7 +240,7 @@ def _fitting(tensor: OutputTensor, wanted: str, facts: dict[str, dict[str, Any]]
 def _weigh(model: Model, edit: Quantize, file_type: mixes.FileType, imatrix: Imatrix | None,
            facts: dict[str, dict[str, Any]], out: Outcome) -> None:
     """Gives each encoded tensor its importance; what needs one and has none is a blocker."""
-    encoded, refused = [t for t in out.tensors if t.type != t.source_type], set()
+    encoded, refused = [t for t in out.tensors if t.encoded], set()
     if imatrix is not None and edit.imatrix is not None:
         if encoded and not _belongs(imatrix, model, out):
             return
