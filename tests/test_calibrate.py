@@ -159,7 +159,7 @@ def test_a_stopped_command_says_what_is_there(tmp_path, monkeypatch, capsys):
 
     def stopped(path, texts, out, **_):
         if "late" in out:
-            some_stats().write(out)
+            some_stats().write(out, overwrite=True)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pgs.experts, "calibrate", stopped)
@@ -167,6 +167,11 @@ def test_a_stopped_command_says_what_is_there(tmp_path, monkeypatch, capsys):
     assert "goes on" in capsys.readouterr().err
     assert main(["calibrate", "model.gguf", "text", "-o", str(tmp_path / "early.gguf")]) == 130
     assert "nothing was written" in capsys.readouterr().err
+    (tmp_path / "early.gguf").write_bytes(b"old")
+    assert main(["calibrate", "model.gguf", "text", "-o", str(tmp_path / "early.gguf"), "--force"]) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert main(["calibrate", "model.gguf", "text", "-o", str(tmp_path / "late.gguf"), "--force"]) == 130
+    assert "goes on" in capsys.readouterr().err
     assert main(["calibrate", "model.gguf", "-o", str(tmp_path / "x.gguf")]) == 2
 
 

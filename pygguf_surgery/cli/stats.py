@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from argparse import Namespace
 
 from . import words
@@ -34,14 +33,14 @@ def calibrate(args: Namespace) -> int:
     if not texts:
         raise Usage("calibrate needs a TEXT")
     quiet = args.quiet
-    begin = time.time()
+    before = _identity(args.output)
     try:
         with progress("calibrating", quiet, "windows") as bar:
             stats = run(path, texts, args.output, n_ctx=args.ctx, chunks=args.chunks, merge_stats=args.merge_stats,
                         parse_special=args.parse_special, threads=args.threads, gpu_layers=args.gpu_layers,
                         overwrite=args.force, progress=bar)
     except KeyboardInterrupt:
-        if not os.path.exists(args.output) or os.stat(args.output).st_mtime < begin:
+        if _identity(args.output) in (None, before):
             raise
         words.say(f"interrupted; the same command without --force goes on from what {args.output} has")
         return INTERRUPTED
@@ -50,6 +49,15 @@ def calibrate(args: Namespace) -> int:
     elif not quiet:
         words.show(stats.summary())
     return 0
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Another one after each write: files are replaced, not changed."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def repair(args: Namespace) -> int:
