@@ -16,8 +16,9 @@ from . import _core, metadata as metadata_rules
 from ._core import Value
 from .errors import BadFile, BadPlan, SourceChanged, SurgeryError, Unsupported
 from .model import Model, merge_adjacent, row_bytes, type_facts
-from .plan_data import PAD, Copy, FromRepair, KeepExperts, Merge, MergeExperts, MEAN, ONES, OutputTensor, PlanData, PruneLayers, Quantize, Remap, \
-    RemoveMetadata, SetMetadata, Split, Stack, Take, UseImatrix, UseRepair, expression_to_json, plan_to_json
+from .plan_data import MEAN, ONES, PAD, Copy, FromRepair, KeepExperts, Merge, MergeExperts, OutputTensor, PlanData, \
+    PruneLayers, Quantize, Remap, RemoveMetadata, SetMetadata, Split, Stack, Take, UseImatrix, UseRepair, \
+    expression_to_json, plan_to_json
 from .quantize import recipe
 from .units import MEMORY, human, parse_memory, parse_threads
 
@@ -467,8 +468,8 @@ def build_jobs(model: Model, checked: CheckedPlan) -> list[_core.Job]:
             remap = (tensor.expression.table, tensor.expression.substitutes, row)
         jobs.append(_core.Job(
             tensor.name, source_type=facts[tensor.source_type]["id"], target_type=facts[tensor.type]["id"],
-            row_elements=row, rows=elements // row, target_offset=offset, runs=runs, remap=remap, merge=merge, file=file_of[i],
-            best=tensor.best, **_importance(tensor, checked.imatrix, len(model.sources))))
+            row_elements=row, rows=elements // row, target_offset=offset, runs=runs, remap=remap, merge=merge,
+            file=file_of[i], best=tensor.best, **_importance(tensor, checked.imatrix, len(model.sources))))
     return jobs
 
 

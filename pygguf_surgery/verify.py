@@ -323,7 +323,8 @@ def _is_repaired(tensor: Tensor, model: Model, source: Model) -> bool:
 def _merged_slices(tensor: Tensor, model: Model, source: Model) -> set[int]:
     """The experts of this tensor that were made of several of the source's."""
     key = f"pgs.experts.{layer_of(tensor.name)}.merged"
-    if not re.search(r"_exps\.(weight|bias)$", tensor.name) or key not in model.metadata or key in source.metadata:
+    if not re.search(r"_exps\.(weight|bias)$", tensor.name) or key not in model.metadata or key in source.metadata \
+            or not model.metadata.value(key).type.endswith("[]"):
         return set()
     return {expert for expert, n in Counter(model.metadata[key]).items() if n > 1}
 

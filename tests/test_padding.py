@@ -43,6 +43,18 @@ def test_the_padding_is_zeros_and_a_bias_that_is_never_picked(tmp_path):
     assert not verify(out, path).good
 
 
+@pytest.mark.parametrize("key, value", [("pgs.experts.2.padded", 1 << 40), ("pgs.experts.2.padded", "four"),
+                                        ("pgs.experts.2.merged", 7), ("pgs.experts.2.repaired", 7)])
+def test_keys_that_somebody_changed_are_no_trap(tmp_path, key, value):
+    path = moe_models.dots1(tmp_path / "in.gguf")
+    with pgs.open(written(tmp_path, path, UNEVEN)) as model:
+        plan = pgs.Plan(model).remove_metadata(key) if key in model.metadata else pgs.Plan(model)
+        kind = "str" if isinstance(value, str) else "u64"
+        plan.set_metadata({key: pgs.Value(value, kind)}).write(tmp_path / "changed.gguf")
+    report = verify(tmp_path / "changed.gguf", path)
+    assert report.good == (not key.endswith("padded"))
+
+
 def test_quantized_padding_decodes_to_zero(tmp_path):
     path = moe_models.dots1(tmp_path / "in.gguf")
     entries = {f"blk.{i}.ffn_{p}_exps.weight": (np.ones((16, 32)), np.ones(16)) for i in (1, 2) for p in ("gate", "up", "down")}

@@ -16,7 +16,7 @@ import numpy as np
 from .. import _core
 from ..blocks import KEPT
 from ..errors import BadPlan
-from ..experts.prune import pad_value
+from ..experts.prune import MAX_EXPERTS, pad_value
 from ..experts.roles import ROLES, expert_rule, layer_of, role_of
 from ..model import Model, Tensor, merge_adjacent, row_bytes, type_facts
 from ..plan_data import PAD
@@ -37,6 +37,7 @@ def kept_experts(result: Model, source: Model) -> dict[int, tuple[int, ...]]:
         match = re.fullmatch(r"pgs\.experts\.([0-9]+)\.kept", key)
         if match and result.metadata.value(key).type.endswith("[]"):
             pads = result.metadata.get(f"pgs.experts.{match[1]}.padded", 0)
+            pads = pads if isinstance(pads, int) and 0 < pads <= MAX_EXPERTS else 0
             kept[int(match[1])] = (*result.metadata[key], *(PAD,) * pads)
     return kept
 
