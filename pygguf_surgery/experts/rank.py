@@ -8,7 +8,7 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -325,7 +325,7 @@ def rank(model: Model, by: str | os.PathLike[str] | Mapping[str, Any] = "router-
             metrics.check_stats(stats, model, found)
             seen = Seen({layer: tuple(ids) for layer, ids in stats.unseen().items()}, metrics.super_experts(stats),
                         tuple(notes))
-        return Ranking(by, found, scores=scores, tables=tables, seen=seen, used=_used(model))
+        return Ranking(by, found, scores=scores, tables=tables, seen=seen, used=most_used(model))
     if isinstance(by, os.PathLike) or isinstance(by, str) and (
             by.endswith(".json") or os.path.basename(by) != by or os.path.isfile(by)):
         return _from_file(os.fspath(by), found, tables)
@@ -341,7 +341,7 @@ def _open_imatrix(imatrix: str | os.PathLike[str] | Imatrix | None) -> Imatrix |
     return files.open(imatrix) if isinstance(imatrix, (str, os.PathLike)) else imatrix
 
 
-def _used(model: Model) -> int:
+def most_used(model: Model) -> int:
     """The most experts per token, or 1 where the file does not say."""
     value = model.metadata.get(f"{model.architecture}.expert_used_count")
     numbers_of = value if isinstance(value, list) else [value]

@@ -19,7 +19,7 @@ from ..errors import BadFile, BadPlan
 from ..units import MEMORY_MOST, human, parse_size
 from .calibrate import GATE_IN_INPUT, Progress, Taps, TextLike, Windows, check_numbers, moe_layout, \
     read_texts, windows_of
-from .rank import Keep
+from .rank import Keep, most_used
 from .repair_file import FORMAT, PREFIX
 
 if TYPE_CHECKING:
@@ -240,8 +240,7 @@ class _Work:
 
     def _layers_at_once(self, budget: int) -> int:
         """A layer's tokens are held as Samples; the fit holds another copy of the outputs, and old, new and best weights."""
-        get = self.model.get("expert_used_count")
-        used = max(get) if isinstance(get, list) else int(get or 1)
+        used = most_used(self.model)
         features, width = self.down(self.layers[0]).ne[:2]
         samples = self.tokens * 4 * (used * (features + 1) + width)
         working = 4 * self.tokens * width + 3 * 4 * len(self.kept[self.layers[0]]) * features * width
