@@ -175,6 +175,22 @@ def test_a_stopped_command_says_what_is_there(tmp_path, monkeypatch, capsys):
     assert main(["calibrate", "model.gguf", "-o", str(tmp_path / "x.gguf")]) == 2
 
 
+def test_no_input_is_ever_replaced(tmp_path, capsys):
+    from pygguf_surgery.cli import main
+
+    model, text = str(moe_models.qwen3moe(tmp_path / "model.gguf")), str(tmp_path / "text")
+    (tmp_path / "text").write_bytes(b"text")
+    before = (tmp_path / "model.gguf").read_bytes()
+    for command in (["calibrate", model, text, "-o", model], ["calibrate", model, text, "-o", text],
+                    ["repair", model, text, "-o", model, "--keep", "8"], ["repair", model, text, "-o", text, "--keep", "8"],
+                    ["repair", model, text, "-o", str(tmp_path / "r"), "--keep", "8", "--run", str(tmp_path / "r")],
+                    ["plan", model, "--keep", "8", "--report", model], ["plan", model, "--keep", "8", "--plot", model]):
+        (tmp_path / "r").write_bytes(before)
+        assert main([*command, "--force"]) == 4 and "one of the inputs" in capsys.readouterr().err, command
+    assert (tmp_path / "model.gguf").read_bytes() == before == (tmp_path / "r").read_bytes()
+    assert (tmp_path / "text").read_bytes() == b"text"
+
+
 @pytest.mark.parametrize("out, texts, error", [("no/such/folder.gguf", [b"text"], FileNotFoundError),
                                                ("out.gguf", ["no such text"], FileNotFoundError)])
 def test_what_would_fail_at_the_end_fails_at_the_start(tmp_path, out, texts, error):

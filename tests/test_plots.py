@@ -18,6 +18,7 @@ def pixels(png):
 
 
 def test_the_picture_shows_which_experts_stay(tmp_path):
+    pytest.importorskip("matplotlib")
     with pgs.open(moe_models.qwen3moe(tmp_path / "in.gguf")) as model:
         ranking = pgs.experts.rank(model)
         few, many = (pixels(importance(ranking.keep(n))) for n in (2, 15))
@@ -27,6 +28,7 @@ def test_the_picture_shows_which_experts_stay(tmp_path):
 
 
 def test_scores_below_zero_and_many_layers(tmp_path):
+    pytest.importorskip("matplotlib")
     from pygguf_surgery.experts import Keep
 
     rng = np.random.default_rng(0)

@@ -248,6 +248,13 @@ def make_plan(model: Model, args: Namespace) -> Plan:
 
 
 def _keep_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
+    from ..container import check_output
+
+    for path in (args.report, args.plot):  # before the weights are read to choose
+        if path is not None:
+            check_output([args.input, args.stats, args.imatrix, args.repair, args.by], path, overwrite=True)
+            if not args.force:
+                _refuse_existing([path])
     quiet = getattr(args, "quiet", False) or args.json
     if args.repair is not None and (args.keep, args.ratio, args.by) == (None, None, None):
         from ..experts import open_repair
@@ -302,8 +309,6 @@ def _write_beside(path: str, data: bytes, force: bool) -> None:
     """A small file, whole or not at all."""
     from .._core import Sink
 
-    if not force:
-        _refuse_existing([path])
     with Sink(path, len(data), overwrite=force) as sink:
         sink.write_at(0, data)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from argparse import Namespace
 
+from ..container import check_output
 from . import words
 
 # As in cli/imatrix.py.
@@ -70,8 +70,7 @@ def repair(args: Namespace) -> int:
         raise Usage("repair needs a TEXT")
     if args.keep is None and args.ratio is None and args.by in (None, *METRICS):
         raise Usage("repair needs --keep N or --ratio R (or --by FILE.json with the experts to keep)")
-    if not args.force and os.path.lexists(args.output):  # before the text is run
-        raise FileExistsError(errno.EEXIST, "exists already; --force replaces it", args.output)
+    check_output([path, *texts, args.stats], args.output, args.force)
     with open_model(path) as model:
         keep = choose(model, args)
         with progress("repairing", args.quiet, "windows") as bar:
@@ -101,8 +100,7 @@ def show(args: Namespace) -> int:
 def merge(args: Namespace) -> int:
     from ..experts import open_stats
 
-    if not args.force and os.path.lexists(args.output):
-        raise FileExistsError(errno.EEXIST, "exists already; --force replaces it", args.output)
+    check_output(args.inputs, args.output, args.force)
     first, *others = (open_stats(path) for path in args.inputs)
     first.merge(*others).write(args.output, overwrite=args.force)
     return 0

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..container import check_output
 from ..errors import BadFile, BadPlan, Unsupported
 from . import roles, stats as stats_file
 from .stats import LayerStats, Stats, Text
@@ -59,9 +60,6 @@ class Taps:
             self._graph.append(name)
             return False
         return name in self.names
-
-    def take(self, name: str, values: NDArray[Any]) -> NDArray[Any] | None:
-        raise NotImplementedError
 
     def learn(self, session: Session, tokens: NDArray[np.int32]) -> None:
         """Runs a few tokens to see the graph. Unsupported where it lacks what is to be recorded."""
@@ -233,7 +231,7 @@ def calibrate(path: str | os.PathLike[str], texts: Sequence[TextLike],
 
     check_numbers(n_ctx, chunks, texts)
     if out is not None:
-        _check_folder(out)
+        check_output([path, *texts], out, overwrite=True)  # what is there may be the start of this very run
     texts = read_texts(texts)
     with models.open(path) as model:
         found, layers = moe_layout(model)
@@ -241,6 +239,8 @@ def calibrate(path: str | os.PathLike[str], texts: Sequence[TextLike],
                       found.experts, n_ctx, {layer: LayerStats.empty(found.experts) for layer in layers},
                       parse_special=parse_special)
         first = model.path
+        if out is not None:
+            check_output(model.paths, out, overwrite=True)
     earlier = None
     if out is not None and os.path.lexists(out) and not overwrite:
         earlier = stats_file.open(out)
@@ -275,15 +275,6 @@ def calibrate(path: str | os.PathLike[str], texts: Sequence[TextLike],
     if out is not None:
         stats.write(out, overwrite=overwrite or earlier is not None)
     return stats
-
-
-def _check_folder(out: str | os.PathLike[str]) -> None:
-    """That a file can be made there, before the hours after which it would be."""
-    folder = os.path.dirname(os.path.abspath(os.fsdecode(out)))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
 
 
 def _resume(stats: Stats, earlier: Stats, merge_stats: bool, path: str) -> None:

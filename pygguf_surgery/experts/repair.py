@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import _core
 from .._core import Value
-from ..container import write_gguf
+from ..container import check_output, write_gguf
 from ..errors import BadFile, BadPlan
 from ..units import MEMORY_MOST, human, parse_size
 from .calibrate import GATE_IN_INPUT, Progress, Taps, TextLike, Windows, check_numbers, moe_layout, \
@@ -196,6 +196,7 @@ def repair(model: Model, keep: Keep | Mapping[int, Sequence[int]], texts: Sequen
         ids = kept.get(layer, ())
         if list(ids) != sorted(set(ids)) or not ids or ids[0] < 0 or ids[-1] >= found.experts:
             raise BadPlan("not ascending ids of experts", object=f"keep {layer}", found=repr(ids)[:80])
+    check_output([*model.paths, *texts, run], out, overwrite)
     texts = read_texts(texts)
     if run is not None:
         _check_twin(model, run, found.experts, layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import struct
@@ -11,20 +10,12 @@ from contextlib import ExitStack
 from typing import Any
 
 from .. import _core
+from ..container import check_output
 from ..errors import BadFile, BadPlan
 from .files import CHUNK_SIZE, CHUNK_SIZE_KEY, Imatrix, Sums, name_bytes, open, write
 
 _EXPERTS = re.compile(r"blk\.([0-9]+)\.ffn_(?:gate|up|gate_up|down)_exps\.weight")
 _CHUNK_EXPERTS = re.compile(r"blk\.([0-9]+)\.ffn_(?:gate|up|down)_chexps\.weight")  # one per group of experts
-
-
-def _check_paths(inputs: Sequence[Any], output: str | os.PathLike[str], overwrite: bool) -> None:
-    """Before anything is read: an output that is an input, or that exists."""
-    for path in inputs:
-        if os.path.exists(output) and os.path.exists(path) and os.path.samefile(path, output):
-            raise BadPlan("the output is one of the inputs", path=os.fsdecode(output))
-    if os.path.lexists(output) and not overwrite:
-        raise FileExistsError(errno.EEXIST, "exists already", os.fsdecode(output))
 
 
 def _check_chunk_size(chunk_size: int | None) -> None:
@@ -53,7 +44,7 @@ def merge(paths: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str
     if not paths:
         raise BadPlan("nothing to merge")
     _check_chunk_size(chunk_size)
-    _check_paths(paths, output, overwrite)
+    check_output(paths, output, overwrite)
     with ExitStack() as stack:
         inputs = [stack.enter_context(open(path)) for path in paths]
         sizes = {m.chunk_size: m for m in inputs if m.format == "gguf"}
@@ -122,7 +113,7 @@ def convert(path: str | os.PathLike[str], output: str | os.PathLike[str], *, chu
     for bit where chunk_size is a power of two; to legacy it is rounded once more, and the counts are lost. BadFile,
     BadPlan, OSError, OutOfSpace.
     """
-    _check_paths([path], output, overwrite)
+    check_output([path], output, overwrite)
     _check_chunk_size(chunk_size)
     with open(path) as imatrix:
         size = chunk_size or imatrix.chunk_size or CHUNK_SIZE
@@ -187,7 +178,7 @@ def slice(path: str | os.PathLike[str], output: str | os.PathLike[str], kept: Ma
     """
     if experts is not None and experts < 1:
         raise BadPlan("not a number of experts", object="experts", found=experts)
-    _check_paths([path], output, overwrite)
+    check_output([path], output, overwrite)
     with open(path) as imatrix:
         layers = _experts(imatrix)
         if not layers:

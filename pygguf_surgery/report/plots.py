@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 def importance(keep: Keep) -> bytes:
     """A PNG of a choice of experts: a heat map, layers by experts, of each expert's place among its layer's scores, the
-    dropped ones dimmed (1 is the highest score); beside it the share of the layer's saliency that stays. Unsupported without matplotlib, BadPlan
-    for a choice that has no scores."""
+    dropped ones dimmed (1 is the highest score); beside it the share of the layer's saliency that stays. Unsupported
+    without matplotlib, BadPlan for a choice that has no scores."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
