@@ -13,8 +13,8 @@ from ._core import Value
 from .check import CheckedPlan, check
 from .errors import BadPlan, SourceChanged
 from .model import Model, open as open_model
-from .plan_data import Edit, Group, KeepExperts, MergeExperts, PlanData, PruneLayers, Quantize, RemoveMetadata, SetMetadata, Split, \
-    UseRepair, plan_from_json, plan_to_json
+from .plan_data import Edit, Group, KeepExperts, MergeExperts, PlanData, PruneLayers, Quantize, RemoveMetadata, \
+    SetMetadata, Split, UseRepair, plan_from_json, plan_to_json
 from .quantize import mixes, recipe, recipe_file
 from .units import MEMORY, parse_size
 from .write import Progress, Receipt, write

@@ -170,7 +170,8 @@ class FromRepair:
 @dataclass(frozen=True)
 class Merge:
     """Slice i is the weighted mean of the slices groups[i].members of `ref`; neurons are reordered along the rows of a
-    slice ("rows", "halves": both halves of a fused gate and up) or within them ("columns"), or are not ("none")."""
+    slice ("rows", or "half rows": both halves of a fused gate and up alike), within them ("columns", "half columns"), or
+    are not ("none")."""
 
     ref: str
     groups: tuple[Group, ...]

@@ -12,6 +12,7 @@ import pytest
 from helpers import SHARED
 
 import pygguf_surgery as pgs
+from pygguf_surgery.container import read_gguf, write_gguf
 from pygguf_surgery.experts import stats as stats_file
 from pygguf_surgery.experts.stats import LayerStats
 
@@ -144,6 +145,18 @@ def test_another_file_is_no_statistics(tmp_path):
     stats.write(tmp_path / "nan.gguf")
     with pytest.raises(pgs.BadFile, match="no sums"):
         pgs.experts.open_stats(tmp_path / "nan.gguf")
+
+
+@pytest.mark.parametrize("key, value", [("layers", pgs.Value(["1", "3"], "str[]")), ("tokens", pgs.Value([1.5, 2.0], "f32[]")),
+                                        ("text.done", pgs.Value([True], "bool[]")), ("text.sha256", pgs.Value([1], "u32[]")),
+                                        ("layers", pgs.Value([1], "u32[]")), ("experts", pgs.Value("6", "str"))])
+def test_statistics_with_keys_of_another_type(tmp_path, key, value):
+    some_stats().write(tmp_path / "stats.gguf")
+    metadata, tensors = read_gguf(tmp_path / "stats.gguf")
+    metadata["pgs.stats." + key] = value
+    write_gguf(tmp_path / "changed.gguf", metadata, tensors)
+    with pytest.raises(pgs.BadFile):
+        pgs.experts.open_stats(tmp_path / "changed.gguf")
 
 
 def test_without_llama_cpp_python_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -178,6 +178,14 @@ def test_super_experts_are_those_with_massive_activations(qwen):
         pgs.experts.rank(qwen).keep(4, super_experts=True)
 
 
+def test_super_experts_stay_in_a_ranking_of_the_user_s_own(qwen):
+    stats = stats_for(qwen)
+    stats.layers[1].max_activation[7] = 1e6
+    scores = {"scores": {layer: [0 if i == 7 else 1 for i in range(16)] for layer in range(2)}}
+    keep = pgs.experts.rank(qwen, scores, stats=stats).keep(4, super_experts=True)
+    assert 7 in keep[1] and 7 not in keep[0]
+
+
 def test_groups_are_never_mixed():
     with pytest.raises(pgs.Unsupported, match="2 groups"):
         ranking([[5, 4, 3, 2]], groups=2).keep(2, per_group=False)

@@ -210,6 +210,25 @@ def test_a_repair_that_does_not_fit_is_refused(qwen, tmp_path):
         pgs.Plan(qwen).keep_experts(KEPT, repair=qwen.path)
 
 
+@pytest.mark.parametrize("key, value", [
+    ("pgs.repair.layers", Value(["0", "1"], "str[]")), ("pgs.repair.layers", Value(2, "u32")),
+    ("pgs.repair.0.kept", Value(["a"], "str[]")), ("pgs.repair.1.kept", Value([], "u32[]"))])
+def test_a_repair_that_contradicts_itself(qwen, tmp_path, key, value):
+    repair = write_repair(tmp_path / "r.gguf", qwen, KEPT, **{key: value})
+    with pytest.raises(pgs.BadFile) as error:
+        pgs.experts.open_repair(repair)
+    assert error.value.object == key and error.value.path == str(repair)
+
+
+def test_a_repair_alone_takes_no_statistics(qwen, tmp_path, capsys):
+    from pygguf_surgery.cli import main
+
+    repair = write_repair(tmp_path / "r.gguf", qwen, KEPT)
+    assert main(["plan", qwen.path, "--repair", str(repair), "--super-experts"]) == 2
+    assert "names the experts" in capsys.readouterr().err
+    assert main(["plan", qwen.path, "--repair", str(repair)]) == 0 and "repaired" in capsys.readouterr().err
+
+
 def test_best_without_a_repair_is_no_choice(qwen):
     with pytest.raises(pgs.BadPlan, match="repaired"):
         pgs.Plan(qwen).keep_experts(pgs.experts.Keep(KEPT, "best"))

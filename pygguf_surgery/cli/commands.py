@@ -259,6 +259,8 @@ def _keep_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
     if args.repair is not None and (args.keep, args.ratio, args.by) == (None, None, None):
         from ..experts import open_repair
 
+        if word := next((word for word in ("stats", "super_experts") if getattr(args, word)), None):
+            raise Usage(f"--{word.replace('_', '-')} goes with --keep, --ratio or --by: the repair names the experts")
         opened = open_repair(args.repair)
         opened.close()
         keep = opened.keep()

@@ -14,7 +14,8 @@ OPTIONS = {
     "--ratio": dict(type=float, metavar="R", help="share of the experts to keep, such as 0.5, in place of --keep"),
     "--by": dict(metavar="METRIC", help="how to choose them: router-norm (default) or aimer from the weights; frequency "
                  "or imatrix-msan with --imatrix; reap, reap-sum, ean-sum, ean-mean, msan, weighted-frequency or frequency "
-                 'with --stats; best, that is reap-sum, with --stats and --repair; or a JSON file with {"kept": {"0": [ids]}} or {"scores": {"0": [numbers]}}'),
+                 'with --stats; best, that is reap-sum, with --stats and --repair; or a JSON file with '
+                 '{"kept": {"0": [ids]}} or {"scores": {"0": [numbers]}}'),
     "--saliency": dict(metavar="METRIC", default="reap", help="which experts the others are merged into, a metric of "
                        "--stats (default reap)"),
     "--stats": dict(metavar="STATS", help="what calibrate has recorded, for --by"),

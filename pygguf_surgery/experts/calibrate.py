@@ -218,7 +218,8 @@ def calibrate(path: str | os.PathLike[str], texts: Sequence[TextLike],
     """Runs texts through a GGUF model with llama.cpp and records what each expert of each MoE layer did.
 
     The model may be quantized: the statistics also rank the experts of its 16-bit original. texts: paths, bytes of
-    UTF-8, or arrays of token ids. n_ctx: tokens of a window, each from an empty cache. chunks: at most so many windows of each text.
+    UTF-8, or arrays of token ids. n_ctx: tokens of a window, each from an empty cache. chunks: at most so many windows of
+    each text.
     merge_stats: also the sums that merging needs, [E, width] per layer. parse_special: special tokens in the text are
     such. gpu_layers: how many layers llama.cpp puts on a GPU, -1 for all.
     out: where the statistics go, every minute; a run that was stopped goes on from there when it is called again in the

@@ -304,11 +304,12 @@ def rank(model: Model, by: str | os.PathLike[str] | Mapping[str, Any] = "router-
             raise error
     tables = tuple(sorted({roles.layer_of(name) for name in model.tensors
                            if (rule := roles.expert_rule(name)) and rule.axis == "values"}))
+    if stats is not None:
+        stats = stats if isinstance(stats, Stats) else stats_file.open(stats)
+        metrics.check_stats(stats, model, found)
     if isinstance(by, Mapping):
-        return _given(by, "dict", found, tables, None)
+        return _with_stats(_given(by, "dict", found, tables, None), stats)
     if isinstance(by, str) and by in metrics.METRICS:
-        if stats is not None and not isinstance(stats, Stats):
-            stats = stats_file.open(stats)
         reduce = metrics.Reduce(model, found, memory=memory, threads=threads, io=io, progress=progress)
         layers = [layer for layer in found.layers if mtp == "keep" or layer not in found.mtp]
         opened = _open_imatrix(imatrix)
@@ -321,18 +322,22 @@ def rank(model: Model, by: str | os.PathLike[str] | Mapping[str, Any] = "router-
         if by in metrics.FROM_IMATRIX and stats is None:
             unseen = {layer: tuple((s == 0).nonzero()[0].tolist()) for layer, s in scores.items()}
             seen = Seen({layer: ids for layer, ids in unseen.items() if ids}, None, tuple(notes))
-        if stats is not None:
-            metrics.check_stats(stats, model, found)
-            seen = Seen({layer: tuple(ids) for layer, ids in stats.unseen().items()}, metrics.super_experts(stats),
-                        tuple(notes))
-        return Ranking(by, found, scores=scores, tables=tables, seen=seen, used=most_used(model))
+        return _with_stats(Ranking(by, found, scores=scores, tables=tables, seen=seen, used=most_used(model)), stats)
     if isinstance(by, os.PathLike) or isinstance(by, str) and (
             by.endswith(".json") or os.path.basename(by) != by or os.path.isfile(by)):
-        return _from_file(os.fspath(by), found, tables)
+        return _with_stats(_from_file(os.fspath(by), found, tables), stats)
     near = difflib.get_close_matches(by, metrics.METRICS) if isinstance(by, str) else ()
     raise BadPlan("unknown metric", object="by", found=repr(by)[:80],
                   expected=f"{', '.join(metrics.METRICS)}, or a JSON file",
                   hint=f"did you mean {near[0]}?" if near else None)
+
+
+def _with_stats(ranking: Ranking, stats: Stats | None) -> Ranking:
+    """What the statistics say beside the scores, whoever gave those."""
+    if stats is not None:
+        ranking.seen = Seen({layer: tuple(ids) for layer, ids in stats.unseen().items()}, metrics.super_experts(stats),
+                            ranking.seen.notes)
+    return ranking
 
 
 def _open_imatrix(imatrix: str | os.PathLike[str] | Imatrix | None) -> Imatrix | None:

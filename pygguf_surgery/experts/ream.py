@@ -86,11 +86,15 @@ def group(model: Model, n: int | None = None, *, ratio: float | None = None, sta
     work = _Work(model, parse_memory(memory), parse_threads(threads), io, progress)
     work.total = sum(found.experts - len(keep[layer]) + (found.experts if layer in blind else 0) for layer in layers)
     groups = {}
-    for layer in layers:
-        experts = _Experts(model, work.sources, layer)
-        similarity = _similarity(known[layer]) if layer in known else work.blind_similarity(experts)
-        members = assign(saliency[layer], keep[layer], similarity, group_size)
-        groups[layer] = work.align(experts, members, saliency[layer])
+    try:
+        for layer in layers:
+            experts = _Experts(model, work.sources, layer)
+            similarity = _similarity(known[layer]) if layer in known else work.blind_similarity(experts)
+            members = assign(saliency[layer], keep[layer], similarity, group_size)
+            groups[layer] = work.align(experts, members, saliency[layer])
+    finally:
+        for source in work.sources:
+            source.close()
     notes = [f"{', '.join(f'blk.{i}' for i in blind)} (MTP): from the weights alone, as calibration does not run MTP blocks"
              ] if blind and not weights_only else []
     return Groups(groups, name, notes)

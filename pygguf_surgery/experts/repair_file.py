@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from .. import _core
 from ..errors import BadFile, SurgeryError
@@ -37,14 +38,14 @@ class Repair:
                           found=metadata.get("general.type"), expected="expert_repair",
                           hint="gguf-surgery repair makes them")
         layers = metadata.get(PREFIX + "layers")
-        if not isinstance(layers, list):
+        if not _whole_numbers(layers):
             raise BadFile("missing metadata", path=self.path, object=PREFIX + "layers")
         self.kept = {}
         for layer in layers:
             ids = metadata.get(f"{PREFIX}{layer}.kept")
-            if not isinstance(ids, list) or not ids:
+            if not _whole_numbers(ids) or not ids:
                 raise BadFile("missing metadata", path=self.path, object=f"{PREFIX}{layer}.kept")
-            self.kept[int(layer)] = tuple(ids)
+            self.kept[layer] = tuple(ids)
         self.metric = str(metadata.get(PREFIX + "metric", "given"))
         self.header_sha256 = str(metadata.get(PREFIX + "model.header_sha256", ""))
         names = {facts["id"]: facts["name"] for facts in _core.types()}
@@ -73,6 +74,10 @@ class Repair:
                  "back", f"{'layer':>5} {'cut':>8} {'repaired':>8}"]
         lines += [f"{layer:>5} {before:>8.4f} {after:>8.4f}" for layer, (before, after) in self.errors.items()]
         return "\n".join(lines)
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(x) is int for x in values)
 
 
 def open(path: str | os.PathLike[str]) -> Repair:

@@ -206,6 +206,9 @@ def _read(metadata: Mapping[str, Value], tensors: Mapping[str, Any]) -> Stats:
         raise BadFile("statistics of another version", object=_PREFIX + "format", found=version, expected=FORMAT)
     experts, layers, tokens = get("experts", int), get("layers", list), get("tokens", list)
     columns = [get(f"text.{name}", list) for name in ("sha256", "tokens", "windows", "done")]
+    if not all(type(x) is int for column in (layers, tokens, *columns[1:]) for x in column) \
+            or not all(isinstance(x, str) for x in columns[0]):
+        raise BadFile("lists of another type", object=_PREFIX + "text")
     if len({len(column) for column in columns}) != 1 or len(layers) != len(tokens):
         raise BadFile("lists of different lengths", object=_PREFIX + "text")
     stats = Stats(get("model.header_sha256", str), get("model.architecture", str), get("model.name", str), experts,
