@@ -6,7 +6,7 @@ import numpy as np
 from llama_cpp import llama_cpp as llama
 
 import pygguf_surgery as pgs
-from pygguf_surgery.quantize import mixes
+from pygguf_surgery.recipes import mixes
 
 source, target, name, threads = sys.argv[1:5]
 silent = llama.llama_log_callback(lambda *_: None)

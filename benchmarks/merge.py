@@ -13,8 +13,9 @@ import numpy as np
 from common import MIB, SURGERY, cached_bytes, drop_cache, timed
 
 import pygguf_surgery as pgs
-from pygguf_surgery.experts import roles, stats as stats_file
-from pygguf_surgery.experts.stats import LayerStats
+from pygguf_surgery.architecture import experts as roles
+from pygguf_surgery.files import stats as stats_file
+from pygguf_surgery.files.stats import LayerStats
 
 
 def made_up_stats(model: pgs.Model, path: str) -> None:

@@ -17,7 +17,7 @@ def main() -> None:
     for name, default in (("experts", 256), ("neurons", 512), ("width", 2048), ("used", 10), ("tokens", 20000)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    repairing = importlib.import_module("pygguf_surgery.experts.repair")
+    repairing = importlib.import_module("pygguf_surgery.studies.repairs")
     rng = np.random.default_rng(0)
     old = rng.standard_normal((args.experts, args.width, args.neurons), np.float32)
     samples = repairing.Samples(args.tokens, range(args.experts), args.experts, gate_in_input=False, scales=None, biases=None)

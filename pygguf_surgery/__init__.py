@@ -10,22 +10,22 @@ try:
 except ModuleNotFoundError as _error:
     raise ImportError(f"{__path__[0]} holds the sources of pygguf_surgery without its compiled core: start Python in "
                       "another folder to use the installed package") from _error
-from .errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
-from .model import Metadata, Model, Tensor, open
-# Not lazy: the folder has the function's name, and importing it later would put the folder in the function's place.
-from .quantize import dequantize, quantize
+from .base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
+from .files.model import Metadata, Model, Tensor
+from .files.open import open
+from .quant.arrays import dequantize, quantize
 
 if TYPE_CHECKING:
     from . import experts, imatrix
     from .plan import Plan
-    from .write import Receipt
+    from .run.writing import Receipt
 
 __all__ = [
     "BadFile", "BadPlan", "Metadata", "Model", "OutOfSpace", "Plan", "Receipt", "SourceChanged", "SurgeryError",
     "Tensor", "Unsupported", "Value", "__version__", "dequantize", "experts", "imatrix", "open", "quantize",
 ]
 # Loaded when asked for, so that a program that only reads files starts at once.
-_LAZY = {"Plan": ".plan", "Receipt": ".write", "experts": ".experts", "imatrix": ".imatrix"}
+_LAZY = {"Plan": ".plan", "Receipt": ".run.writing", "experts": ".experts", "imatrix": ".imatrix"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,21 +8,39 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from . import metadata as metadata_rules
 from ._core import Value
-from .check import CheckedPlan, check
-from .errors import BadPlan, SourceChanged
-from .model import Model, open as open_model
-from .plan_data import Edit, Group, KeepExperts, MergeExperts, PlanData, PruneLayers, Quantize, RemoveMetadata, \
-    SetMetadata, Split, UseRepair, plan_from_json, plan_to_json
-from .quantize import mixes, recipe, recipe_file
-from .units import MEMORY, parse_size
-from .write import Progress, Receipt, write
+from .base.errors import BadPlan, SourceChanged
+from .base.progress import Progress
+from .base.units import MEMORY, parse_size
+from .edits import metadata as metadata_rules
+from .edits import quantize as quantize_edit
+from .files.model import Model
+from .files.open import open as open_model
+from .gate.check import check
+from .gate.checked import CheckedPlan
+from .plan_data.codec import plan_from_json, plan_to_json
+from .plan_data.edits import (
+    Edit,
+    KeepExperts,
+    MergeExperts,
+    PlanData,
+    PruneLayers,
+    Quantize,
+    RemoveMetadata,
+    SetMetadata,
+    Split,
+    UseRepair,
+)
+from .plan_data.expressions import Group
+from .recipes import mixes
+from .recipes import recipe as recipe_file
+from .recipes.overrides import parse_overrides, parse_type
+from .recipes.recipe import options_of
+from .run.writing import Receipt, write
 
 if TYPE_CHECKING:
-    from .experts.rank import Keep
-    from .experts.ream import Groups
-    from .imatrix import Imatrix
+    from .files.imatrix import Imatrix
+    from .plan_data.choices import Groups, Keep
 
 
 class Plan:
@@ -160,12 +178,12 @@ class Plan:
         """
         if any(isinstance(edit, Quantize) for edit in self.data.edits):
             raise BadPlan("a plan quantizes at most once", object="quantize")
-        use = recipe.use_imatrix(imatrix, imatrix_missing, include_weights, exclude_weights)
+        use = quantize_edit.use_imatrix(imatrix, imatrix_missing, include_weights, exclude_weights)
         return self._with(Quantize(
-            mixes.file_type(type, pure).name, bool(pure), recipe.parse_overrides(overrides), bool(allow_requantize),
-            recipe.parse_type(output_type, "output_type"),
-            recipe.parse_type(token_embedding_type, "token_embedding_type"), bool(leave_output), use,
-            quality=recipe.parse_quality(quality)))
+            mixes.file_type(type, pure).name, bool(pure), parse_overrides(overrides), bool(allow_requantize),
+            parse_type(output_type, "output_type"),
+            parse_type(token_embedding_type, "token_embedding_type"), bool(leave_output), use,
+            quality=quantize_edit.parse_quality(quality)))
 
     def recipe(self, name: str | os.PathLike[str], *, type: str | None = None,
                overrides: Iterable[Sequence[str]] = (), **options: Any) -> Plan:
@@ -174,7 +192,7 @@ class Plan:
         type replaces the recipe's base type; overrides come before its own; options are those of quantize().
         """
         loaded = recipe_file.load(name)
-        plan = self.quantize(**recipe.options_of(loaded, self.model.tensors, type, overrides, options))
+        plan = self.quantize(**options_of(loaded, self.model.tensors, type, overrides, options))
         if loaded.max_bytes is None:
             return plan
         *others, edit = plan.data.edits
@@ -186,7 +204,7 @@ class Plan:
         `bpw` bits per weight, with the least error. It reads a sample of the rows, weighted by the importance matrix if
         there is one; the choice stands in the plan as overrides that reproduce it. Call it last.
         """
-        from .quantize.fit import fit
+        from .studies.fitting import fit
 
         return self._with_overrides(fit(self.model, self.data, size=size, bpw=bpw, memory=memory, threads=threads,
                                         io=io, progress=progress).overrides)
@@ -263,7 +281,7 @@ class Plan:
 
 
 def _use_repair(path: str | os.PathLike[str]) -> UseRepair:
-    from .experts import repair_file
+    from .files import repair as repair_file
 
     opened = repair_file.open(path)
     opened.close()

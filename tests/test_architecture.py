@@ -1,6 +1,5 @@
 """The house rules: who may import whom, where pybind11 and ggml.h may be, how long a file may be."""
 import ast
-import importlib
 import re
 import subprocess
 import sys
@@ -15,16 +14,10 @@ PACKAGE = ROOT / "pygguf_surgery"
 CSRC = ROOT / "csrc"
 LONGEST = 650
 
-# A module imports only from modules listed before it.
-ORDER = ["_core", "errors", "units", "container", "llama", "model", "safetensors", "imatrix.files", "imatrix.tools",
-         "plan_data", "experts.roles", "experts.stats", "experts.calibrate", "experts.metrics", "blocks",
-         "experts.rank", "experts.repair_file", "experts.repair", "experts.prune", "experts.ream", "experts.merge",
-         "quantize", "quantize.mixes", "quantize.importance", "quantize.recipe_file", "quantize.recipe", "metadata",
-         "layers", "shards", "check", "write", "quantize.fit", "plan",
-         "report", "report.compare", "report.demo_model", "report.memory", "report.plots", "verify", "distributed",
-         "cli"]
-# Folders whose own __init__ gathers names: they come after what they gather.
-GATHER = {"experts": "experts.merge", "imatrix": "imatrix.tools"}
+# The folders are the layers: one imports only from those listed before it. Files on top of them are the faces, which may
+# import any folder; the command line comes last.
+LAYERS = ["_core", "base", "quant", "plan_data", "architecture", "files", "llama", "recipes", "edits", "gate", "studies",
+          "run", "reports"]
 ROOMS = ["base", "io", "gguf", "quant", "engine", "bind"]
 # Imported inside functions only: not everybody has or needs them.
 LAZY = ["scipy", "matplotlib", "dask", "ray", "llama_cpp"]
@@ -38,23 +31,20 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def rank(name):
-    """The place of a module in ORDER; unknown ones are an error."""
-    name = GATHER.get(name, name)
-    if name.startswith("cli"):
-        name = "cli"  # inside the command line anything goes
-    assert name in ORDER, f"{name} has no place in ORDER"
-    return ORDER.index(name)
+def layer(name):
+    """The place of a module among the layers: its folder, above those the faces, above all the command line."""
+    room = name.split(".")[0]
+    if room in ("cli", "__main__"):
+        return len(LAYERS) + (1 if room == "cli" else 2)
+    if room in LAYERS:
+        return LAYERS.index(room)
+    assert "." not in name, f"{name}: the folder {room} is no layer"
+    return len(LAYERS)
 
 
 def imports(tree):
-    """Import statements at any depth; type-checking blocks do not count."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            continue
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            yield node
-        yield from imports(node)
+    """Import statements at any depth, those for annotations too."""
+    return (node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)))
 
 
 def imported_modules(path):
@@ -70,7 +60,7 @@ def imported_modules(path):
             base = ".".join(base + ([node.module] if node.module else []))
             # "from . import check" imports a module, "from .check import human" a name of one.
             found = [f"{base}.{a.name}" if is_module(f"{base}.{a.name}") else base for a in node.names]
-        yield from (n.removeprefix("pygguf_surgery.") for n in found if n.startswith("pygguf_surgery."))
+        yield from (n.removeprefix("pygguf_surgery").lstrip(".") for n in found if n.split(".")[0] == "pygguf_surgery")
 
 
 def is_module(name):
@@ -78,21 +68,60 @@ def is_module(name):
     return name == "pygguf_surgery._core" or path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
+def graph():
+    """module -> the package's modules that it imports."""
+    return {module_name(path): {m for m in imported_modules(path) if m != module_name(path)} for path in MODULES}
+
+
 def test_the_rules_see_something():
-    assert len(MODULES) > 15 and len(SOURCES) > 20
-    assert "experts.roles" in set(imported_modules(PACKAGE / "check.py"))
-    assert {"model", "_core", "quantize.recipe"} <= set(imported_modules(PACKAGE / "check.py"))
+    assert len(MODULES) > 40 and len(SOURCES) > 20
+    found = graph()
+    assert {"architecture.names", "_core", "edits.quantize", "files.model"} <= found["gate.check"]
+    assert {room for name in found if (room := name.split(".")[0]) in LAYERS} == set(LAYERS[1:])
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if module_name(p) not in ("", "__main__")],
-                         ids=lambda p: module_name(p))
+@pytest.mark.parametrize("path", [p for p in MODULES if module_name(p)], ids=lambda p: module_name(p))
 def test_python_imports_point_down(path):
     name = module_name(path)
-    rank(name)
     for other in imported_modules(path):
-        if other != name and not (name.startswith("cli") and other.startswith("cli")):
-            inside = name in GATHER and other.startswith(name + ".")
-            assert rank(other) < rank(name) or inside, f"{name} imports {other}"
+        same = name.split(".")[0] == other.split(".")[0]
+        face = layer(name) == layer(other) == len(LAYERS)  # a face may use another; circles are found below
+        # The package itself is the face of all: what is beside it may use it, no folder below.
+        above = layer(name) >= len(LAYERS) if other == "" else layer(other) < layer(name)
+        assert above or same or face, f"{name} imports {other or 'the package'}"
+
+
+def test_no_circles():
+    """Not between folders, which the order of layers forbids, and not between files."""
+    found, done, path = graph(), set(), []
+
+    def walk(name):
+        assert name not in path, f"a circle: {' -> '.join([*path[path.index(name):], name])}"
+        if name in done or name not in found:
+            return
+        path.append(name)
+        for other in sorted(found[name]):
+            walk(other)
+        path.pop()
+        done.add(name)
+
+    for name in sorted(found):
+        walk(name)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: module_name(p) or "package")
+def test_the_core_is_imported_by_names(path):
+    """`from .._core import x`: `from .. import _core` would read as an import of the face."""
+    for node in imports(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level and not (node.module or "").endswith("_core"):
+            assert "_core" not in [a.name for a in node.names]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: module_name(p) or "package")
+def test_only_llama_imports_llama_cpp(path):
+    for node in imports(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        assert module_name(path).startswith("llama.") or not [n for n in names if n.split(".")[0] == "llama_cpp"]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: module_name(p) or "package")
@@ -119,11 +148,8 @@ def test_public_names():
         "Unsupported SourceChanged OutOfSpace __version__".split())
     assert all(getattr(pygguf_surgery, name) is not None for name in pygguf_surgery.__all__)
     assert set(pygguf_surgery.__all__) <= set(dir(pygguf_surgery))
-    # These two are functions, though folders of the same name exist, whatever is imported first.
-    importlib.import_module("pygguf_surgery.experts.rank")
-    importlib.import_module("pygguf_surgery.quantize.mixes")
-    assert pygguf_surgery.quantize.__name__ == "quantize" and callable(pygguf_surgery.quantize)
-    assert callable(pygguf_surgery.experts.rank)
+    # A room is a noun and a function a verb: no module has the name of a public function.
+    assert not [n for n in pygguf_surgery.__all__ if (PACKAGE / n).is_dir()]
     with pytest.raises(AttributeError):
         pygguf_surgery.nothing
 

@@ -12,11 +12,11 @@ import pytest
 from helpers import SHARED
 
 import pygguf_surgery as pgs
-from pygguf_surgery.container import read_gguf, write_gguf
-from pygguf_surgery.experts import stats as stats_file
-from pygguf_surgery.experts.stats import LayerStats
+from pygguf_surgery.files.gguf import read_gguf, write_gguf
+from pygguf_surgery.files import stats as stats_file
+from pygguf_surgery.files.stats import LayerStats
 
-calibration = importlib.import_module("pygguf_surgery.experts.calibrate")  # the package has the function of that name
+calibration = importlib.import_module("pygguf_surgery.studies.calibration")
 
 TRAINED = SHARED / "models" / "tiny-qwen3next-bf16.gguf"
 SUMS = ("count", "gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "max_activation", "coactivation")
@@ -175,7 +175,7 @@ def test_a_stopped_command_says_what_is_there(tmp_path, monkeypatch, capsys):
             some_stats().write(out, overwrite=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pgs.experts, "calibrate", stopped)
+    monkeypatch.setattr(calibration, "calibrate", stopped)
     assert main(["calibrate", "model.gguf", "text", "-o", str(tmp_path / "late.gguf")]) == 130
     assert "goes on" in capsys.readouterr().err
     assert main(["calibrate", "model.gguf", "text", "-o", str(tmp_path / "early.gguf")]) == 130
@@ -220,7 +220,7 @@ class Tap:
     """Records tensors of the graph by exact name, in a session of its own."""
 
     def __init__(self, path, names, tokens, n_ctx):
-        from pygguf_surgery.llama import Session
+        from pygguf_surgery.llama.session import Session
 
         self.names, self.found = set(names), {}
         with Session(str(path), n_ctx=n_ctx, threads=2, watch=self) as session:
@@ -388,7 +388,7 @@ def test_texts_add_up_and_merge(model):
 
 @pytest.mark.parity
 def test_windows_longer_than_a_batch_give_the_same_sums(model, monkeypatch):
-    from pygguf_surgery import llama
+    from pygguf_surgery.llama import session as llama
 
     whole = pgs.experts.calibrate(model, [TOKENS], n_ctx=80, threads=1)
     monkeypatch.setattr(llama, "_BATCH", 32)

@@ -15,9 +15,9 @@ from helpers import read_gguf
 from pygguf_surgery import Value, imatrix
 from pygguf_surgery import open as open_model
 from pygguf_surgery.cli import exit_code, main, options
-from pygguf_surgery.container import write_gguf
-from pygguf_surgery.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
-from pygguf_surgery.report.demo_model import DemoShape, write_demo_model
+from pygguf_surgery.files.gguf import write_gguf
+from pygguf_surgery.base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
+from pygguf_surgery.cli.commands.demo_model import DemoShape, write_demo_model
 
 SMALL = DemoShape(layers=4, embedding=64, experts=8, used=2, feed_forward=32, heads=2, heads_kv=1, head=32, state=32,
                   key_heads=1, value_heads=2, vocabulary=300)
@@ -357,7 +357,7 @@ def test_quiet_is_silent(run, model, tmp_path):
 
 
 def test_ctrl_c_is_130(run, model, monkeypatch):
-    from pygguf_surgery.cli import commands
+    from pygguf_surgery.cli.commands import surgery as commands
 
     def interrupted(args):
         raise KeyboardInterrupt

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pygguf_surgery.cli import main
-from pygguf_surgery.report.demo_model import DemoShape, write_demo_model
-from pygguf_surgery.verify import verify
+from pygguf_surgery.cli.commands.demo_model import DemoShape, write_demo_model
+from pygguf_surgery.reports.verification import verify
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
 from pygguf_surgery import BadPlan, Plan, _core
-from pygguf_surgery.quantize import fit as module
-from pygguf_surgery.quantize.fit import LADDERS, fit, ladder
+from pygguf_surgery.recipes.overrides import patterns
+from pygguf_surgery.studies import fitting as module
+from pygguf_surgery.studies.fitting import LADDERS, fit, ladder
 
 Q = gguf.GGMLQuantizationType
 FAMILIES = [("Q4_K_M", "K"), ("IQ3_M", "IQ"), ("Q4_0", "legacy"), ("MXFP4_MOE", "MXFP4"), ("NVFP4_MOE", "NVFP4")]
@@ -322,7 +323,7 @@ names = st.lists(st.builds(lambda layer, local: local if layer is None else f"bl
 @given(names, st.data())
 def test_patterns_match_their_tensors_and_no_others(names, data):
     types = {name: data.draw(st.sampled_from(["Q4_K", "Q8_0", "F16"])) for name in names if data.draw(st.booleans())}
-    overrides = list(module.patterns(types, names))
+    overrides = list(patterns(types, names))
     for pattern, _ in overrides:
         assert PATTERN.fullmatch(pattern)
     for name in names:
@@ -335,13 +336,13 @@ def test_layers_share_a_pattern():
     types = {name: "Q4_K" for name in names}
     types["blk.11.ffn_down.weight"] = types["blk.2.ffn_down.weight"] = types["blk.10.ffn_down.weight"] = "Q6_K"
     types["output.weight"] = "Q8_0"
-    assert list(module.patterns(types, names)) == [
+    assert list(patterns(types, names)) == [
         (r"^output\.weight$", "Q8_0"),
         (r"^blk\.[0-9]+\.ffn_up\.weight$", "Q4_K"),
         (r"^blk\.(0|1|3|4|5|6|7|8|9)\.ffn_down\.weight$", "Q4_K"),
         (r"^blk\.(2|10|11)\.ffn_down\.weight$", "Q6_K")]
     del types["blk.5.ffn_up.weight"]  # somebody else's
-    assert (r"^blk\.(0|1|2|3|4|6|7|8|9|10|11)\.ffn_up\.weight$", "Q4_K") in list(module.patterns(types, names))
+    assert (r"^blk\.(0|1|2|3|4|6|7|8|9|10|11)\.ffn_up\.weight$", "Q4_K") in list(patterns(types, names))
 
 
 @pytest.mark.parity

@@ -8,7 +8,7 @@ import pytest
 from gguf_builder import F32, I8, Q4_0, gguf, header, info, kv, pad, string, u32, u64
 
 from pygguf_surgery._core import Source, read_header
-from pygguf_surgery.errors import BadFile
+from pygguf_surgery.base.errors import BadFile
 
 A = kv("general.architecture", "str", "test")
 T = info("t")  # one row of 32 float32

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pygguf_surgery._core import Source, Value, read_header
-from pygguf_surgery.container import read_gguf, write_gguf
-from pygguf_surgery.errors import BadFile, BadPlan
+from pygguf_surgery.files.gguf import read_gguf, write_gguf
+from pygguf_surgery.base.errors import BadFile, BadPlan
 
 METADATA = {"general.architecture": Value("test", "str"), "test.block_count": Value(2, "u32"),
             "test.words": Value(["a", "é"], "str"), "test.empty": Value([], "f32")}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_gguf_values import SCALARS
 
 from pygguf_surgery._core import Source, TensorInfo, Value, encode_header, read_header, types
-from pygguf_surgery.errors import BadFile
+from pygguf_surgery.base.errors import BadFile
 
 FACTS = {fact["id"]: fact for fact in types()}
 
@@ -251,7 +251,7 @@ def test_keys_are_utf8_exactly_when_python_says_so(path, raw):
 PEAK = """
 import resource, sys
 from pygguf_surgery._core import Source, read_header
-from pygguf_surgery.errors import BadFile
+from pygguf_surgery.base.errors import BadFile
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 read_header(Source(sys.argv[1]))

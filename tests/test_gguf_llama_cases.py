@@ -11,7 +11,7 @@ import pytest
 from gguf_builder import F32, I8, I64, IDS, info, scalar, string, u32, u64
 
 from pygguf_surgery._core import Source, read_header, types
-from pygguf_surgery.errors import BadFile
+from pygguf_surgery.base.errors import BadFile
 
 REFUSE, ACCEPT = "refuse", "accept"
 CASES = {

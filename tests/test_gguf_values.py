@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pygguf_surgery._core import TensorInfo, Value, encode_header
-from pygguf_surgery.errors import BadPlan
+from pygguf_surgery.base.errors import BadPlan
 
 RANGES = {f"{sign}{bits}": (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if sign == "i" else (0, 2**bits - 1)
           for sign in "ui" for bits in (8, 16, 32, 64)}

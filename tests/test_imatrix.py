@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pygguf_surgery import BadFile, BadPlan, SurgeryError, imatrix
-from pygguf_surgery.imatrix import files
+from pygguf_surgery.files import imatrix as files
 
 REAL = SHARED / "models" / "imatrix.gguf"
 LEGACY = SHARED / "models" / "imatrix.dat"

@@ -11,9 +11,9 @@ from test_imatrix import ENTRIES, NAMES, ONE, UP, contents, entry, legacy, put, 
 
 from pygguf_surgery import BadFile, BadPlan, imatrix
 from pygguf_surgery._core import Value
-from pygguf_surgery.cli import imatrix as cli
-from pygguf_surgery.container import write_gguf
-from pygguf_surgery.imatrix import files
+from pygguf_surgery.cli.commands import imatrix as cli
+from pygguf_surgery.files.gguf import write_gguf
+from pygguf_surgery.files import imatrix as files
 
 
 # --- merge ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pygguf_surgery import _core, errors
+from pygguf_surgery import _core
+from pygguf_surgery.base import errors
 
 TYPES = {t["name"]: t for t in _core.types()}
 ENCODED = [name for name, t in TYPES.items() if t["encodes"] and name != "F32"]

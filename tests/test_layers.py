@@ -11,11 +11,15 @@ from helpers import make_gguf, read_gguf
 from hypothesis import given, strategies as st
 
 import pygguf_surgery as pgs
-from pygguf_surgery import Value, container, imatrix, layers
-from pygguf_surgery.experts import roles
-from pygguf_surgery.plan_data import Copy, OutputTensor, PruneLayers, Take
-from pygguf_surgery.report.compare import compare
-from pygguf_surgery.verify import verify
+from pygguf_surgery import Value, imatrix
+from pygguf_surgery.architecture.layers import KNOWN
+from pygguf_surgery.edits import prune_layers as layers
+from pygguf_surgery.files import gguf as container
+from pygguf_surgery.architecture.keys import PER_LAYER_KEYS
+from pygguf_surgery.plan_data.edits import PruneLayers
+from pygguf_surgery.plan_data.expressions import Copy, OutputTensor, Take
+from pygguf_surgery.reports.comparison import compare
+from pygguf_surgery.reports.verification import verify
 
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
@@ -367,7 +371,7 @@ def test_a_tensor_with_columns_of_every_layer():
 
 
 KEYS = sorted({
-    *roles.PER_BLOCK_KEYS, "ple.layers", "leading_dense_block_count", "nextn_predict_layers", "context_length",
+    *PER_LAYER_KEYS, "ple.layers", "leading_dense_block_count", "nextn_predict_layers", "context_length",
     "full_attention_interval", "attention.sliding_window", "residual_scale", "expert_gating_func", "vocab_size",
     "n_deepstack_layers", "rescale_every_n_layers", "attention.shared_kv_layers", "block_count", "attn_res.block_size",
     "interleave_moe_layer_step", "moe_every_n_layers"})
@@ -380,7 +384,7 @@ VALUES = st.one_of(
     st.text(max_size=3).map(lambda x: Value(x, "str")), st.floats(width=32).map(lambda x: Value(x, "f32")))
 
 
-@given(st.sampled_from(sorted(layers.KNOWN)), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6),
+@given(st.sampled_from(sorted(KNOWN)), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6),
        st.lists(st.integers(-1, 6), max_size=4))
 def test_whatever_the_metadata_nothing_is_raised(architecture, keys, dropped):
     tensors, metadata = model(architecture, 6)
@@ -395,7 +399,7 @@ def test_whatever_the_metadata_nothing_is_raised(architecture, keys, dropped):
 @pytest.mark.parity
 def test_every_architecture_of_gguf_py_has_been_looked_at():
     """A new one here: read its code in llama.cpp and put it into a table of layers.py."""
-    assert set(gguf.MODEL_ARCH_NAMES.values()) - layers.KNOWN <= {"clip", "mmproj"}
+    assert set(gguf.MODEL_ARCH_NAMES.values()) - KNOWN <= {"clip", "mmproj"}
 
 
 def test_an_unknown_architecture_is_said():

@@ -15,7 +15,7 @@ import quant_models as qm
 import pygguf_surgery as pgs
 from pygguf_surgery import Plan, _core, imatrix
 from pygguf_surgery.cli import main
-from pygguf_surgery.errors import BadFile, BadPlan, SourceChanged, SurgeryError
+from pygguf_surgery.base.errors import BadFile, BadPlan, SourceChanged, SurgeryError
 
 EXPERTS = 8
 

@@ -11,10 +11,11 @@ from hypothesis import given, settings, strategies as st
 from test_metrics import imatrix_of
 
 import pygguf_surgery as pgs
-from pygguf_surgery.experts import ream, stats as stats_file
-from pygguf_surgery.experts.stats import LayerStats
-from pygguf_surgery.plan_data import Group
-from pygguf_surgery.verify import verify
+from pygguf_surgery.files import stats as stats_file
+from pygguf_surgery.studies import ream
+from pygguf_surgery.files.stats import LayerStats
+from pygguf_surgery.plan_data.expressions import Group
+from pygguf_surgery.reports.verification import verify
 
 TRAINED = SHARED / "models" / "tiny-qwen3next-bf16.gguf"
 PARTS = ("gate", "up", "down")

@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
-from pygguf_surgery import BadPlan, Value, metadata
+from pygguf_surgery import BadPlan, Value
+from pygguf_surgery.edits import metadata
 
 T = gguf.GGUFValueType
 

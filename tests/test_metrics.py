@@ -8,11 +8,13 @@ from hypothesis import given, strategies as st
 
 import pygguf_surgery as pgs
 from pygguf_surgery._core import Value
-from pygguf_surgery.container import write_gguf
-from pygguf_surgery.experts import metrics, stats as stats_file
-from pygguf_surgery.experts.rank import Ranking, Seen
-from pygguf_surgery.experts.roles import Layout
-from pygguf_surgery.experts.stats import LayerStats
+from pygguf_surgery.files.gguf import write_gguf
+from pygguf_surgery.files import stats as stats_file
+from pygguf_surgery.studies import metrics
+from pygguf_surgery.plan_data.choices import Seen
+from pygguf_surgery.studies.ranking import Ranking
+from pygguf_surgery.architecture.experts import Layout
+from pygguf_surgery.files.stats import LayerStats
 
 
 def stats_for(model, seed=0, *, unseen=()):

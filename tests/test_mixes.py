@@ -6,8 +6,11 @@ import gguf
 import pytest
 
 from pygguf_surgery import BadFile, BadPlan, Unsupported, Value, _core
-from pygguf_surgery.plan_data import Copy, OutputTensor, Quantize
-from pygguf_surgery.quantize import mixes, recipe
+from pygguf_surgery.plan_data.edits import Quantize
+from pygguf_surgery.plan_data.expressions import Copy, OutputTensor
+from pygguf_surgery.edits import quantize as recipe
+from pygguf_surgery.recipes import mixes
+from pygguf_surgery.recipes.overrides import parse_overrides
 
 TYPES = {t["name"]: t for t in _core.types()}
 BLOCKS = {name: t["block"] for name, t in TYPES.items()}
@@ -470,14 +473,14 @@ def test_overrides_fall_back_too():
 
 
 def test_overrides_are_parsed_at_once():
-    assert recipe.parse_overrides([("a", "q4_k"), ["b", "COPY"], ("c", gguf.GGMLQuantizationType.Q8_0)]) == \
+    assert parse_overrides([("a", "q4_k"), ["b", "COPY"], ("c", gguf.GGMLQuantizationType.Q8_0)]) == \
         (("a", "Q4_K"), ("b", "copy"), ("c", "Q8_0"))
     for bad in [("(", "Q8_0"), (5, "Q8_0"), ("a", 5), ("a",), "abc", 5]:
         with pytest.raises(BadPlan):
-            recipe.parse_overrides([bad])
+            parse_overrides([bad])
     for name, hint in (("Q4_KK", "Q4_K"), ("Q8_K", None), ("I32", None)):
         with pytest.raises(Unsupported) as e:
-            recipe.parse_overrides([("a", name)])
+            parse_overrides([("a", name)])
         assert hint is None or hint in e.value.hint
 
 

@@ -13,7 +13,7 @@ from helpers import make_gguf, read_gguf
 
 import pygguf_surgery as pgs
 from pygguf_surgery import BadFile, BadPlan, Unsupported
-from pygguf_surgery.model import merge_adjacent
+from pygguf_surgery.base.runs import merge_adjacent
 
 T = gguf.GGUFValueType
 Q = gguf.GGMLQuantizationType

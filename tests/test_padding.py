@@ -7,7 +7,7 @@ from test_metrics import imatrix_of, stats_for
 
 import pygguf_surgery as pgs
 from pygguf_surgery import _core
-from pygguf_surgery.verify import verify
+from pygguf_surgery.reports.verification import verify
 
 UNEVEN = {1: (0, 2, 3, 5, 7, 8, 9, 12, 15), 2: (1, 4, 6, 7, 14)}
 
@@ -90,7 +90,7 @@ def test_a_second_cut_of_a_padded_model(tmp_path):
 
 
 def _groups():
-    from pygguf_surgery.plan_data import Group
+    from pygguf_surgery.plan_data.expressions import Group
 
     return tuple(Group((i, i + 4), (0.5, 0.5), (b"", b"")) for i in range(4))
 

@@ -104,7 +104,7 @@ def test_pure_type_gives_the_same_types_and_bytes(llama, tmp_path, name, type_na
 
 @pytest.fixture(scope="session")
 def demo_model(tmp_path_factory):
-    from pygguf_surgery.report import demo_model
+    from pygguf_surgery.cli.commands import demo_model
 
     path = tmp_path_factory.mktemp("demo") / "demo.gguf"
     demo_model.write_demo_model(str(path))

@@ -18,7 +18,7 @@ from quant_models import T, attention, ffn, moe
 
 import pygguf_surgery as pgs
 from pygguf_surgery import _core
-from pygguf_surgery.quantize import mixes
+from pygguf_surgery.recipes import mixes
 
 pytestmark = pytest.mark.parity
 

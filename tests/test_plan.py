@@ -14,8 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
-from pygguf_surgery import BadPlan, Plan, SourceChanged, Unsupported, Value, check, units
-from pygguf_surgery.plan_data import Copy, KeepExperts, OutputTensor, Take
+from pygguf_surgery import BadPlan, Plan, SourceChanged, Unsupported, Value
+from pygguf_surgery.base import units
+from pygguf_surgery.gate import check
+from pygguf_surgery.gate.jobs import build_jobs, source_runs
+from pygguf_surgery.plan_data.edits import KeepExperts
+from pygguf_surgery.plan_data.expressions import Copy, OutputTensor, Take
 
 T = gguf.GGUFValueType
 Q = gguf.GGMLQuantizationType
@@ -392,14 +396,14 @@ def test_an_expression_of_the_wrong_size_is_never_written(model):
                                                                                                                (16,)))]:
         checked.tensors[at] = OutputTensor(name, shape, "F16", "F16", expression)
         with pytest.raises(BadPlan) as e:
-            check.build_jobs(model, checked)
+            build_jobs(model, checked)
         assert e.value.object == name
 
 
 def test_neighbouring_experts_are_one_run(model):
     tensor = OutputTensor("x", (6, 32, 32), "F16", "F16", Take("blk.0.ffn_up_exps.weight", (0, 1, 2, 5, 8, 9)))
     ref = model.tensors["blk.0.ffn_up_exps.weight"]
-    assert check.source_runs(model, tensor).tolist() == [
+    assert source_runs(model, tensor).tolist() == [
         [0, ref.offset + i * 2048, n * 2048] for i, n in ((0, 3), (5, 1), (8, 2))]
 
 

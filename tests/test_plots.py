@@ -7,7 +7,7 @@ import pytest
 
 import pygguf_surgery as pgs
 from pygguf_surgery.cli import main
-from pygguf_surgery.report.plots import importance
+from pygguf_surgery.reports.plots import importance
 
 
 def pixels(png):

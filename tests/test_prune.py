@@ -10,8 +10,11 @@ from hypothesis import given, strategies as st
 
 import pygguf_surgery as pgs
 from pygguf_surgery import Value
-from pygguf_surgery.experts import prune, roles
-from pygguf_surgery.plan_data import Copy, KeepExperts, OutputTensor, Remap, Stack, Take
+from pygguf_surgery.architecture import experts as roles
+from pygguf_surgery.architecture.names import role_of
+from pygguf_surgery.edits import keep_experts as prune
+from pygguf_surgery.plan_data.edits import KeepExperts
+from pygguf_surgery.plan_data.expressions import Copy, OutputTensor, Remap, Stack, Take
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +176,7 @@ def evaluate(model, outcome):
 
 
 def start(model):
-    return ([OutputTensor(t.name, t.shape, t.type, t.type, Copy(t.name), roles.role_of(t.name))
+    return ([OutputTensor(t.name, t.shape, t.type, t.type, Copy(t.name), role_of(t.name))
              for t in model.tensors.values()], model.metadata.exact())
 
 
@@ -222,7 +225,7 @@ def test_apply_changes_nothing_in_place_and_touches_only_experts(model, seed):
     assert (tensors, metadata) == copies and out.blockers == []
     for old, new in zip(tensors, out.tensors):
         assert (new.name, new.type, new.source_type, new.role) == (old.name, old.type, old.source_type, old.role)
-        assert new == old or roles.role_of(new.name) in ("router", "expert")
+        assert new == old or role_of(new.name) in ("router", "expert")
         assert new.shape == old.shape or new.shape[1:] == old.shape[1:]
 
 

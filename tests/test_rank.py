@@ -11,8 +11,8 @@ from helpers import read_gguf
 from hypothesis import given, strategies as st
 
 import pygguf_surgery as pgs
-from pygguf_surgery.experts import roles
-from pygguf_surgery.experts.rank import Ranking
+from pygguf_surgery.architecture import experts as roles
+from pygguf_surgery.studies.ranking import Ranking
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import quant_models as qm
 
 import pygguf_surgery as pgs
 from pygguf_surgery import BadPlan, Plan
-from pygguf_surgery.experts.roles import role_of
-from pygguf_surgery.quantize.recipe_file import Override, Recipe, load, shipped
+from pygguf_surgery.architecture.names import role_of
+from pygguf_surgery.recipes.recipe import Override, Recipe, load, shipped
 
 FULL = r"""
 description = "all keys"

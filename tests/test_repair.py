@@ -11,9 +11,9 @@ from hypothesis import given, strategies as st
 
 import pygguf_surgery as pgs
 from pygguf_surgery._core import Value
-from pygguf_surgery.container import write_gguf
+from pygguf_surgery.files.gguf import write_gguf
 
-repairing = importlib.import_module("pygguf_surgery.experts.repair")  # the package has the function of that name
+repairing = importlib.import_module("pygguf_surgery.studies.repairs")
 TRAINED = SHARED / "models" / "tiny-qwen3next-bf16.gguf"
 
 
@@ -136,7 +136,7 @@ def test_the_down_projections_are_those_of_the_repair(qwen, tmp_path):
     up = qwen.tensors["blk.1.ffn_up_exps.weight"].dequantize(experts=KEPT[1])
     np.testing.assert_array_equal(tensors["blk.1.ffn_up_exps.weight"][1].astype(np.float32), up)
     assert metadata["pgs.experts.metric"] == "best" and metadata["pgs.experts.0.repaired"] is True
-    from pygguf_surgery.verify import verify
+    from pygguf_surgery.reports.verification import verify
 
     report = verify(tmp_path / "out.gguf", qwen.path)
     assert report.good and len(report.repaired) == 2 and "2 repaired" in report.summary()

@@ -1,8 +1,9 @@
 """Roles of names, and the table of tensors with an expert axis."""
 import pytest
 
-from pygguf_surgery.errors import BadFile, Unsupported
-from pygguf_surgery.experts import roles
+from pygguf_surgery.base.errors import BadFile, Unsupported
+from pygguf_surgery.architecture import experts as roles
+from pygguf_surgery.architecture.names import ROLES, layer_of, role_of
 
 # Names of llama.cpp's LLM_TENSOR_NAMES (src/llama-arch.cpp), one block's worth, by role.
 NAMES = {
@@ -69,19 +70,19 @@ OUTSIDE = {
 @pytest.mark.parametrize("name, role", [(f"blk.7.{n}", r) for r, names in NAMES.items() for n in names.split()]
                          + list(OUTSIDE.items()))
 def test_role(name, role):
-    assert roles.role_of(name) == role
-    assert role in roles.ROLES
+    assert role_of(name) == role
+    assert role in ROLES
 
 
 def test_every_rule_belongs_to_router_or_expert():
-    assert {roles.role_of(f"blk.0.{name}") for name in roles.EXPERT_RULES} == {"router", "expert"}
+    assert {role_of(f"blk.0.{name}") for name in roles.EXPERT_RULES} == {"router", "expert"}
 
 
 @pytest.mark.parametrize("name, layer", [("blk.0.attn_q.weight", 0), ("blk.47.ssm_a", 47), ("token_embd.weight", None),
                                          ("enc.blk.3.attn_q.weight", None), ("blk.x.attn_q.weight", None),
                                          ("blk.3", None), ("xblk.3.attn_q", None)])
 def test_layer(name, layer):
-    assert roles.layer_of(name) == layer
+    assert layer_of(name) == layer
 
 
 MODEL = roles.Layout(layers=(1, 2), mtp=(2,), experts=32, groups=0, chunk=1)

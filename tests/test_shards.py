@@ -17,8 +17,8 @@ from hypothesis import example, given, strategies as st
 
 import pygguf_surgery as pgs
 from pygguf_surgery import Value
-from pygguf_surgery.plan_data import Split
-from pygguf_surgery.shards import MAX_SHARDS, partition, shard_metadata, shard_paths
+from pygguf_surgery.plan_data.edits import Split
+from pygguf_surgery.edits.split import MAX_SHARDS, partition, shard_metadata, shard_paths
 
 
 # --- the partition --------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ import pytest
 
 import pygguf_surgery as pgs
 from pygguf_surgery.cli import main
-from pygguf_surgery.container import write_gguf
-from pygguf_surgery.report.demo_model import DemoShape, write_demo_model
-from pygguf_surgery.verify import verify
+from pygguf_surgery.files.gguf import write_gguf
+from pygguf_surgery.cli.commands.demo_model import DemoShape, write_demo_model
+from pygguf_surgery.reports.verification import verify
 
 SMALL = DemoShape(layers=4, embedding=64, experts=8, used=2, feed_forward=32, heads=2, heads_kv=1, head=32, state=32,
                   key_heads=1, value_heads=2, vocabulary=300)

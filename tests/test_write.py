@@ -15,7 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
-from pygguf_surgery import BadPlan, Plan, Value, units, write
+from pygguf_surgery import BadPlan, Plan, Value
+from pygguf_surgery.base import units
+from pygguf_surgery.base.progress import ProgressBar
+from pygguf_surgery.run import writing as write
 
 T = gguf.GGUFValueType
 Q = gguf.GGMLQuantizationType
@@ -259,9 +262,9 @@ class Terminal(io.StringIO):
 def test_the_bar_on_a_terminal(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(write.ProgressBar, "_columns", lambda self: 100)
+    monkeypatch.setattr(ProgressBar, "_columns", lambda self: 100)
     stream = Terminal()
-    bar = write.ProgressBar("out.gguf", stream)
+    bar = ProgressBar("out.gguf", stream)
     now[0] += 10
     bar(2**30, 4 * 2**30)
     text = stream.getvalue()
@@ -278,7 +281,7 @@ def test_the_bar_counts_what_it_is_told(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     stream = io.StringIO()
-    bar = write.ProgressBar("measuring", stream, "tensors")
+    bar = ProgressBar("measuring", stream, "tensors")
     now[0] += 10
     bar(20, 60)
     assert stream.getvalue() == "measuring: 20 of 60 tensors, 0:20 left\n"
@@ -289,9 +292,9 @@ def test_the_bar_counts_what_it_is_told(monkeypatch):
 def test_the_bar_never_wraps(monkeypatch, columns, label):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(write.ProgressBar, "_columns", lambda self: columns)
+    monkeypatch.setattr(ProgressBar, "_columns", lambda self: columns)
     stream = Terminal()
-    bar = write.ProgressBar(label, stream)
+    bar = ProgressBar(label, stream)
     for part in range(1, 5):
         now[0] += 100
         bar(part * 2**30, 4 * 2**30)
@@ -304,7 +307,7 @@ def test_a_line_per_ten_seconds_elsewhere(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     stream = io.StringIO()
-    bar = write.ProgressBar("out.gguf", stream)
+    bar = ProgressBar("out.gguf", stream)
     for second in range(35):
         now[0] = float(second)
         bar(second, 100)
@@ -313,4 +316,4 @@ def test_a_line_per_ten_seconds_elsewhere(monkeypatch):
 
 
 def test_duration():
-    assert [write.duration(s) for s in (0, 59.9, 75, 3600, 36_061)] == ["0:00", "0:59", "1:15", "1:00:00", "10:01:01"]
+    assert [units.duration(s) for s in (0, 59.9, 75, 3600, 36_061)] == ["0:00", "0:59", "1:15", "1:00:00", "10:01:01"]

@@ -37,7 +37,7 @@ void raise(const pgs::Error& e) {
     fields["expected"] = text(e.expected);
     fields["hint"] = text(e.hint);
     if (e.kind == pgs::Kind::out_of_space) fields["errno"] = e.os_errno;
-    py::object error = py::module_::import("pygguf_surgery.errors").attr(name)(text(e.problem), **fields);
+    py::object error = py::module_::import("pygguf_surgery.base.errors").attr(name)(text(e.problem), **fields);
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
 }
 

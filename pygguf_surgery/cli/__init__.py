@@ -6,11 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .common import BAD_INPUT, CANNOT, FAILED, INTERRUPTED, USAGE, Usage
 from .options import make_parser, options_first
 from .words import PROGRAM, say
-
-# What a script may rely on.
-DONE, FAILED, USAGE, BAD_INPUT, CANNOT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,14 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args) -> int:
-    from ..errors import SurgeryError
-    from . import commands
+    from ..base.errors import SurgeryError
+    from .commands import surgery as commands
 
     try:
         return getattr(commands, args.command)(args)
     except BrokenPipeError:
         raise
-    except commands.Usage as error:
+    except Usage as error:
         say(f"error: {error}")
         return USAGE
     except SurgeryError as error:
@@ -62,7 +60,7 @@ def _run(args) -> int:
 
 def exit_code(error: Exception, output: str | None = None) -> int:
     """The exit code for an error; `output` tells a folder that is missing for the output from a missing input."""
-    from ..errors import BadFile, BadPlan, OutOfSpace, SourceChanged, Unsupported
+    from ..base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, Unsupported
 
     if isinstance(error, (BadFile, SourceChanged)):
         return BAD_INPUT
@@ -75,4 +73,3 @@ def exit_code(error: Exception, output: str | None = None) -> int:
                 return CANNOT
         return BAD_INPUT
     return FAILED
-

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from . import imatrix, stats
+from .commands import imatrix, stats
 
 # name -> what argparse wants. Each option is defined once, whichever commands have it.
 OPTIONS = {
@@ -231,9 +231,9 @@ class _Formatter(argparse.HelpFormatter):
 
 class _Version(argparse.Action):
     def __call__(self, parser, *_):
-        from .. import _core
+        from .._core import __version__, ggml_version
 
-        print(f"{parser.prog} {_core.__version__} (ggml {_core.ggml_version()})")
+        print(f"{parser.prog} {__version__} (ggml {ggml_version()})")
         parser.exit()
 
 
@@ -282,8 +282,8 @@ def assignment(text: str) -> str:
 
 
 def size(text: str) -> int:
-    from ..units import parse_size
-    from ..errors import SurgeryError
+    from ..base.errors import SurgeryError
+    from ..base.units import parse_size
 
     try:
         return parse_size(text)

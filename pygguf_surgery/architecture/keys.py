@@ -1,0 +1,67 @@
+"""Metadata keys of an architecture: counts, and arrays with one element per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .._core import Value
+from ..base.errors import BadFile
+
+# Numbers under "{architecture}." that count the first blocks, which differ from the rest.
+LEADING = ("leading_dense_block_count", "hash_layer_count")
+# Arrays of block numbers, and arrays with one element per block that are not under "{architecture}." (apertus).
+LAYER_NUMBERS = ("ple.layers",)
+PER_LAYER_GLOBAL = ("xielu.alpha_n", "xielu.alpha_p", "xielu.beta", "xielu.eps")
+
+
+def getter(metadata: dict[str, Value]) -> Callable[[str], Any]:
+    return lambda key: metadata[key].value if key in metadata else None
+
+
+def like(value: Value, new: Any) -> Value:
+    return Value(new, value.type)
+
+
+def whole_numbers(metadata: Mapping[str, Value], key: str) -> list[int] | None:
+    """The elements of an array of whole numbers or truth values; None for a scalar or a missing key. BadFile for an
+    array of anything else."""
+    value = metadata.get(key)
+    if value is None or not value.type.endswith("[]"):
+        return None
+    if not all(isinstance(x, int) for x in value.value):
+        raise BadFile("not an array of whole numbers", object=key, found=value.type)
+    return value.value
+
+
+def mtp_layers(architecture: str, metadata: dict[str, Value]) -> int:
+    """How many of the last blocks are MTP blocks. BadFile where that is no count."""
+    if architecture in NOT_MTP:
+        return 0
+    return read_count(getter(metadata), f"{architecture}.nextn_predict_layers", 0)
+
+
+# Arrays under "{architecture}." with one element per block, MTP blocks included: cut when those are dropped.
+PER_LAYER_KEYS = frozenset((
+    "activation_sparsity_scale", "attention.compress_ratios", "attention.head_count", "attention.head_count_kv",
+    "attention.indexer.types", "attention.recurrent_layers", "attention.rope_pattern",
+    "attention.sliding_window_pattern", "deepstack_mapping", "expert_feed_forward_length", "expert_used_count",
+    "feed_forward_length", "swiglu_clamp_exp", "swiglu_clamp_shexp"))
+# Arrays under "{architecture}." that have another meaning, even where their length happens to be the number of blocks.
+OTHER_ARRAYS = frozenset((
+    "adapters.token_ids_activate", "adapters.token_ids_substitute", "classifier.output_labels", "ple.head_offsets",
+    "ple.head_vocab_sizes", "ple.layer_multipliers", "ple.layers", "rope.dimension_sections", "target_layers"))
+# Here nextn_predict_layers counts the adapter router's layer, not MTP blocks.
+NOT_MTP = frozenset(("graniteswitch",))
+
+
+def read_count(get: Callable[[str], Any], key: str, default: int | None = None) -> int:
+    """The value of `key` as a count; BadFile where it is missing (without a default) or no whole number >= 0."""
+    value = get(key)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise BadFile("missing metadata", object=key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise BadFile("not a count", object=key, found=repr(value)[:80])
+    return value

@@ -1,0 +1,266 @@
+"""What llama.cpp makes of a layer's number, architecture by architecture (src/models)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .._core import Value
+from ..base.errors import BadPlan, SurgeryError, Unsupported
+from ..base.words import ranges
+from ..plan_data.expressions import OutputTensor
+from .keys import getter, read_count, whole_numbers
+
+Metadata = Mapping[str, Value]
+
+
+# --- what llama.cpp makes of a layer's number -------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Period:
+    """One layer of every n differs from the others: the "first", "second" or "last" of each n. key, under
+    "{architecture}.": where n is; `default` where it is missing (0: all layers are alike). listed_by: an array of one
+    element per layer that llama.cpp reads in place of n. window: only where attention.sliding_window is not 0."""
+
+    special: str
+    default: int
+    key: str | None = None
+    listed_by: str | None = None
+    window: bool = False
+
+
+def _swa(default: int, *, special: str = "last", window: bool = False) -> Period:
+    key = "attention.sliding_window_pattern"
+    return Period(special, default, key, key, window)
+
+
+RECURRENT = Period("last", 4, "full_attention_interval", "attention.recurrent_layers")
+
+PERIODS: Mapping[str, tuple[Period, ...]] = {
+    "afmoe": (_swa(4, window=True), Period("last", 4)),                  # every fourth: no rope
+    "cohere2": (_swa(4),),
+    "cohere2moe": (_swa(4, special="first"),),
+    "ernie4_5-moe": (Period("last", 0, "interleave_moe_layer_step"),),
+    "exaone-moe": (_swa(4),),
+    "exaone4": (),                                                       # only with 64 layers: BY_COUNT
+    "gemma-embedding": (_swa(6),),
+    "gemma2": (_swa(2),),
+    "gemma3": (_swa(6, window=True),),
+    "gpt-oss": (_swa(2),),
+    "kimi-k3": (Period("first", 0, "attn_res.block_size"),),
+    "laguna": (_swa(4, special="first", window=True),),
+    "llama4": (Period("last", 0, "interleave_moe_layer_step"), _swa(4, window=True), Period("last", 4, window=True)),
+    "mellum": (_swa(4, window=True),),
+    "modern-bert": (_swa(3, special="first", window=True),),
+    "muse-glimmer": (_swa(4),),
+    "nomic-bert-moe": (Period("second", 0, "moe_every_n_layers"),),
+    "olmo2": (_swa(4, window=True),),
+    "plamo3": (_swa(8, window=True),),
+    "qwen3next": (RECURRENT,),
+    "qwen35": (RECURRENT,),
+    "qwen35moe": (RECURRENT,),
+    "qwen4exp": (RECURRENT,),
+    "smallthinker": (_swa(4, special="first", window=True), Period("first", 4, window=True)),  # the latter: no rope
+    "smollm3": (Period("last", 4),),                                     # every fourth: no rope
+}
+
+
+def _tokens(architecture: str, metadata: Metadata) -> Any:
+    if (value := metadata.get(f"{architecture}.vocab_size")) is not None:
+        return value.value
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    return len(tokens) if tokens is not None and tokens.type.endswith("[]") else 0
+
+
+def _deepseek2(architecture: str, metadata: Metadata, n: int) -> Any:
+    tokens = _tokens(architecture, metadata)
+    lite = n in (26, 27) or (n == 48 and tokens == 128256)
+    gating = f"{architecture}.expert_gating_func"
+    return lite, gating not in metadata and n in (47, 48) and tokens == 154880
+
+
+def _minicpm(architecture: str, metadata: Metadata, n: int) -> Any:
+    return None if f"{architecture}.residual_scale" in metadata else n
+
+
+def _last(architecture: str, metadata: Metadata, n: int) -> Any:
+    return n
+
+
+# What llama.cpp derives from the number of layers (n, without MTP blocks): it must come to the same afterwards.
+BY_COUNT: Mapping[str, tuple[str, Callable[[str, Metadata, int], Any]]] = {
+    "baichuan": ("position encoding", lambda _, __, n: n if n in (32, 40) else None),
+    "command-r": ("norms of query and key", lambda _, __, n: n >= 64),
+    "deepseek2": ("kind of attention and gate", _deepseek2),
+    "mistral4": ("kind of attention and gate", _deepseek2),
+    "exaone4": ("sliding window", lambda _, __, n: n == 64),
+    "gemma2": ("scale of attention", lambda _, __, n: n == 46),
+    "gemma3": ("scale of attention", lambda _, __, n: n == 62),
+    "gemma3n": ("caches, sparsity and embedding of each layer", _last),
+    "hrm_text": ("stacks and cycles", _last),
+    "minicpm": ("residual scale", _minicpm),
+    "minicpm3": ("residual scale", _last),
+    "minimax-01": ("decay of attention", _last),
+}
+
+# Layer 0 is built otherwise: its values are those that all other layers mix in.
+FIRST_STAYS = frozenset(("rwkv7", "arwkv7"))
+# The first n_deepstack_layers take the layers of an image's embedding, one each.
+DEEPSTACK = frozenset(("qwen3vl", "qwen3vlmoe", "qwen3tts"))
+# Layers without KV heads are recurrent (nemotron_h: if they have no FFN either).
+RECURRENT_WITHOUT_HEADS = frozenset((
+    "bailingmoe3", "glm5-next", "granitehybrid", "jamba", "kimi-k3", "kimi-linear", "lfm2", "lfm2moe", "nemotron_h",
+    "nemotron_h_moe", "plamo2"))
+_NUMBERED_APART, _DRAFT = "encoder and decoder are numbered apart", "a draft model belongs to the layers of another"
+NEVER: Mapping[str, str] = {
+    "t5": _NUMBERED_APART, "t5encoder": _NUMBERED_APART, "wavtokenizer-dec": "its blocks are no layers",
+    "dflash": _DRAFT, "eagle3": _DRAFT, "gemma4-assistant": _DRAFT,
+}
+
+# Architectures whose layers are alike, or differ only by arrays with one element per layer and by their tensors.
+UNIFORM = frozenset("""
+    apertus arcee arctic bailingmoe bailingmoe2 bailingmoe3 bert bitnet bloom chameleon chatglm codeshell cogvlm
+    dbrx deci deepseek deepseek2-ocr deepseek32 deepseek4 dots1 dots3note dream ernie4_5 eurobert exaone falcon
+    falcon-h1 gemma gemma4 glm-dsa glm4 glm4moe glm5-next gpt2 gptj gptneox granite granite_swa granitehybrid
+    granitemoe graniteswitch grok grovemoe hunyuan-dense hunyuan-moe hunyuan_vl hy_v3 hy_v4 internlm2 jais jais2
+    jamba jina-bert-v2 jina-bert-v3 kimi-linear lfm2 lfm2moe llada llada-moe llama llama-embed maincoder mamba
+    mamba2 maple mimo2 minimax-m2 minimax-m3 mistral3 mpt nanbeige nemotron nemotron_h nemotron_h_moe neo-bert
+    nomic-bert olmo olmoe openelm orion paddleocr pangu-embedded phi2 phi3 phimoe plamo plamo2 plm pockettts qwen
+    qwen2 qwen2moe qwen2vl qwen3 qwen3moe refact rnd1 rwkv6 rwkv6qwen2 seed_oss spark2_5 stablelm starcoder
+    starcoder2 step35 talkie xverse
+""".split())
+
+KNOWN = frozenset((*PERIODS, *BY_COUNT, *FIRST_STAYS, *DEEPSTACK, *NEVER, *UNIFORM))
+
+
+# --- what must not change --------------------------------------------------------------------------------------------
+
+def obstacles(architecture: str, tensors: Iterable[OutputTensor], metadata: Metadata, n: int,
+               kept: list[int]) -> Iterable[SurgeryError]:
+    """Why llama.cpp would not compute with the layers `kept` of n what it did. Numbers are those without MTP blocks."""
+    names = {tensor.name for tensor in tensors}
+    if architecture in NEVER:
+        yield Unsupported("layers of this architecture cannot be dropped", object=architecture,
+                          hint=NEVER[architecture])
+        return
+    if any(name.startswith(("enc.blk.", "dec.blk.")) for name in names):
+        yield Unsupported("layers of an encoder or decoder cannot be dropped", object=architecture,
+                          hint="they are numbered apart")
+    for name in ("per_layer_token_embd.weight", "per_layer_model_proj.weight"):
+        if name in names:
+            yield Unsupported("one tensor has columns of every layer", object=name,
+                              hint="layers of such a model cannot be dropped")
+    get = getter(dict(metadata))
+    if shared := read_count(get, f"{architecture}.attention.shared_kv_layers", 0):
+        yield Unsupported(f"the last {shared} layers use the keys and values of earlier ones",
+                          object=f"{architecture}.attention.shared_kv_layers", hint="its layers cannot be dropped")
+    yield from _count_obstacles(architecture, metadata, n, kept)
+    yield from _period_obstacles(architecture, metadata, n, kept)
+    yield from _kind_obstacles(architecture, metadata, n, kept)
+    yield from _other_obstacles(architecture, metadata, n, kept)
+
+
+def _moved(kept: list[int], differs: Callable[[int, int], bool]) -> str | None:
+    """In words, the first layer for which differs(old number, new number)."""
+    return next((f"layer {old} becomes layer {new}" for new, old in enumerate(kept) if differs(old, new)), None)
+
+
+def _count_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> Iterable[SurgeryError]:
+    if architecture not in BY_COUNT:
+        return
+    what, fact = BY_COUNT[architecture]
+    if fact(architecture, metadata, n) == fact(architecture, metadata, len(kept)):
+        return
+    hint = None
+    if architecture == "minicpm":
+        hint = f"set {architecture}.residual_scale to {1.4 / n ** 0.5:.6g}, what it is with {n} layers"
+    yield BadPlan(f"llama.cpp chooses the {what} by the number of layers", object=f"{architecture}.block_count",
+                  found=f"{n} layers, then {len(kept)}", hint=hint)
+
+
+def periods(architecture: str, metadata: Metadata) -> list[tuple[Period, str | None, int, int]]:
+    """(rule, key, n, r) of each rule of PERIODS that holds for this model: layers with number % n == r differ."""
+    get = getter(dict(metadata))
+    found = []
+    for rule in PERIODS.get(architecture, ()):
+        listed = metadata.get(f"{architecture}.{rule.listed_by}")
+        if listed is not None and (listed.type.endswith("[]") or rule.key != rule.listed_by):
+            continue
+        if rule.window and not _window(architecture, get):
+            continue
+        key = None if rule.key is None else f"{architecture}.{rule.key}"
+        n = rule.default if key is None else read_count(get, key, rule.default)
+        if n > 1:
+            found.append((rule, key, n, {"first": 0, "second": 1, "last": n - 1}[rule.special]))
+    return found
+
+
+def _window(architecture: str, get: Callable[[str], Any]) -> bool:
+    # llama4 without the key has its window of 8192, all others none.
+    return read_count(get, f"{architecture}.attention.sliding_window", int(architecture == "llama4")) > 0
+
+
+def _period_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> Iterable[SurgeryError]:
+    for _, key, period, special in periods(architecture, metadata):
+        moved = _moved(kept, lambda old, new: (old % period == special) != (new % period == special))
+        if moved:
+            yield BadPlan(f"layers alternate with period {period}", object=key or architecture, found=moved,
+                          hint=f"drop whole periods: {period} consecutive layers, or the last ones")
+
+
+def _kinds(architecture: str, metadata: Metadata, n: int) -> Iterable[tuple[str, list[Any]]]:
+    """(key, kind of each layer) of what decides which attention a layer has."""
+    for rule, key, period, special in periods(architecture, metadata):
+        if rule.listed_by:
+            yield key or architecture, [layer % period == special for layer in range(n)]
+    for word in ("attention.sliding_window_pattern", "attention.recurrent_layers"):
+        if (listed := whole_numbers(metadata, f"{architecture}.{word}")) is not None:
+            yield f"{architecture}.{word}", [bool(x) for x in listed[:n]]
+    heads, ffn = (whole_numbers(metadata, f"{architecture}.{word}")
+                  for word in ("attention.head_count_kv", "feed_forward_length"))
+    if architecture in RECURRENT_WITHOUT_HEADS and heads is not None:
+        has_ffn = ffn if ffn is not None and architecture.startswith("nemotron_h") else [0] * len(heads)
+        yield f"{architecture}.attention.head_count_kv", [(x > 0, y > 0) for x, y in zip(heads[:n], has_ffn)]
+
+
+def _kind_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> Iterable[SurgeryError]:
+    for key, kinds in _kinds(architecture, metadata, n):
+        lost = set(kinds) - {kinds[layer] for layer in kept if layer < len(kinds)}
+        if lost:
+            alone = [layer for layer, kind in enumerate(kinds) if kind in lost]
+            yield BadPlan("llama.cpp stops where no layer of a kind is left", object=key,
+                          hint="keep at least one of " + ranges(alone))
+
+
+def _other_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> Iterable[SurgeryError]:
+    get = getter(dict(metadata))
+    if architecture in FIRST_STAYS and kept[0] != 0:
+        yield BadPlan("the first layer is not like the others and must stay", object="blk.0")
+    if architecture == "llama4" and not _window(architecture, get) and kept[-1] != n - 1:
+        yield BadPlan("llama.cpp uses no rope in the last layer: it must stay", object=f"blk.{n - 1}")
+    key = f"{architecture}.rescale_every_n_layers"
+    if architecture == "rwkv6" and (step := read_count(get, key, 0)):
+        # The converter divided the weights of layer i by 2^(i // step), and llama.cpp halves the state as it goes.
+        if moved := _moved(kept, lambda old, new: old // step != new // step):
+            yield BadPlan(f"the weights are scaled for their place, every {step} layers", object=key, found=moved)
+    key = f"{architecture}.n_deepstack_layers"
+    if architecture in DEEPSTACK and (deep := read_count(get, key, 0)):
+        if moved := _moved(kept, lambda old, new: min(old, deep) != min(new, deep)):
+            yield BadPlan(f"the first {deep} layers take embeddings of images and must stay", object=key, found=moved)
+    key = f"{architecture}.deepstack_mapping"
+    if (mapping := whole_numbers(metadata, key)) is not None:
+        # Layer 0 takes none, whatever its element says.
+        taking = {layer for layer, index in enumerate(mapping[:n]) if index >= 0 and layer > 0}
+        if lost := taking - {old for new, old in enumerate(kept) if new > 0}:
+            yield BadPlan("layers that take embeddings of images must stay", object=key, found=f"layer {min(lost)}")
+        elif kept[0] != 0 and mapping[:1] and mapping[0] >= 0:
+            yield BadPlan("layers that take embeddings of images must stay", object=key, found="layer 0")
+    if architecture == "glm-dsa" and f"{architecture}.attention.indexer.types" not in metadata:
+        # llama.cpp's own table for long contexts: the first two, then one of every four.
+        if read_count(get, f"{architecture}.context_length", 0) >= 1 << 20:
+            full = [layer < 2 or layer % 4 == 2 for layer in range(n)]
+            if moved := _moved(kept, lambda old, new: full[old] != full[new]):
+                yield BadPlan("layers alternate with period 4 after the first two",
+                              object=f"{architecture}.attention.indexer.types", found=moved,
+                              hint="drop whole periods: 4 consecutive layers, or the last ones")

@@ -1,0 +1,1 @@
+"""What everything else leans on: errors, units, words, progress."""

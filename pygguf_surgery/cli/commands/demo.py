@@ -1,0 +1,96 @@
+"""`gguf-surgery demo`: make a model, cut it in half in MXFP4, show what it cost. Everything through the public face."""
+
+from __future__ import annotations
+
+import os
+import resource
+import tempfile
+import time
+from argparse import Namespace
+from contextlib import nullcontext
+from typing import Any
+
+from ...base.units import human
+from ...base.words import decimals, magnitude, table
+from .. import words
+from .info import bits_per_weight, experts, parameters
+
+TYPE = "MXFP4_MOE"
+
+
+def run(args: Namespace) -> int:
+    folder = nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory(prefix="gguf-surgery-demo-")
+    with folder as path:
+        os.makedirs(path, exist_ok=True)
+        result = _demo(args, path)
+    if args.json:
+        words.print_json(result)
+    return 0
+
+
+def _demo(args: Namespace, folder: str) -> dict[str, Any]:
+    import pygguf_surgery as pgs
+
+    from ...reports.comparison import compare
+
+    say = (lambda text: None) if args.json else print
+    source_path, start = args.model, time.perf_counter()
+    if source_path is None:
+        from .demo_model import write_demo_model
+
+        source_path = os.path.join(folder, "demo-bf16.gguf")
+        write_demo_model(source_path, overwrite=bool(args.folder))
+        say(f"made {source_path} in {time.perf_counter() - start:.1f} s")
+    output = os.path.join(folder, "demo-cut.gguf")
+    limits = dict(memory=args.memory, threads=args.threads, io=args.io)
+    with pgs.open(source_path) as source:
+        moe = experts(source)
+        if moe is None:
+            raise pgs.BadPlan("the model has no experts", path=source.path)
+        keep = moe["count"] // 2 if args.keep is None else args.keep
+        type, by = TYPE if args.type is None else args.type, "router-norm" if args.by is None else args.by
+        start = time.perf_counter()
+        kept = pgs.experts.rank(source, by=by, **limits).keep(keep)
+        plan = pgs.Plan(source).keep_experts(kept).quantize(type)
+        receipt = plan.write(output, overwrite=bool(args.folder), **limits)
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        with pgs.open(output) as result:
+            data = {"before": _size(source), "after": _size(result), "seconds": seconds, "peak_memory_bytes": peak,
+                    "receipt": receipt.to_json(), **compare(source, result)}
+            say(_summary(source, result, type, by))
+    say(_roles(data["roles"]))
+    say(f"cut and quantized in {seconds:.2f} s with {human(receipt.buffer_bytes)} of buffers; "
+        f"peak memory of the whole process {human(peak)}")
+    if args.folder:
+        say(f"kept in {folder}")
+    return data
+
+
+def _size(model) -> dict[str, Any]:
+    return {"file_bytes": model.file_bytes, "parameters": parameters(model), "bits_per_weight": bits_per_weight(model),
+            "experts": experts(model)["count"]}
+
+
+def _summary(source, result, type: str, by: str) -> str:
+    def line(word, model, note):
+        s = _size(model)
+        layers = len(experts(model)["layers"])
+        return (word, human(s["file_bytes"]), f"{magnitude(s['parameters'])} parameters",
+                f"{s['bits_per_weight']:.2f} bits per weight", f"{s['experts']} experts x {layers} layers", note)
+
+    before, after = source.file_bytes, result.file_bytes
+    rows = [line("before", source, ""), line("after", result, f"{type}, experts by {by}")]
+    return (f"\n{table(rows, left=6)}\n"
+            f"ratio   {before / after:.2f} times smaller: {100 * after / before:.1f} % of the bytes are left\n")
+
+
+def _roles(roles: list[dict[str, Any]]) -> str:
+    rows = [("role", "types", "tensors", "before", "after", "cosine", "SNR dB", "relative error")]
+    for r in roles:
+        before, after = "+".join(r["source_types"]), "+".join(r["types"])
+        rows.append((r["role"].replace("_", " "), before if before == after else f"{before} -> {after}",
+                     str(r["tensors"]), human(r["source_nbytes"]), human(r["nbytes"]), decimals(r["cosine"], 6),
+                     "equal" if r["relative_error"] == 0 else decimals(r["snr_db"], 1),
+                     decimals(r["relative_error"], 4)))
+    return table(rows, left=2) + "\n"

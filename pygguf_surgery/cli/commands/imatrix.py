@@ -1,0 +1,168 @@
+"""`gguf-surgery imatrix show | merge | slice | convert`: arguments in, exit code out."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from argparse import Namespace
+from typing import Any
+
+from ...base.units import human
+from ...base.words import magnitude, table
+from .. import words
+
+# Options as in options.OPTIONS; command -> (help, positional arguments, options) as in options.COMMANDS.
+OPTIONS = {
+    "--by": dict(metavar="FILE", required=True, help='the experts to keep: a JSON file {"kept": {"0": [ids]}}, or the '
+                 "GGUF file of a model that was pruned to them"),
+    "--experts": dict(type=int, metavar="N", help="how many experts the model had, where the file does not say"),
+    "--chunk-size": dict(type=int, metavar="N", help="tokens of a chunk, where the file does not say (default 512)"),
+    "--force": dict(action="store_true", help="replace an existing output"),
+    "--json": dict(action="store_true", help="print the machine form"),
+    "--full": dict(action="store_true", help="with --json: arrays of over 32 elements in full"),
+}
+COMMANDS = {
+    "show": ("what an importance matrix has seen", ("IMATRIX",), ("--json", "--full")),
+    "merge": ("add importance matrices of one model", ("OUT", "IMATRIX..."), ("--chunk-size", "--force")),
+    "slice": ("cut an importance matrix as a model's experts were cut", ("IMATRIX", "OUT"),
+              ("--by", "--experts", "--force")),
+    "convert": ("change the older .dat format to GGUF, or back if OUT ends in .dat", ("IMATRIX", "OUT"),
+                ("--chunk-size", "--force")),
+}
+# metavar -> (dest, help, nargs)
+POSITIONALS = {
+    "IMATRIX": ("input", "an importance matrix of llama-imatrix, GGUF or .dat", None),
+    "IMATRIX...": ("inputs", "importance matrices of llama-imatrix, GGUF or .dat", "+"),
+    "OUT": ("output", "the importance matrix to write", None),
+}
+
+_KEPT = re.compile(r"pgs\.experts\.([0-9]{1,9})\.kept")
+_SHOWN = 16  # ids of experts in a line
+
+
+def show(args: Namespace) -> int:
+    from ...base.printed import abbreviate
+    from ...files.imatrix import open
+    from ...files.imatrix_tools import coverage
+
+    with open(args.input) as imatrix:
+        data = coverage(imatrix)
+        size = imatrix.source.size
+    if args.json:
+        words.print_json(data if args.full else abbreviate(data))
+        return 0
+    words.show(_describe(data, size))
+    for text in data["warnings"]:
+        words.say(f"warning: {text}")
+    return 0
+
+
+def merge(args: Namespace) -> int:
+    from ...files.imatrix_tools import merge
+
+    _check_output(args)
+    merge(args.inputs, args.output, chunk_size=args.chunk_size, overwrite=args.force)
+    return _written(args.output)
+
+
+def slice(args: Namespace) -> int:
+    from ...files.imatrix_tools import slice
+
+    _check_output(args)
+    unknown = slice(args.input, args.output, read_kept(args.by), experts=args.experts, overwrite=args.force)
+    if unknown:
+        words.say(f"warning: layers of {args.by} without an entry: {', '.join(map(str, unknown))}")
+    return _written(args.output)
+
+
+def convert(args: Namespace) -> int:
+    from ...files.imatrix_tools import convert
+
+    _check_output(args)
+    convert(args.input, args.output, chunk_size=args.chunk_size, overwrite=args.force)
+    return _written(args.output)
+
+
+def read_kept(path: str) -> dict[int, list[int]]:
+    """layer -> ids, of {"kept": {"0": [ids]}} in a JSON file or of the keys pgs.experts.N.kept in a pruned GGUF."""
+    from ...architecture.loader import MAX_LAYERS
+    from ...base.errors import BadPlan
+    from ...files.open import open as open_model
+
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF":
+        with open_model(path, metadata_only=True) as model:
+            # The imatrix has the layers of the model that was cut, which may have lost some too.
+            layers = _whole(path, "pgs.layers.kept", model.metadata.get("pgs.layers.kept", range(MAX_LAYERS)))
+            kept = {layers[int(match[1])]: _whole(path, key, model.metadata[key]) for key in model.metadata
+                    if (match := _KEPT.fullmatch(key)) and int(match[1]) < len(layers)}
+            if any(re.fullmatch(r"pgs\.experts\.[0-9]+\.merged", key) for key in model.metadata):
+                raise BadPlan("the model's experts were merged: how their neurons were matched is not in the file",
+                              path=path, hint="quantize with the importance matrix in the run that merges")
+        if not kept:
+            raise BadPlan("this model does not say which experts it kept", path=path,
+                          expected="keys pgs.experts.N.kept")
+        return kept
+    form = '{"kept": {"0": [ids]}}'
+    try:
+        with open(path, encoding="utf-8") as file:
+            kept = json.load(file)["kept"]
+        layers = {int(layer): list(ids) for layer, ids in kept.items()}
+        if len(layers) < len(kept) or any(type(i) is not int for ids in layers.values() for i in ids):
+            raise ValueError("not ids of experts")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadPlan(f"not a list of experts: {error}", path=path, expected=form) from None
+    return layers
+
+
+def _whole(path: str, key: str, values: Any) -> list[int]:
+    from ...base.errors import BadFile
+
+    if not isinstance(values, (list, range)) or any(type(i) is not int for i in values):
+        raise BadFile("not an array of whole numbers", path=path, object=key)
+    return list(values)
+
+
+def _check_output(args: Namespace) -> None:
+    if not args.force and os.path.lexists(args.output):
+        raise FileExistsError(errno.EEXIST, "exists already; --force replaces it", args.output)
+
+
+def _written(path: str) -> int:
+    from ...files.imatrix import open
+    from ...files.imatrix_tools import coverage
+
+    with open(path) as imatrix:
+        words.show(_describe(coverage(imatrix), imatrix.source.size))
+    return 0
+
+
+def _describe(data: dict[str, Any], nbytes: int) -> str:
+    chunks = f"{data['chunk_count']} chunks"
+    if data["chunk_size"]:
+        chunks += f" of {data['chunk_size']} tokens"
+    values = sum(entry["size"] for entry in data["entries"])
+    rows = [("file", f"{os.path.basename(data['path'])}, {data['format']}, {human(nbytes)}"),
+            ("made from", ", ".join(data["datasets"]) or "(not said)"),
+            ("text", chunks),
+            ("entries", f"{len(data['entries'])} tensors, {magnitude(values)} values")]
+    never = [entry["name"] for entry in data["entries"] if entry["most"] == 0]
+    if never:
+        rows.append(("never seen", f"{len(never)} tensors: {_list(never)}"))
+    text = table(rows, left=2)
+    if data["layers"]:
+        lines = [("layer", "experts seen", "least", "median", "most", "never seen")]
+        for layer in data["layers"]:
+            lines.append((str(layer["layer"]), f"{layer['seen']} of {layer['experts']}", magnitude(layer["least"]),
+                          magnitude(sorted(layer["tokens"])[layer["experts"] // 2]), magnitude(layer["most"]), _list(layer["never"])))
+        text += f"\n\ntokens of each expert:\n{table(lines, left=0)}"
+    elif data["format"] == "legacy":
+        text += "\n\nthis format has lost how often each expert was used"
+    return text
+
+
+def _list(items: list[Any]) -> str:
+    return ", ".join(map(str, items[:_SHOWN])) + (", ..." if len(items) > _SHOWN else "")

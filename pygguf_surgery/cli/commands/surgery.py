@@ -1,0 +1,378 @@
+"""One function per command, arguments in, exit code out: each describes or writes a plan, or only reads a file."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from .. import words
+from ..common import Usage, choose, progress, refuse_existing, warn, write_beside
+
+if TYPE_CHECKING:
+    from ...files.model import Model
+    from ...plan import Plan
+
+
+READ_ALL = ("aimer", "imatrix-msan")  # metrics that read all weights of experts, or a third of them
+_EXCLUSIVE = (("keep", "ratio"), ("target_size", "target_bpw"), ("include_weights", "exclude_weights"),
+              ("split_max_size", "split_max_tensors"), ("keep_split", "split_max_size"),
+              ("keep_split", "split_max_tensors"))
+
+
+# --- commands that only read ---------------------------------------------------------------------------------------
+
+def info(args: Namespace) -> int:
+    from ...files.open import open as open_model
+    from .info import describe, to_json
+
+    # Not a context manager: closing hashes the header, for plans that outlive the model, and nothing here does.
+    model = open_model(args.input)
+    if args.json:
+        words.print_json(to_json(model, args.full))
+    else:
+        words.show(describe(model))
+        warn(model.warnings)
+    return 0
+
+
+def verify(args: Namespace) -> int:
+    from ...reports.verification import verify as check
+
+    report = check(args.file, args.against, data=not args.no_data)
+    if args.json:
+        words.print_json(report.to_json())
+    elif not args.quiet:
+        warn(report.warnings)
+        for problem in report.problems:
+            words.show(f"problem: {problem}")
+        words.show(report.summary())
+    return 0 if report.good else 3
+
+
+def imatrix(args: Namespace) -> int:
+    from . import imatrix as tools
+
+    return getattr(tools, args.imatrix_command)(args)
+
+
+def calibrate(args: Namespace) -> int:
+    from .stats import calibrate as run
+
+    return run(args)
+
+
+def repair(args: Namespace) -> int:
+    from .stats import repair as run
+
+    return run(args)
+
+
+def stats(args: Namespace) -> int:
+    from . import stats as tools
+
+    return getattr(tools, args.stats_command)(args)
+
+
+def demo(args: Namespace) -> int:
+    from .demo import run
+
+    return run(args)
+
+
+# --- commands that make a plan --------------------------------------------------------------------------------------
+
+def plan(args: Namespace) -> int:
+    args.dry_run = True
+    return _describe_or_write(args)
+
+
+def prune(args: Namespace) -> int:
+    from ...studies.metrics import METRICS
+
+    if args.keep is None and args.ratio is None and args.by in (None, *METRICS) and args.repair is None:
+        raise Usage("prune needs --keep N or --ratio R (or --by FILE.json with the experts to keep)")
+    return _describe_or_write(args)
+
+
+def merge(args: Namespace) -> int:
+    if args.keep is None and args.ratio is None:
+        raise Usage("merge needs --keep N or --ratio R")
+    if args.stats is None and not args.weights_only:
+        raise Usage("merge needs --stats STATS (of calibrate --merge-stats) or --weights-only")
+    return _describe_or_write(args)
+
+
+def quantize(args: Namespace) -> int:
+    _place_quantize(args)
+    return _describe_or_write(args)
+
+
+def edit(args: Namespace) -> int:
+    return _describe_or_write(args)
+
+
+def split(args: Namespace) -> int:
+    from ...edits.split import MAX_TENSORS
+
+    if args.split_max_size is None and args.split_max_tensors is None:
+        args.split_max_tensors = MAX_TENSORS
+    return _describe_or_write(args)
+
+
+def join(args: Namespace) -> int:
+    return _describe_or_write(args)
+
+
+def _place_quantize(args: Namespace) -> None:
+    """IN [OUT] TYPE [THREADS] into args.input, output, type and threads. As in llama-quantize the second is the output
+    unless it is a type; with a recipe the type may be missing."""
+    from ...base.errors import SurgeryError
+    from ...base.units import MEMORY_LEAST
+    from ...recipes import mixes
+
+    args.input, *rest = args.arguments
+    args.output = args.type = None
+
+    def is_type(text: str) -> bool:
+        try:
+            mixes.file_type(text, args.pure)
+            return True
+        except SurgeryError:
+            return False
+
+    if rest and not is_type(rest[0]):
+        args.output = rest.pop(0)
+    if rest:
+        args.type = rest.pop(0)
+        mixes.file_type(args.type, args.pure)  # says what is wrong, with the nearest names
+    elif args.recipe is None:
+        if args.output is not None and not os.path.lexists(args.output) and not args.output.endswith(".gguf"):
+            mixes.file_type(args.output, args.pure)  # most likely a misspelt type
+        raise Usage("quantize needs a TYPE, such as Q4_K_M, or --recipe")
+    if rest:
+        if len(rest) > 1 or not rest[0].isdecimal() or len(rest[0]) > 9 or args.threads:
+            raise Usage("quantize takes IN [OUT] TYPE [THREADS]")
+        args.threads = int(rest[0])
+    if args.output is None and not args.dry_run:
+        if args.type is None:
+            raise Usage("quantize needs an OUT")
+        name = f"ggml-model-{mixes.file_type(args.type, args.pure).name}.gguf"
+        args.output = os.path.join(os.path.dirname(args.input), name)
+    if args.max_buffer_size is not None:
+        if not 0 < args.max_buffer_size < 1 << 40:
+            raise Usage("--max-buffer-size takes a number of MiB")
+        args.memory = max(args.max_buffer_size << 20, MEMORY_LEAST)
+
+
+def _describe_or_write(args: Namespace) -> int:
+    from ...files.open import open as open_model
+    from ...run.writing import output_paths, write
+
+    given = vars(args)
+    shards = bool(_split_by(given))
+    if given.get("no_tensor_first_split") and not shards:
+        raise Usage("--no-tensor-first-split goes with --split-max-size or --split-max-tensors")
+    for one, other in _EXCLUSIVE:
+        if given.get(one) not in (None, False, []) and given.get(other) not in (None, False, []):
+            raise Usage(f"--{one.replace('_', '-')} and --{other.replace('_', '-')} exclude each other")
+    if not args.dry_run and not args.force and not shards:  # before the weights are read to choose
+        refuse_existing([args.output])
+    limits = dict(memory=args.memory, threads=args.threads, io=args.io)
+    quiet = getattr(args, "quiet", False)
+    with open_model(args.input) as model:
+        checked = make_plan(model, args).check(**limits)
+        if args.dry_run:
+            if args.json:
+                words.print_json(checked.to_json(full=args.full))
+            else:
+                words.show(checked.summary())
+            return 0
+        if checked.blockers:
+            for blocker in checked.blockers:
+                words.say(f"error: {blocker}")
+            return 4
+        if not args.force:
+            refuse_existing(output_paths(checked, args.output))
+        with progress("writing", quiet) as bar:
+            receipt = write(model, checked, args.output, overwrite=args.force, progress=bar, **limits)
+    if args.json:
+        words.print_json(receipt.to_json())
+    elif not quiet:
+        for text in receipt.notes:
+            words.say(text)
+        warn(receipt.warnings)
+        words.show(_receipt(receipt))
+    return 0
+
+
+def make_plan(model: Model, args: Namespace) -> Plan:
+    """The plan that the options describe; a command lacks some of them. What reads weights comes last."""
+    from ...plan import Plan
+
+    given = vars(args)
+    result = Plan(model)
+    if given.get("remove"):
+        result = result.remove_metadata(*args.remove)
+    if given.get("set"):
+        result = result.set_metadata_text(args.set)
+    if given.get("override_kv"):
+        result = result.set_metadata(dict(args.override_kv))
+    result = _add_types(result, given)
+    result = _add_shards(result, args)
+    if "weights_only" in given:
+        result = _merge_experts(model, result, args)
+    elif any(given.get(option) is not None for option in ("keep", "ratio", "by", "repair")):
+        result = _keep_experts(model, result, args)
+    elif given.get("mtp") == "drop":
+        raise Usage("--mtp drop goes with --keep or --ratio")
+    elif word := next((word for word in ("stats", "super_experts", "report", "plot") if given.get(word)), None):
+        raise Usage(f"--{word.replace('_', '-')} goes with --keep, --ratio or --by")
+    if given.get("prune_layers"):
+        result = result.prune_layers(args.prune_layers)
+    if given.get("target_size") is not None or given.get("target_bpw") is not None:
+        result = _fit(result, args)
+    return result
+
+
+def _keep_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
+    from ...files.outputs import check_output
+
+    for path in (args.report, args.plot):  # before the weights are read to choose
+        if path is not None:
+            check_output([args.input, args.stats, args.imatrix, args.repair, args.by], path, overwrite=True)
+            if not args.force:
+                refuse_existing([path])
+    quiet = getattr(args, "quiet", False) or args.json
+    if args.repair is not None and (args.keep, args.ratio, args.by) == (None, None, None):
+        from ...files.repair import open as open_repair
+
+        if word := next((word for word in ("stats", "super_experts") if getattr(args, word)), None):
+            raise Usage(f"--{word.replace('_', '-')} goes with --keep, --ratio or --by: the repair names the experts")
+        opened = open_repair(args.repair)
+        opened.close()
+        keep = opened.keep()
+        if not quiet:
+            words.explain(opened.summary())
+    else:
+        if args.by in READ_ALL and not args.dry_run:
+            _refuse_early(model, plan, args)
+        keep = choose(model, args)
+    if args.report is not None:
+        write_beside(args.report, (keep.to_json() + "\n").encode(), args.force)
+    if args.plot is not None:
+        from ...reports.plots import importance
+
+        write_beside(args.plot, importance(keep), args.force)
+    if not quiet and (keep.scores or keep.seen.notes):
+        words.explain(keep.summary())
+    return plan.keep_experts(keep, mtp=args.mtp, repair=args.repair)
+
+
+def _merge_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
+    from ...studies.ream import group
+
+    quiet = args.quiet or args.json
+    if not args.dry_run:
+        _refuse_early(model, plan, args)
+    with progress("matching", args.quiet, "experts") as bar:
+        groups = group(model, args.keep, ratio=args.ratio, stats=args.stats, by=args.saliency,
+                       group_size=args.group_size, weights_only=args.weights_only, mtp=args.mtp,
+                       memory=args.memory, threads=args.threads, io=args.io, progress=bar)
+    if not quiet:
+        words.explain(groups.summary())
+    return plan.merge_experts(groups, mtp=args.mtp)
+
+
+# argparse's name -> the argument of Plan.quantize
+_TYPE_OPTIONS = {"pure": "pure", "output_tensor_type": "output_type", "token_embedding_type": "token_embedding_type",
+                 "leave_output_tensor": "leave_output", "allow_requantize": "allow_requantize", "imatrix": "imatrix",
+                 "include_weights": "include_weights", "exclude_weights": "exclude_weights",
+                 "quality": "quality"}
+
+
+def _add_types(plan: Plan, given: dict) -> Plan:
+    if "override" not in given:
+        return plan
+    overrides = list(given["override"])
+    if given["tensor_type_file"] is not None:
+        overrides += _overrides_in(given["tensor_type_file"])
+    options = {name: given[word] for word, name in _TYPE_OPTIONS.items() if given[word]}
+    if given["imatrix_missing"] != "default":
+        options["imatrix_missing"] = given["imatrix_missing"]
+    if given["recipe"] is not None:
+        return plan.recipe(given["recipe"], type=given["type"], overrides=overrides, **options)
+    if given["type"] is not None or overrides:
+        return plan.quantize("COPY" if given["type"] is None else given["type"], overrides=overrides, **options)
+    if options.keys() == {"imatrix"} and given.get("by") in ("frequency", "imatrix-msan"):
+        return plan  # it is for the choice of experts
+    if options:
+        word = next((word for word in _TYPE_OPTIONS if given[word]), "imatrix_missing")
+        raise Usage(f"--{word.replace('_', '-')} goes with a type")
+    return plan
+
+
+def _overrides_in(path: str) -> list[tuple[str, str]]:
+    from argparse import ArgumentTypeError
+
+    from ..options import override
+
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        try:
+            return [override(word) for word in file.read().split()]
+        except ArgumentTypeError as error:
+            raise Usage(f"{path}: {error}") from None
+
+
+def _split_by(given: dict) -> dict:
+    """The arguments of Plan.split that the options give; 0 is one of them, for Plan.split to refuse."""
+    by = {"max_size": given.get("split_max_size"), "max_tensors": given.get("split_max_tensors"),
+          "keep": given.get("keep_split") or None}
+    return {name: value for name, value in by.items() if value is not None}
+
+
+def _add_shards(plan: Plan, args: Namespace) -> Plan:
+    by = _split_by(vars(args))
+    return plan.split(**by, first_empty=args.no_tensor_first_split) if by else plan
+
+
+def _fit(plan: Plan, args: Namespace) -> Plan:
+    """Prints the choice as overrides that reproduce it."""
+    from ...plan_data.edits import Quantize
+
+    if args.type is None and args.recipe is None:
+        raise Usage("--target-size and --target-bpw go with a type, which names the family")
+    before = next(edit for edit in plan.data.edits if isinstance(edit, Quantize)).overrides
+    with progress("measuring", vars(args).get("quiet", False), "tensors") as bar:
+        plan = plan.fit(size=args.target_size, bpw=args.target_bpw, memory=args.memory, threads=args.threads, io=args.io,
+                        progress=bar)
+    after = next(edit for edit in plan.data.edits if isinstance(edit, Quantize)).overrides
+    if not vars(args).get("quiet", False):
+        words.say("types chosen; these options give them again:")
+        words.explain("\n".join(f"  --tensor-type '{pattern}={type}'" for pattern, type in after[len(before):]))
+    return plan
+
+
+def _refuse_early(model: Model, plan: Plan, args: Namespace) -> None:
+    """Raises what no choice of experts could change, before all their weights are read to choose."""
+    from ...run.writing import first_blocker
+    from ...studies.scoring import rank
+    from .info import experts
+
+    moe = experts(model)
+    if moe is None or not isinstance(moe["count"], int):  # rank says what is wrong
+        return
+    alike = rank(model, by={"scores": {layer: [0] * moe["count"] for layer in moe["layers"]}})
+    checked = plan.keep_experts(alike.keep(args.keep, ratio=args.ratio), mtp=args.mtp).check()
+    if checked.blockers:
+        raise first_blocker(checked)
+
+
+def _receipt(receipt) -> str:
+    from ...base.units import human
+
+    rate = receipt.bytes_read / receipt.seconds if receipt.seconds else 0
+    done = ", ".join(f"{n} {action}" for action, n in sorted(receipt.actions.items()))
+    shards = f" in {len(receipt.paths)} shards" if len(receipt.paths) > 1 else ""
+    return (f"{receipt.path}: {human(receipt.file_bytes)}{shards} in {receipt.seconds:.1f} s, "
+            f"reading {human(int(rate))}/s; tensors: {done}")

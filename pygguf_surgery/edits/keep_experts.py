@@ -1,0 +1,343 @@
+"""Cutting experts: a pure function from output tensors and metadata to output tensors and metadata."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .._core import Value
+from .._core import types as core_types
+from ..architecture.experts import (
+    SIGMOID,
+    SOFTMAX,
+    SQRT_SOFTPLUS,
+    Layout,
+    check_shape,
+    expert_rule,
+    layout,
+    pad_value,
+    selection_biases,
+)
+from ..architecture.keys import NOT_MTP, getter, like, read_count
+from ..architecture.loader import MAX_EXPERTS, check_groups, used_experts
+from ..architecture.names import layer_of
+from ..base.errors import BadFile, BadPlan, SurgeryError, Unsupported
+from ..base.words import ranges
+from ..files.lineage import DROPPED, claim_source, set_size_label
+from ..plan_data.edits import KeepExperts
+from ..plan_data.expressions import PAD, Copy, Expression, FromRepair, Merge, OutputTensor, Remap, Stack, Take
+from ..plan_data.outcome import Outcome
+from ..quant.types import type_facts
+from .blocks import drop
+
+if TYPE_CHECKING:
+    from ..files.model import Model
+    from ..files.repair import Repair
+    from ..plan_data.choices import Ids
+
+
+def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value], edit: KeepExperts,
+          repair: Repair | None = None) -> Outcome:
+    """Keeps the experts that `edit` names in every MoE block. Reads no tensor data and changes nothing in place. repair:
+    that of the edit, open, or None where it has none or that could not be opened.
+
+    Ids are those of `tensors`, so a second cut counts in the experts that the first one left. What llama.cpp could not
+    load, and what would change routing silently, becomes a blocker; nothing is raised.
+    """
+    out = Outcome(list(tensors), dict(metadata))
+    architecture = model.architecture
+    try:
+        if edit.mtp not in ("keep", "drop"):
+            raise BadPlan("no such choice", object="mtp", found=repr(edit.mtp), expected='"keep" or "drop"')
+        dropped = _drop_mtp(architecture, out) if edit.mtp == "drop" else range(0)
+        found = layout(architecture, [t.name for t in out.tensors], getter(out.metadata))
+        if not found.layers:
+            raise BadPlan("the model has no experts", object=architecture or None)
+    except SurgeryError as error:
+        out.blockers.append(error)
+        return out
+    out.blockers += [error for t in out.tensors if (error := check_shape(t.name, t.shape, found))]
+    kept = _check_kept(architecture, edit, found, dropped, out)
+    if out.blockers or all(len(ids) == found.experts for ids in kept.values()):
+        return out
+    _check_routing(architecture, found, kept, out)
+    if out.blockers:
+        return out
+    uncut = out.tensors
+    out.tensors = [_cut(t, architecture, found, kept, edit.order, out.blockers) for t in out.tensors]
+    try:
+        if edit.repair is not None and repair is not None:
+            _check_repair(model, kept, repair)
+            out.tensors = [_repaired(before, after, repair) for before, after in zip(uncut, out.tensors)]
+        _set_metadata(model, architecture, kept, edit, found.mtp, out)
+    except SurgeryError as error:
+        out.blockers.append(error)
+    return out
+
+
+# --- what was asked for ---------------------------------------------------------------------------------------------
+
+def _check_kept(architecture: str, edit: KeepExperts, found: Layout, dropped: range, out: Outcome) -> Ids:
+    """The ids per MoE layer as plain ints, padded where layers keep different numbers; every fault is a blocker."""
+    kept: Ids = {}
+    blockers = out.blockers
+    for layer, ids in edit.kept.items():
+        if layer in found.layers:
+            kept[layer] = _check_ids(layer, ids, found.experts, blockers)
+        elif layer not in dropped:  # a ranking of the whole model names those too
+            blockers.append(BadPlan("experts named for a layer that has none", object=f"blk.{layer}",
+                                    hint=f"layers with experts: {ranges(found.layers)}"))
+    for layer in found.layers:
+        if layer not in kept:
+            mtp = layer in found.mtp
+            blockers.append(BadPlan("no experts named for this " + ("MTP block" if mtp else "layer"),
+                                    object=f"blk.{layer}", hint='or drop it with mtp="drop"' if mtp else None))
+    counts = sorted({len(ids) for ids in kept.values()})
+    if len(counts) > 1 and not blockers:
+        numbers = ", ".join(f"{n} in {ranges(k for k, v in kept.items() if len(v) == n)}" for n in counts)
+        if reason := _unpaddable(architecture, found, kept, out):
+            blockers.append(Unsupported(
+                "a different number of experts per layer", object="keep_experts", found=numbers,
+                hint="llama.cpp has one expert_count for all layers, and experts that are never picked cannot make up "
+                     f"for it: {reason}; keep the same number in each"))
+        else:
+            out.warnings.append(f"experts per layer: {numbers}; made up to {counts[-1]} in each by experts of zeros that "
+                                "the router never picks, which saves no bytes")
+            kept = {layer: ids + (PAD,) * (counts[-1] - len(ids)) for layer, ids in kept.items()}
+    return {layer: kept[layer] for layer in found.layers if layer in kept}
+
+
+def _unpaddable(architecture: str, found: Layout, kept: Ids, out: Outcome) -> str | None:
+    """Why experts of zeros would change what the model computes; None where they do not: a bias keeps the router from
+    them, and a zero logit does not enter the gates of the others."""
+    tensors = {t.name: t for t in out.tensors}
+    get = getter(out.metadata)
+    if found.groups > 1 or found.chunk > 1:
+        return "the router picks groups" if found.groups > 1 else "experts share chunk experts"
+    if any(name.endswith(".ffn_gate_tid2eid.weight") for name in tensors):
+        return "experts are looked up by token"
+    if architecture != "gpt-oss":  # whose router bias is added to the logits, and the softmax is over those picked
+        gate = get(f"{architecture}.expert_gating_func")
+        if gate == SOFTMAX and not get(f"{architecture}.expert_weights_norm"):
+            return "the softmax over all experts is not renormalised"
+        if gate not in (SOFTMAX, SIGMOID, SQRT_SOFTPLUS):
+            return "the file does not say how gates are computed"
+    for layer in kept:
+        names = [f"blk.{layer}.{bias}" for bias in selection_biases(architecture)]
+        biases = [tensors[name] for name in names if name in tensors]
+        if not biases:
+            return f"layer {layer} has no selection bias"
+        if any(bias.source_type != "F32" for bias in biases):
+            return f"the selection bias of layer {layer} is not F32"
+    return None
+
+
+def _check_ids(layer: int, ids: Iterable[Any], experts: int, blockers: list[SurgeryError]) -> tuple[int, ...]:
+    name = f"blk.{layer}.ffn_down_exps.weight"
+    try:
+        plain = tuple(operator.index(i) for i in ids)
+    except TypeError:
+        blockers.append(BadPlan("an expert id is a whole number", object=name, found=repr(ids)[:80]))
+        return ()
+    problem = None
+    if not plain:
+        problem = "no expert is kept"
+    elif outside := [i for i in plain if not 0 <= i < experts]:
+        problem = f"expert {outside[0]} out of range (the tensor has {experts}: 0..{experts - 1})"
+    elif twice := [i for i, n in Counter(plain).items() if n > 1]:
+        problem = f"expert {twice[0]} named twice"
+    elif list(plain) != sorted(plain):
+        problem = "experts not in ascending order"
+    if problem:
+        blockers.append(BadPlan(problem, object=name))
+    return plain
+
+
+# --- what llama.cpp's loader and router need ------------------------------------------------------------------------
+
+def _check_routing(architecture: str, found: Layout, kept: Ids, out: Outcome) -> None:
+    n = len(kept[found.layers[0]])
+    least = min(sum(i != PAD for i in ids) for ids in kept.values())
+    get = getter(out.metadata)
+    if n > MAX_EXPERTS:
+        out.blockers.append(Unsupported("more experts than llama.cpp loads", object=f"{architecture}.expert_count",
+                                        found=n, expected=f"at most {MAX_EXPERTS}"))
+    try:
+        used = used_experts(get, f"{architecture}.expert_used_count")
+        if least < used:
+            out.blockers.append(BadPlan(f"{least} experts kept and {used} used per token",
+                                        object=f"{architecture}.expert_used_count",
+                                        hint=f"keep at least {used}; the number used is never changed silently"))
+        if found.groups:
+            check_groups(architecture, found, kept, n, used, out.blockers, get)
+    except SurgeryError as error:
+        out.blockers.append(error)
+    if found.chunk > 1:
+        _check_chunks(architecture, found, kept, out.blockers)
+    if not (n & (n - 1) == 0 and n <= 512 or n in (288, 576)):
+        out.warnings.append(f"{n} experts: CUDA's fused top-k router is lost; it runs only for a power of two up to "
+                            "512, for 288 and for 576")
+
+
+def _check_chunks(architecture: str, found: Layout, kept: Ids, blockers: list[SurgeryError]) -> None:
+    for layer, ids in kept.items():
+        partial = next((g for g, n in Counter(i // found.chunk for i in ids).items() if n != found.chunk), None)
+        if partial is not None:
+            first = partial * found.chunk
+            blockers.append(BadPlan(
+                f"experts {first}..{first + found.chunk - 1} share one chunk expert and only some of them are kept",
+                object=f"blk.{layer}.ffn_down_chexps.weight", hint="keep or drop them together"))
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+def _cut(tensor: OutputTensor, architecture: str, found: Layout, kept: Ids, order: Ids,
+         blockers: list[SurgeryError]) -> OutputTensor:
+    rule, layer = expert_rule(tensor.name), layer_of(tensor.name)
+    if rule is None or layer not in kept or rule.axis == "none":
+        return tensor
+    ids = kept[layer]
+    try:
+        if rule.axis == "values":
+            best_first = order.get(layer, ids)
+            return replace(tensor, expression=_remap(tensor, ids, best_first, found.experts), notes=list(tensor.notes))
+        if rule.axis == "groups":
+            ids = tuple(i // found.chunk for i in ids[::found.chunk])
+        if len(tensor.shape) == 1 and _block(tensor.source_type) != 1:
+            raise Unsupported("an expert is no whole block of this type", object=tensor.name, found=tensor.source_type)
+        shape = (len(ids), *tensor.shape[1:])
+        expression = _take(tensor, ids)
+        if PAD in ids and isinstance(expression, Take):
+            expression = replace(expression, fill=pad_value(architecture, tensor.name))
+        return replace(tensor, shape=shape, expression=expression, notes=list(tensor.notes))
+    except SurgeryError as error:
+        blockers.append(error)
+        return tensor
+
+
+def _take(tensor: OutputTensor, ids: tuple[int, ...]) -> Expression:
+    match tensor.expression:
+        case Copy(ref):
+            return Take(ref, ids)
+        case Take(ref, indices, fill):
+            return Take(ref, tuple(PAD if i == PAD else indices[i] for i in ids), fill)
+        case Stack(refs) if PAD not in ids:
+            return Stack(tuple(refs[i] for i in ids))
+        case FromRepair(ref, rows, indices) if PAD not in ids:
+            return FromRepair(ref, tuple(rows[i] for i in ids), tuple(indices[i] for i in ids))
+        case Merge(ref, groups, axis) if PAD not in ids:
+            return Merge(ref, tuple(groups[i] for i in ids), axis)
+    raise Unsupported("experts that can be neither cut nor padded", object=tensor.name)
+
+
+def _check_repair(model: Model, kept: Ids, repair: Repair) -> None:
+    if repair.header_sha256 != model.header_sha256:
+        raise BadPlan("the repair is of another file", path=repair.path, object="repair",
+                      found=repair.header_sha256[:16], expected=model.header_sha256[:16])
+    for layer, ids in kept.items():
+        if repair.kept.get(layer) != ids:
+            raise BadPlan("the repair is for other experts", path=repair.path, object=f"blk.{layer}",
+                          hint="keep those that it was made for: prune --repair without --keep and --by does")
+
+
+def _repaired(before: OutputTensor, after: OutputTensor, repair: Repair) -> OutputTensor:
+    """The tensor of the repair in place of what the cut left, decoded and encoded again if its type is not that of the
+    source."""
+    tensor = repair.tensors.get(after.name)
+    if tensor is None:
+        return after
+    if before.expression != Copy(before.name):  # its numbers of layers and experts are those of the source
+        raise BadPlan("a repair goes with the first cut", path=repair.path, object=after.name)
+    if tensor.shape != after.shape:
+        raise BadPlan("the repair does not fit", path=repair.path, object=after.name, found=list(tensor.shape),
+                      expected=list(after.shape))
+    facts = type_facts()[after.type]
+    type, notes = after.type, list(after.notes)
+    if not facts["encodes"] or facts["needs_importance"]:  # a quantize() of the plan may still say otherwise
+        type = tensor.type
+        notes.append(f"repaired, so {type}: {after.type} cannot be made without an importance matrix")
+    expression = FromRepair(after.name, tuple(range(len(repair.kept[layer_of(after.name)]))),
+                            after.expression.indices)
+    return replace(after, type=type, source_type=tensor.type, expression=expression, notes=notes)
+
+
+def _remap(tensor: OutputTensor, ids: tuple[int, ...], best_first: tuple[int, ...], experts: int) -> Remap:
+    """An id that is gone becomes the best kept expert that its column lacks."""
+    if tensor.source_type != "I32":
+        raise BadFile("not a table of expert ids", object=tensor.name, found=tensor.source_type, expected="I32")
+    if sorted(best_first) != list(ids):
+        raise BadPlan("the order of the kept experts names others than those kept", object=tensor.name)
+    new = {old: i for i, old in enumerate(ids)}
+    table = tuple(new.get(old, -1) for old in range(experts))
+    substitutes = tuple(new[old] for old in best_first)
+    match tensor.expression:
+        case Copy(ref):
+            return Remap(ref, table, substitutes)
+        case Remap(ref, first, _):
+            return Remap(ref, tuple(-1 if i < 0 else table[i] for i in first), substitutes)
+    raise Unsupported("expert ids that are not copied", object=tensor.name)
+
+
+def _block(type: str) -> int:
+    return next(facts["block"] for facts in core_types() if facts["name"] == type)
+
+
+# --- MTP blocks -----------------------------------------------------------------------------------------------------
+
+def _drop_mtp(architecture: str, out: Outcome) -> range:
+    """Removes the last nextn_predict_layers blocks as if the model had been converted without them."""
+    get = getter(out.metadata)
+    key = f"{architecture}.nextn_predict_layers"
+    if architecture in NOT_MTP:
+        raise Unsupported("this architecture has no MTP blocks", object=key)
+    nextn = read_count(get, key, 0)
+    if not nextn:
+        out.warnings.append("the model has no MTP blocks to drop")
+        return range(0)
+    blocks = read_count(get, f"{architecture}.block_count")
+    if nextn >= blocks:
+        raise BadPlan("nothing is left without the MTP blocks", object=key, found=nextn, expected=f"less than {blocks}")
+    dropped = range(blocks - nextn, blocks)
+    gone = {t.name for t in out.tensors if layer_of(t.name) in dropped}
+    for layer in sorted({layer_of(name) for name in gone}):
+        if not any(name.startswith(f"blk.{layer}.nextn.") for name in gone):
+            raise Unsupported("not an MTP block: it has no nextn tensors", object=f"blk.{layer}")
+    drop(architecture, out, dropped)
+    return dropped
+
+
+# --- metadata -------------------------------------------------------------------------------------------------------
+
+def _set_metadata(model: Model, architecture: str, kept: Ids, edit: KeepExperts, mtp: Collection[int],
+                  out: Outcome) -> None:
+    metric = edit.metric
+    metadata, old = out.metadata, read_count(getter(out.metadata), f"{architecture}.expert_count")
+    n = len(next(iter(kept.values())))
+    metadata[f"{architecture}.expert_count"] = like(metadata[f"{architecture}.expert_count"], n)
+    set_size_label(metadata, old, n, out.warnings)
+    again = claim_source(model, metadata)  # True: a second cut in one plan
+    earlier = {layer: metadata[key].value for layer in kept if (key := f"pgs.experts.{layer}.kept") in metadata}
+    if again and (first := metadata.get("pgs.experts.metric")) and first.value != metric:
+        metric = f"{first.value}, {metric}"
+    merged = {layer: metadata[key].value for layer in kept if (key := f"pgs.experts.{layer}.merged") in metadata}
+    repaired = [layer for layer in kept if f"pgs.experts.{layer}.repaired" in metadata]
+    for key in [k for k in metadata if k.startswith("pgs.experts.")]:
+        del metadata[key]
+    metadata["pgs.experts.metric"] = Value(metric, "str")
+    for layer, ids in kept.items():
+        source = [i for i in ids if i != PAD]
+        if layer in earlier:  # a number beyond those is a pad of that cut
+            source = [earlier[layer][i] for i in source if i < len(earlier[layer])]
+        metadata[f"pgs.experts.{layer}.kept"] = Value(source, "u32[]")
+        if len(source) < n:
+            metadata[f"pgs.experts.{layer}.padded"] = Value(n - len(source), "u32")
+        if again and layer in merged:  # old id -> id after the merge -> id now
+            now = {old: new for new, old in enumerate(ids)}
+            metadata[f"pgs.experts.{layer}.merged"] = Value([now.get(i, DROPPED) for i in merged[layer]], "u32[]")
+        if edit.repair is not None and layer not in mtp or again and layer in repaired:
+            metadata[f"pgs.experts.{layer}.repaired"] = Value(True, "bool")
+        if layer in edit.scores and not earlier:  # of all experts of the source
+            metadata[f"pgs.experts.{layer}.scores"] = Value(list(edit.scores[layer]), "f64[]")

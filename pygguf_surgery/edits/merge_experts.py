@@ -1,0 +1,105 @@
+"""Merging experts: a pure function from output tensors and metadata to output tensors and metadata."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .._core import Value
+from ..architecture.experts import NEURON_AXES, SCALES
+from ..architecture.names import layer_of
+from ..base.errors import BadPlan, SurgeryError, Unsupported
+from ..files.lineage import DROPPED
+from ..plan_data.edits import KeepExperts, MergeExperts
+from ..plan_data.expressions import PAD, Copy, Group, Merge, OutputTensor, Take
+from ..plan_data.outcome import Outcome
+from . import keep_experts
+
+if TYPE_CHECKING:
+    from ..files.model import Model
+
+
+def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value], edit: MergeExperts) -> Outcome:
+    """Makes one expert of each group of `edit`: weights are averaged, the router keeps the centroid's row and bias. Reads
+    no tensor data and changes nothing in place; what cannot be done becomes a blocker."""
+    neurons = {layer_of(t.name): t.shape[-1] for t in tensors if t.name.endswith(".ffn_down_exps.weight")}
+    experts = {layer_of(t.name): t.shape[0] for t in tensors if t.name.endswith(".ffn_down_exps.weight")}
+    blockers: list[SurgeryError] = []
+    for layer, groups in edit.groups.items():
+        blockers += _check_groups(layer, groups, experts.get(layer, 0), neurons.get(layer, 0))
+    if blockers:
+        return Outcome(list(tensors), dict(metadata), blockers)
+    centroids = {layer: tuple(group.members[0] for group in groups) for layer, groups in edit.groups.items()}
+    out = keep_experts.apply(model, tensors, metadata, KeepExperts(centroids, edit.metric, edit.mtp))
+    if out.blockers:
+        return out
+    before = {t.name: t for t in tensors}
+    merged = {layer for layer, groups in edit.groups.items() if any(len(g.members) > 1 for g in groups)}
+    for i, tensor in enumerate(out.tensors):
+        layer = layer_of(tensor.name)
+        if layer not in merged:
+            continue
+        try:
+            out.tensors[i] = _merged(before[tensor.name], tensor, edit.groups[layer])
+        except SurgeryError as error:
+            out.blockers.append(error)
+    for layer in sorted(merged & {layer_of(t.name) for t in out.tensors}):
+        new = [DROPPED] * experts[layer]
+        for number, group in enumerate(edit.groups[layer]):
+            for member in group.members:
+                new[member] = number
+        out.metadata[f"pgs.experts.{layer}.merged"] = Value(new, "u32[]")
+    return out
+
+
+def _check_groups(layer: int, groups: Iterable[Group], experts: int, neurons: int) -> list[SurgeryError]:
+    """What is wrong with the groups of one layer, the first of each kind."""
+    def fail(problem: str, found: object = None) -> list[SurgeryError]:
+        return [BadPlan(problem, object=f"blk.{layer}.ffn_down_exps.weight", found=found)]
+
+    seen: set[int] = set()
+    last = -1
+    for group in groups:
+        if not group.members or not len(group.members) == len(group.weights) == len(group.orders):
+            return fail("a group without members, or not one weight and order for each", group.members)
+        if group.members[0] <= last:
+            return fail("centroids not in ascending order", group.members[0])
+        last = group.members[0]
+        for member in group.members:
+            if not 0 <= member < experts:
+                return fail(f"expert {member} out of range (the tensor has {experts}: 0..{experts - 1})")
+            if member in seen:
+                return fail(f"expert {member} in two groups")
+            seen.add(member)
+        if not all(math.isfinite(w) and w >= 0 for w in group.weights) or abs(math.fsum(group.weights) - 1) > 1e-6:
+            return fail("weights that are no shares of one", group.weights[:8])
+        if group.orders[0]:
+            return fail("the neurons of a centroid stay in their order")
+        for order in group.orders:
+            if order and sorted(memoryview(order).cast("H") if len(order) % 2 == 0 else ()) != list(range(neurons)):
+                return fail(f"an order that is no permutation of the {neurons} neurons")
+    return []
+
+
+def _merged(before: OutputTensor, after: OutputTensor, groups: tuple[Group, ...]) -> OutputTensor:
+    local = after.name.split(".", 2)[2]
+    if local in SCALES or local.endswith("_chexps.weight") or local == "ffn_gate_tid2eid.weight":
+        raise Unsupported("experts with this tensor cannot be merged", object=after.name,
+                          hint="drop experts instead (prune), or merge the 16-bit model")
+    axis = NEURON_AXES.get(local)
+    if axis is None:
+        return after  # router and selection bias: the centroid's
+    match before.expression:
+        case Copy(ref):
+            ids = None
+        case Take(ref, indices, _):
+            ids = indices
+        case _:
+            raise Unsupported("experts that are no plain copies cannot be merged", object=after.name)
+    if ids is not None:
+        if PAD in ids:
+            raise Unsupported("layers with padding experts cannot be merged", object=after.name)
+        groups = tuple(replace(g, members=tuple(ids[m] for m in g.members)) for g in groups)
+    return replace(after, expression=Merge(ref, groups, axis), notes=list(after.notes))

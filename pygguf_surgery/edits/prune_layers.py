@@ -1,0 +1,102 @@
+"""Dropping layers: a pure function from output tensors and metadata to output tensors and metadata.
+
+llama.cpp tells some layers from others by their position alone. What it would treat otherwise afterwards is refused:
+the tables here say, architecture by architecture, what its code (src/models) makes of a layer's number.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from .._core import Value
+from ..architecture.keys import getter, mtp_layers, read_count, whole_numbers
+from ..architecture.layers import KNOWN, RECURRENT, obstacles
+from ..architecture.loader import MAX_LAYERS
+from ..architecture.names import layer_of
+from ..base.errors import BadFile, BadPlan, SurgeryError
+from ..files.lineage import KEPT, claim_source, drop_size_label
+from ..plan_data.edits import PruneLayers
+from ..plan_data.expressions import OutputTensor
+from ..plan_data.outcome import Outcome
+from . import blocks
+
+if TYPE_CHECKING:
+    from ..files.model import Model
+
+
+# --- the edit --------------------------------------------------------------------------------------------------------
+
+def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value], edit: PruneLayers) -> Outcome:
+    """Drops the blocks that `edit` names and numbers the rest from 0. Reads no tensor data, changes nothing in place.
+
+    All that is per block follows: names, arrays with one element per block, counts of leading dense and of MTP blocks,
+    lists of kept experts, general.tensor_extra. `pgs.layers.kept` lists the source's numbers of the blocks that are
+    left. What llama.cpp would not load or would compute otherwise becomes a blocker; nothing is raised.
+    """
+    out = Outcome(list(tensors), dict(metadata))
+    architecture = model.architecture
+    try:
+        count = read_count(getter(metadata), f"{architecture}.block_count")
+        if not 0 < count <= MAX_LAYERS:
+            raise BadFile("out of llama.cpp's range", object=f"{architecture}.block_count", found=count,
+                          expected=f"1..{MAX_LAYERS}")
+        nextn = mtp_layers(architecture, metadata)
+        if nextn > count:
+            raise BadFile("more MTP blocks than blocks", object=f"{architecture}.nextn_predict_layers", found=nextn,
+                          expected=f"at most {count}")
+        dropped = _check_named(edit, count, nextn, [t.name for t in tensors])
+        if not dropped:
+            return out
+        trunk = [layer for layer in range(count - nextn) if layer not in dropped]
+        if len(trunk) < count - nextn:
+            out.blockers += obstacles(architecture, tensors, metadata, count - nextn, trunk)
+            if architecture not in KNOWN:
+                out.warnings.append(f"architecture {architecture!r} is not known: whether llama.cpp tells its layers "
+                                    "from each other by their position is not checked")
+        if out.blockers:
+            return out
+        blocks.drop(architecture, out, dropped)
+        _drop_interval(architecture, out, len(trunk))
+        drop_size_label(out.metadata, out.warnings)
+        claim_source(model, out.metadata)
+        kept = [layer for layer in range(count) if layer not in dropped]
+        out.metadata.setdefault(KEPT, Value(kept, "u32[]"))  # there already: a second time, and cut by `drop`
+    except SurgeryError as error:
+        out.blockers.append(error)
+    return out
+
+
+def _check_named(edit: PruneLayers, count: int, nextn: int, names: list[str]) -> frozenset[int]:
+    """The blocks to drop, each of which is there."""
+    try:
+        named = [operator.index(layer) for layer in edit.layers]
+    except TypeError:
+        raise BadPlan("a layer is a whole number", object="prune_layers", found=repr(edit.layers)[:80]) from None
+    if outside := [layer for layer in named if not 0 <= layer < count]:
+        raise BadPlan(f"layer {outside[0]} out of range", object="prune_layers", expected=f"0..{count - 1}")
+    if twice := [layer for layer, n in Counter(named).items() if n > 1]:
+        raise BadPlan(f"layer {twice[0]} named twice", object="prune_layers")
+    present = {layer_of(name) for name in names}
+    # Some files count MTP blocks and leave their tensors out.
+    if missing := [layer for layer in named if layer not in present and layer < count - nextn]:
+        raise BadPlan("a layer without tensors", object=f"blk.{missing[0]}")
+    if beyond := [layer for layer in present if layer is not None and layer >= count]:
+        raise BadFile("tensors of a block beyond the last one", object=f"blk.{min(beyond)}",
+                      expected=f"blocks 0..{count - 1}")
+    if len(named) >= count - nextn and set(range(count - nextn)) <= set(named):
+        raise BadPlan("no layer is left", object="prune_layers", found=f"all {count - nextn} dropped")
+    return frozenset(named)
+
+
+def _drop_interval(architecture: str, out: Outcome, n: int) -> None:
+    """Removes the interval of the full-attention layers where a list of layers overrules it and says otherwise now."""
+    key = f"{architecture}.{RECURRENT.key}"
+    listed = whole_numbers(out.metadata, f"{architecture}.{RECURRENT.listed_by}")
+    if listed is None or key not in out.metadata:
+        return
+    interval = read_count(getter(out.metadata), key)
+    if not interval or any(bool(x) == ((i + 1) % interval == 0) for i, x in enumerate(listed[:n])):
+        out.warnings.append(f"{key} {interval} is no longer true and is dropped: {RECURRENT.listed_by} overrules it")
+        del out.metadata[key]

@@ -1,0 +1,21 @@
+"""Experts: what they do with a text (calibrate), which to keep (rank), which to merge (group), making up for a cut
+(repair)."""
+
+from __future__ import annotations
+
+from .architecture.names import role_of
+from .files.repair import open as open_repair
+from .files.stats import Stats
+from .files.stats import open as open_stats
+from .plan_data.choices import Groups, Keep
+from .studies.calibration import calibrate
+from .studies.metrics import METRICS
+from .studies.ranking import Ranking
+from .studies.ream import group
+from .studies.repairs import repair
+from .studies.scoring import rank
+
+__all__ = [
+    "METRICS", "Groups", "Keep", "Ranking", "Stats", "calibrate", "group", "open_repair", "open_stats", "rank", "repair",
+    "role_of",
+]

@@ -1,0 +1,110 @@
+"""Write and read a small GGUF file in one call: importance matrices, demos, tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .._core import Sink, Source, TensorInfo, Value, encode_header, read_header, type_id, types
+from ..base.errors import BadPlan
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+# ggml types that are a numpy type; every other one is read as uint8.
+_NUMPY_TYPES = {"F32": "float32", "F16": "float16", "F64": "float64",
+                "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
+_GGML_TYPES = {numpy: ggml for ggml, numpy in _NUMPY_TYPES.items()}
+
+
+def write_gguf(path, metadata: Mapping[str, Value], tensors: Mapping[str, Any], *, overwrite: bool = False,
+               alignment: int = 32) -> None:
+    """Write a canonical GGUF file; at every instant `path` holds the old file or the complete new one.
+
+    metadata: key -> Value, written in this order. general.alignment is added if `alignment` is not 32.
+    tensors: name -> a numpy array of a type that ggml has (float16/32/64, int8/16/32/64), or (data, type name, shape)
+    with the shape in elements, outermost first. `data` is then a uint8 array or bytes, or, for tensors larger than
+    memory, an iterable of such pieces or a function that returns one; together they must be the tensor's bytes.
+    An existing file needs overwrite=True. BadPlan if the parts contradict each other, OutOfSpace, OSError.
+    """
+    metadata = dict(metadata)
+    if alignment != 32:
+        metadata.setdefault("general.alignment", Value(alignment, "u32"))
+    infos, pieces = [], []
+    for name, tensor in tensors.items():
+        data, kind, shape = tensor if isinstance(tensor, tuple) else _native(name, tensor)
+        infos.append(TensorInfo(name, tuple(reversed(shape)), type_id(kind)))
+        pieces.append(data)
+    header, offsets, file_bytes = encode_header(list(metadata.items()), infos, alignment)
+    with Sink(path, file_bytes, overwrite=overwrite) as sink:
+        sink.write_at(0, header)
+        for info, offset, data in zip(infos, offsets, pieces):
+            end = offset + info.nbytes
+            at = offset
+            for piece in _chunks(data):
+                if at + piece.nbytes > end:
+                    raise BadPlan("data is longer than the tensor", path=os.fsdecode(path), object=info.name,
+                                  expected=f"{info.nbytes} bytes")
+                sink.write_at(at, piece)
+                at += piece.nbytes
+            if at != end:
+                raise BadPlan("data is shorter than the tensor", path=os.fsdecode(path), object=info.name,
+                              found=f"{at - offset} bytes", expected=f"{info.nbytes} bytes")
+            if padding := -end % alignment:
+                sink.write_at(end, bytes(padding))
+
+
+def read_gguf(path) -> tuple[dict[str, Value], dict[str, np.ndarray]]:
+    """(metadata, tensors) of a small GGUF file, everything in memory.
+
+    A tensor of a numpy type has that type and the tensor's shape, outermost first; one of any other type (BF16 and the
+    quantized ones) is uint8 with the bytes of a row in its last dimension. BadFile, OSError.
+    """
+    facts = {fact["id"]: fact for fact in types()}
+    source = Source(path)
+    try:
+        header = read_header(source)
+        tensors = {}
+        for info in header.tensors:
+            fact = facts[info.type]
+            shape = tuple(reversed(info.ne))
+            data = source.read(header.data_offset + info.offset, info.nbytes)
+            if fact["name"] in _NUMPY_TYPES:
+                data = data.view(_NUMPY_TYPES[fact["name"]])
+            elif shape:
+                shape = (*shape[:-1], shape[-1] // fact["block"] * fact["block_bytes"])
+            else:
+                shape = (info.nbytes,)
+            tensors[info.name] = data.reshape(shape)
+        return dict(header.metadata), tensors
+    finally:
+        source.close()
+
+
+def _native(name: str, array) -> tuple[Any, str, tuple[int, ...]]:
+    import numpy as np
+
+    array = np.asarray(array, order="C")
+    kind = _GGML_TYPES.get(array.dtype.name)
+    if kind is None:
+        raise BadPlan("array type that ggml does not have", object=name, found=array.dtype.name,
+                      expected=", ".join(_GGML_TYPES))
+    return array.astype(array.dtype.newbyteorder("<"), copy=False), kind, array.shape
+
+
+def _chunks(data) -> Iterator[np.ndarray]:
+    """The pieces of `data` as flat uint8 arrays, empty ones left out."""
+    import numpy as np
+
+    if callable(data):
+        data = data()
+    pieces: Iterable[Any] = [data] if isinstance(data, np.ndarray | bytes | bytearray | memoryview) else data
+    for piece in pieces:
+        if isinstance(piece, np.ndarray):
+            flat = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+        else:
+            flat = np.frombuffer(piece, np.uint8)
+        if flat.size:
+            yield flat

@@ -1,0 +1,92 @@
+"""Opening a model: one file, or all shards of a split model."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from .._core import Header, Source, Value, read_header
+from ..base.errors import BadFile
+from .model import _UNKNOWN, Model, _text
+
+_SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+
+
+def open(path: str | os.PathLike[str], *, strict: bool = False, metadata_only: bool = False) -> Model:
+    """Opens a GGUF file, read-only; for any shard of a split model, all its shards. No tensor data is read.
+
+    strict: what is only a warning by default (Model.warnings) is an error. metadata_only: accept a file whose tensor
+    data is missing. Errors: OSError (no such file, no permission), BadFile.
+    """
+    opened: list[Source] = []
+
+    def read(shard: str) -> tuple[Source, Header]:
+        opened.append(Source(shard))
+        return opened[-1], read_header(opened[-1], strict=strict, metadata_only=metadata_only)
+
+    try:
+        # Absolute: the file is found again after a chdir. Not normalized: "link/.." is not ".".
+        path = os.fsdecode(path)
+        if path and not os.path.isabs(path):
+            path = os.path.join(os.getcwd(), path)
+        first = read(path)
+        count = _whole(dict(first[1].metadata), "split.count", path, default=0)
+        if count <= 1:
+            return Model([first[0]], [first[1]], metadata_only=metadata_only)
+        paths = _shard_paths(path, count)
+        shards = [first if shard == path else read(shard) for shard in paths]
+        headers = [header for _, header in shards]
+        _check_shards(paths, headers)
+        return Model([source for source, _ in shards], headers, metadata_only=metadata_only)
+    except BaseException:
+        for source in opened:
+            source.close()
+        raise
+
+
+def _whole(items: dict[str, Value], key: str, path: str, default: Any = _UNKNOWN) -> int:
+    if key not in items:
+        if default is _UNKNOWN:
+            raise BadFile("missing key of a shard", path=path, object=key)
+        return default
+    value = items[key].value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise BadFile("not a whole number", path=path, object=key, found=items[key].type)
+    return value
+
+
+def _shard_paths(path: str, count: int) -> list[str]:
+    folder, name = os.path.split(path)
+    match = _SHARD.match(name)
+    if match is None:
+        raise BadFile("a shard of a split model with an unusual name", path=path, object="split.count", found=count,
+                      expected="NAME-00001-of-00004.gguf", hint="rename the shards: the name says where the others are")
+    if int(match["count"]) != count:
+        raise BadFile("the number of shards in the name and in the file differ", path=path, object="split.count",
+                      found=count, expected=int(match["count"]))
+    paths = [os.path.join(folder, f"{match['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    missing = [shard for shard in paths if not os.path.exists(shard)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise BadFile(f"missing shard {os.path.basename(missing[0])}{more}", path=path, object="split.count",
+                      found=count - len(missing), expected=count)
+    return paths
+
+
+def _check_shards(paths: list[str], headers: list[Header]) -> None:
+    total = sum(len(header.tensors) for header in headers)
+    architecture = None
+    for number, (path, header) in enumerate(zip(paths, headers)):
+        items = dict(header.metadata)
+        for key, expected in (("split.no", number), ("split.count", len(paths)), ("split.tensors.count", total)):
+            found = _whole(items, key, path)
+            if found != expected:
+                raise BadFile("shards that do not belong together", path=path, object=key, found=found,
+                              expected=expected)
+        name = _text(items, "general.architecture", path)
+        if number == 0:
+            architecture = name
+        elif name and name != architecture:
+            raise BadFile("shards of different architectures", path=path, object="general.architecture", found=name,
+                          expected=architecture)

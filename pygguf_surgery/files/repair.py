@@ -1,0 +1,91 @@
+"""The file of a repair: new down projections for the experts that a cut keeps, as experts.repair writes them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from .._core import Source, read_header
+from .._core import types as core_types
+from ..base.errors import BadFile, SurgeryError
+from ..plan_data.choices import Keep
+
+FORMAT = 1
+PREFIX = "pgs.repair."
+
+
+@dataclass(frozen=True)
+class RepairedTensor:
+    """One tensor of a repair: its rows stand in place of those of the experts that are kept."""
+
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Repair:
+    """An open repair, as a plan takes it. kept: layer -> ids of the experts that it is for, MTP blocks included.
+    tensors: by name. errors: {layer: (before, after)}. digest: sha256 of the header and of a part of each tensor."""
+
+    def __init__(self, source: Source):
+        self.source, self.path = source, source.path
+        header = read_header(source)
+        metadata = {key: value.value for key, value in header.metadata}
+        if metadata.get("general.type") != "expert_repair" or metadata.get(PREFIX + "format") != FORMAT:
+            raise BadFile("not a repair of experts", path=self.path, object="general.type",
+                          found=metadata.get("general.type"), expected="expert_repair",
+                          hint="gguf-surgery repair makes them")
+        layers = metadata.get(PREFIX + "layers")
+        if not _whole_numbers(layers):
+            raise BadFile("missing metadata", path=self.path, object=PREFIX + "layers")
+        self.kept = {}
+        for layer in layers:
+            ids = metadata.get(f"{PREFIX}{layer}.kept")
+            if not _whole_numbers(ids) or not ids:
+                raise BadFile("missing metadata", path=self.path, object=f"{PREFIX}{layer}.kept")
+            self.kept[layer] = tuple(ids)
+        self.metric = str(metadata.get(PREFIX + "metric", "given"))
+        self.header_sha256 = str(metadata.get(PREFIX + "model.header_sha256", ""))
+        names = {facts["id"]: facts["name"] for facts in core_types()}
+        self.tensors = {info.name: RepairedTensor(names[info.type], tuple(reversed(info.ne)), header.data_offset + info.offset,
+                                            info.nbytes) for info in header.tensors}
+        self.errors: dict[int, tuple[float, float]] = {}
+        errors = self.tensors.pop("errors", None)
+        repaired = [layer for layer in self.kept if f"blk.{layer}.ffn_down_exps.weight" in self.tensors]
+        if errors is not None and errors.type == "F64" and errors.shape == (len(repaired), 2):
+            pairs = source.read(errors.offset, errors.nbytes).view("<f8").reshape(-1, 2)
+            self.errors = {layer: (float(a), float(b)) for layer, (a, b) in zip(repaired, pairs)}
+        digest = hashlib.sha256(source.read(0, header.data_offset))
+        for tensor in self.tensors.values():
+            digest.update(source.read(tensor.offset, min(tensor.nbytes, 4096)))
+        self.digest = digest.hexdigest()
+
+    def close(self) -> None:
+        self.source.close()
+
+    def keep(self) -> Keep:
+        """The experts that it is for."""
+        return Keep(self.kept, self.metric)
+
+    def summary(self) -> str:
+        lines = ["repaired down projections: squared error of a layer's output, as a share of its squares, on tokens held "
+                 "back", f"{'layer':>5} {'cut':>8} {'repaired':>8}"]
+        lines += [f"{layer:>5} {before:>8.4f} {after:>8.4f}" for layer, (before, after) in self.errors.items()]
+        return "\n".join(lines)
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(x) is int for x in values)
+
+
+def open(path: str | os.PathLike[str]) -> Repair:
+    """BadFile for another file; OSError."""
+    source = Source(os.path.abspath(os.fsdecode(path)))
+    try:
+        return Repair(source)
+    except (SurgeryError, OSError):
+        source.close()
+        raise

@@ -1,0 +1,1 @@
+"""The check that every plan passes, and the jobs that it becomes."""

@@ -1,0 +1,8 @@
+"""Importance matrices: read, write, merge, slice, convert them, and see what they cover."""
+
+from __future__ import annotations
+
+from .files.imatrix import CHUNK_SIZE, POLICIES, Entry, Imatrix, open, write
+from .files.imatrix_tools import convert, coverage, merge, slice
+
+__all__ = ["CHUNK_SIZE", "POLICIES", "Entry", "Imatrix", "convert", "coverage", "merge", "open", "slice", "write"]

@@ -1,0 +1,249 @@
+"""llama.cpp in this process, through llama-cpp-python: runs windows of text, and hands out tensors of its graph by name."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from .._core import thread_count
+from ..base.errors import BadFile, Unsupported
+from ..base.units import parse_threads
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+_BATCH = 512          # tokens per llama_decode: the logits of all of them are in memory at once
+_SCORE_ROWS = 32      # rows of logits as float64 at a time
+_NUMPY_TYPES = {0: "<f4", 26: "<i4"}  # GGML_TYPE_F32, GGML_TYPE_I32
+
+
+class _Tensor(ctypes.Structure):
+    """struct ggml_tensor, up to its name (ggml.h; Session checks that the installed one still agrees)."""
+
+    _fields_ = [("type", ctypes.c_int32), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4),
+                ("nb", ctypes.c_size_t * 4), ("op", ctypes.c_int32), ("op_params", ctypes.c_int32 * 16),
+                ("flags", ctypes.c_int32), ("src", ctypes.c_void_p * 10), ("view_src", ctypes.c_void_p),
+                ("view_offs", ctypes.c_size_t), ("data", ctypes.c_void_p), ("name", ctypes.c_char * 64)]
+
+
+def load() -> Any:
+    """The ctypes module of llama-cpp-python; Unsupported where it is not installed."""
+    try:
+        from llama_cpp import llama_cpp
+    except ImportError as error:
+        raise Unsupported("this needs llama-cpp-python", found=error, hint="pip install 'pygguf-surgery[llama]'") from None
+    except (OSError, RuntimeError) as error:
+        raise Unsupported("llama-cpp-python does not load", found=error) from None
+    return llama_cpp
+
+
+class Session:
+    """A model loaded by llama.cpp. A context manager; one thread at a time.
+
+    n_ctx: tokens of a window. watch: None, or an object with `wants(name) -> bool`, asked about every tensor of the
+    graph, and `take(name, array)`, called with the values of those, shape outermost first: float32, or int32 for ids. An
+    array that `take` returns takes the place of the values. What it raises ends the run and is raised from it.
+    BadFile for a file that llama.cpp does not load, with what it said.
+    """
+
+    def __init__(self, path: str, *, n_ctx: int, threads: int = 0, gpu_layers: int = 0, watch: Any = None):
+        self.llama, self.path, self.n_ctx, self.watch = load(), path, n_ctx, watch
+        self._model = self._context = self._batch = None
+        self._error: BaseException | None = None
+        self._previous_log: Any = None
+        self._said: list[str] = []
+        self._log = self.llama.llama_log_callback(lambda _level, text, _data: self._said.append(
+            text.decode(errors="replace")) if len(self._said) < 2000 else None)
+        self._callback = self.llama.ggml_backend_sched_eval_callback(self._evaluated)
+        try:
+            self._open(thread_count(parse_threads(threads)), gpu_layers)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _open(self, threads: int, gpu_layers: int) -> None:
+        llama = self.llama
+        # One log for the whole process: what was set before comes back in close, as ours goes away with this object.
+        self._previous_log = llama.llama_log_callback(), ctypes.c_void_p()
+        llama.llama_log_get(*(ctypes.byref(x) for x in self._previous_log))
+        llama.llama_log_set(self._log, None)
+        llama.llama_backend_init()
+        params = llama.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        self._model = llama.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self._model:
+            raise BadFile("llama.cpp does not load it", path=self.path, found=self._last_words())
+        params = llama.llama_context_default_params()
+        params.n_ctx = self.n_ctx
+        params.n_batch = params.n_ubatch = min(self.n_ctx, _BATCH)
+        params.n_threads = params.n_threads_batch = threads
+        if self.watch is not None:
+            self._check_layout()
+            params.cb_eval = self._callback
+        self._context = llama.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise BadFile("llama.cpp cannot run it", path=self.path, found=self._last_words())
+        self._vocabulary = llama.llama_model_get_vocab(self._model)
+        self.n_vocab = llama.llama_vocab_n_tokens(self._vocabulary)
+        self._batch = llama.llama_batch_init(min(self.n_ctx, _BATCH), 0, 1)
+
+    def _last_words(self) -> str | None:
+        errors = [line for line in "".join(self._said).splitlines() if "error" in line.lower() or "fail" in line.lower()]
+        return errors[0].strip() if errors else None
+
+    def _check_layout(self) -> None:
+        """That _Tensor is the struct of this ggml: what it sets through its own functions is where we look."""
+        lib = self.llama._lib
+        lib.ggml_tensor_overhead.restype = ctypes.c_size_t
+        lib.ggml_init.restype = lib.ggml_new_tensor_3d.restype = lib.ggml_set_name.restype = ctypes.c_void_p
+        for move in (lib.ggml_backend_tensor_get, lib.ggml_backend_tensor_set):
+            move.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+            move.restype = None
+
+        class Params(ctypes.Structure):
+            _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+        lib.ggml_init.argtypes, lib.ggml_free.argtypes = [Params], [ctypes.c_void_p]
+        context = lib.ggml_init(Params(4 * lib.ggml_tensor_overhead(), None, True))
+        try:
+            tensor = lib.ggml_new_tensor_3d(*(ctypes.c_void_p(context), ctypes.c_int(26), ctypes.c_int64(5),
+                                              ctypes.c_int64(7), ctypes.c_int64(11)))
+            lib.ggml_set_name(ctypes.c_void_p(tensor), b"probe")
+            seen = _Tensor.from_address(tensor)
+            if (seen.type, *seen.ne, *seen.nb, seen.name) != (26, 5, 7, 11, 1, 4, 20, 140, 1540, b"probe"):
+                raise Unsupported("this version of llama-cpp-python has another struct ggml_tensor")
+        finally:
+            lib.ggml_free(context)
+
+    def close(self) -> None:
+        llama = self.llama
+        if self._batch is not None:
+            llama.llama_batch_free(self._batch)
+        if self._context:
+            llama.llama_free(self._context)
+        if self._model:
+            llama.llama_model_free(self._model)
+        self._batch = self._context = self._model = None
+        if self._previous_log is not None:
+            llama.llama_log_set(*self._previous_log)
+            self._previous_log = None
+
+    # --- text -------------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: bytes, parse_special: bool = False) -> NDArray[np.int32]:
+        """The tokens of UTF-8 text, with what the model wants before it; special tokens are text unless parse_special."""
+        import numpy as np
+
+        tokens = (self.llama.llama_token * (len(text) + 16))()
+        n = self.llama.llama_tokenize(self._vocabulary, text, len(text), tokens, len(tokens), True, parse_special)
+        if n < 0:
+            raise BadFile("llama.cpp cannot tokenize the text", path=self.path)
+        return np.frombuffer(tokens, np.int32)[:n].copy()
+
+    # --- running ----------------------------------------------------------------------------------------------------
+
+    def run(self, tokens: NDArray[np.int32]) -> tuple[float, float, int]:
+        """Runs one window from an empty cache, every token with logits, so that the last layer sees all of them.
+
+        Returns (sum, sum of squares, number) of -log p of the tokens of the window's second half, which is what
+        llama-perplexity counts; as there the first token becomes the beginning-of-text token where the model adds one.
+        """
+        import numpy as np
+
+        llama = self.llama
+        tokens = tokens.copy()
+        if llama.llama_vocab_get_add_bos(self._vocabulary):
+            tokens[0] = llama.llama_vocab_bos(self._vocabulary)
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        batch, first = self._batch, len(tokens) // 2
+        nll, squares, count = 0.0, 0.0, 0
+        for start in range(0, len(tokens), _BATCH):
+            part = tokens[start:start + _BATCH]
+            batch.n_tokens = len(part)
+            for i, token in enumerate(part.tolist()):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = (
+                    token, start + i, 1, 0, 1)
+            self._decode(batch)
+            # Logits at position p predict token p + 1.
+            begin, end = max(start, first), min(start + len(part), len(tokens) - 1)
+            if begin < end:
+                logits = np.ctypeslib.as_array(llama.llama_get_logits(self._context), (len(part), self.n_vocab))
+                losses = _losses(logits[begin - start:end - start], tokens[begin + 1:end + 1])
+                nll, squares, count = nll + losses.sum(), squares + (losses * losses).sum(), count + len(losses)
+        return float(nll), float(squares), count
+
+    def _decode(self, batch: Any) -> None:
+        self._error = None
+        self._said.clear()
+        result = self.llama.llama_decode(self._context, batch)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        if result:
+            raise BadFile("llama.cpp could not run a batch", path=self.path, found=self._last_words() or result)
+
+    def _evaluated(self, address: int, ask: bool, _data: Any) -> bool:
+        """cb_eval: asked about each tensor, then called with those that were wanted; False stops the graph. An
+        exception must not cross C: it is kept for _decode."""
+        try:
+            tensor = _Tensor.from_address(address)
+            name = tensor.name.decode(errors="replace")
+            if ask:
+                return bool(self._error is None and self.watch.wants(name))
+            replacement = self.watch.take(name, self._values(address, tensor))
+            if replacement is not None:
+                self._replace(address, tensor, replacement)
+            return True
+        except BaseException as error:  # KeyboardInterrupt too
+            self._error = self._error or error
+            return False
+
+    def _values(self, address: int, tensor: _Tensor) -> NDArray[Any]:
+        """The values of a tensor or of a strided view, copied from wherever they are."""
+        import numpy as np
+
+        kind = _NUMPY_TYPES.get(tensor.type)
+        if kind is None:
+            raise Unsupported("a tensor of the graph of an unexpected type", object=tensor.name.decode(errors="replace"),
+                              found=f"ggml type {tensor.type}")
+        shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
+        nbytes = 4 + sum((n - 1) * step for n, step in zip(shape, strides))  # as ggml_nbytes
+        raw = np.empty(nbytes, np.uint8)
+        self.llama._lib.ggml_backend_tensor_get(address, raw.ctypes.data, 0, nbytes)
+        view = np.lib.stride_tricks.as_strided(raw[:4].view(kind), shape, strides, writeable=False) \
+            if math.prod(shape) else np.empty(shape, kind)
+        while view.ndim > 1 and view.shape[0] == 1:
+            view = view[0]
+        return view
+
+
+    def _replace(self, address: int, tensor: _Tensor, values: NDArray[Any]) -> None:
+        import numpy as np
+
+        ne, nb = tuple(tensor.ne), tuple(tensor.nb)
+        data = np.ascontiguousarray(values, _NUMPY_TYPES[tensor.type])
+        if data.size != math.prod(ne) or nb[1:] != tuple(4 * math.prod(ne[:i]) for i in (1, 2, 3)):
+            raise Unsupported("a tensor of the graph cannot be replaced", object=tensor.name.decode(errors="replace"))
+        self.llama._lib.ggml_backend_tensor_set(address, data.ctypes.data, 0, data.nbytes)
+
+
+def _losses(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[np.float64]:
+    """-log softmax(logits)[target] of each row, in float64."""
+    import numpy as np
+
+    parts = []
+    for first in range(0, len(logits), _SCORE_ROWS):
+        z = logits[first:first + _SCORE_ROWS].astype(np.float64)
+        z -= z.max(axis=1, keepdims=True)
+        parts.append(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), targets[first:first + _SCORE_ROWS]])
+    return np.concatenate(parts)

@@ -1,0 +1,121 @@
+"""Which experts a user chose: to keep, to merge."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..base.errors import BadPlan
+from .expressions import Group
+
+Ids = dict[int, tuple[int, ...]]  # layer -> ascending expert ids
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What calibration says beside the scores. unseen: experts that no token reached; supers: those with massive
+    activations; None where nothing was recorded. notes: what the user should know of the scores."""
+
+    unseen: Ids | None = None
+    supers: Ids | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Keep(dict[int, tuple[int, ...]]):
+    """layer -> ascending ids of the experts to keep: the same number in every layer, unless the budget was global.
+
+    metric: the name of what chose them. order: the same ids best first, for layers that map tokens to expert ids.
+    scores: layer -> E scores; empty where the user named the experts.
+    """
+
+    def __init__(self, kept: Mapping[int, tuple[int, ...]], metric: str, order: Mapping[int, tuple[int, ...]] = {},
+                 scores: Mapping[int, Any] = {}, seen: Seen = Seen(), everywhere: Mapping[int, int] = {}):
+        super().__init__(kept)
+        self.metric = metric
+        self.order = dict(order)
+        self.scores = dict(scores)
+        self.seen = seen
+        self._everywhere = dict(everywhere)
+
+    def mass(self, layer: int) -> float | None:
+        """The share of the layer's saliency that the kept experts have; None where scores can be negative or are all 0."""
+        scores = self.scores.get(layer)
+        if scores is None or scores.min() < 0 or scores.sum() <= 0:
+            return None
+        return float(scores[list(self[layer])].sum() / scores.sum())
+
+    def ties(self, layer: int) -> int:
+        """Dropped experts whose score is that of the worst kept one: only their ids decided."""
+        scores = self.scores.get(layer)
+        if scores is None:
+            return 0
+        last = scores[list(self[layer])].min()
+        return int((scores == last).sum() - (scores[list(self[layer])] == last).sum())
+
+    def summary(self) -> str:
+        """Per layer: how many experts stay, their share of the saliency, those never seen, ties, and how many a budget
+        over all layers together would keep."""
+        lines = [f"experts kept by {self.metric}", f"{'layer':>5} {'kept':>9} {'mass':>7} {'unseen':>13} {'ties':>5}"
+                 + (f" {'global budget':>14}" if self._everywhere else "")]
+        for layer, ids in self.items():
+            mass, unseen = self.mass(layer), (self.seen.unseen or {}).get(layer, ())
+            experts = len(self.scores[layer]) if layer in self.scores else None
+            kept_unseen = len(set(unseen) & set(ids))
+            seen = f"{len(unseen)}, kept {kept_unseen}" if unseen else "" if self.seen.unseen is None else "0"
+            row = (f"{layer:>5} {f'{len(ids)}/{experts}' if experts else len(ids):>9} "
+                   f"{'' if mass is None else f'{100 * mass:.1f}%':>7} {seen:>13} {self.ties(layer) or '':>5} "
+                   f"{self._everywhere.get(layer, ''):>14}")
+            lines.append(row.rstrip())
+        supers = self.seen.supers or {}
+        for layer, ids in supers.items():
+            if gone := sorted(set(ids) - set(self.get(layer, ids))):
+                lines.append(f"dropped in layer {layer} in spite of massive activations: {', '.join(map(str, gone))} "
+                             "(super_experts=True keeps them)")
+        lines += [f"note: {text}" for text in self.seen.notes]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The decision, as text that `rank(model, by=FILE)` takes back."""
+        return json.dumps({"metric": self.metric, "kept": {str(k): list(v) for k, v in self.items()},
+                           **({"scores": scores_to_json(self.scores)} if self.scores else {})}, allow_nan=False)
+
+
+def scores_to_json(scores: Mapping[int, Any]) -> dict[str, list[float]]:
+    return {str(layer): [float(x) for x in values] for layer, values in scores.items()}
+
+
+def expert_ids(layer: int, values: list[Any], experts: int, path: str | None, kind: str) -> tuple[int, ...]:
+    where, ids = f"{kind}.{layer}", set()
+    for x in values:
+        try:
+            i = -1 if isinstance(x, bool) else operator.index(x)
+        except TypeError:
+            i = -1
+        if not 0 <= i < experts:
+            raise BadPlan(f"expert {x!r:.80} out of range" if isinstance(x, int) and not isinstance(x, bool)
+                          else "not an expert id", path=path, object=where, found=repr(x)[:80],
+                          expected=f"0..{experts - 1}")
+        if i in ids:
+            raise BadPlan(f"expert {i} named twice", path=path, object=where)
+        ids.add(i)
+    return tuple(sorted(ids))
+
+
+class Groups(dict[int, tuple[Group, ...]]):
+    """layer -> groups by ascending centroid, the same number in every layer; for Plan.merge_experts. metric: the name of
+    what chose them."""
+
+    def __init__(self, groups: Mapping[int, tuple[Group, ...]], metric: str, notes: Sequence[str] = ()):
+        super().__init__(groups)
+        self.metric, self.notes = metric, tuple(notes)
+
+    def summary(self) -> str:
+        lines = [f"experts merged by {self.metric}",
+                 f"{'layer':>5} {'experts':>12} {'singletons':>10} {'largest group':>13}"]
+        for layer, groups in self.items():
+            sizes = [len(group.members) for group in groups]
+            lines.append(f"{layer:>5} {f'{sum(sizes)} -> {len(sizes)}':>12} {sizes.count(1):>10} {max(sizes):>13}")
+        return "\n".join(lines + [f"note: {text}" for text in self.notes])

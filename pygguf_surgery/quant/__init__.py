@@ -1,0 +1,1 @@
+"""Tensor types: their facts, and arrays in them."""

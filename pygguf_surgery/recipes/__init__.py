@@ -1,0 +1,1 @@
+"""Which type and which importance for which tensor."""

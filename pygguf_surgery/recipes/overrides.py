@@ -1,0 +1,171 @@
+"""Types that the user decides: pairs of a pattern and a type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .._core import types as _core_types
+from ..base.errors import BadPlan, SurgeryError, Unsupported
+from ..base.words import tensors_text
+from ..plan_data.expressions import OutputTensor
+from ..quant.types import type_facts
+from . import mixes
+
+if TYPE_CHECKING:
+    from ..plan_data.outcome import Outcome
+
+
+# --- the choice as overrides -----------------------------------------------------------------------------------------
+
+_LAYER = re.compile(r"blk\.([0-9]+)\.(.+)", re.DOTALL)
+_SPECIAL = re.compile(r"[\\^$.*+?()\[\]{}|]")
+
+
+def patterns(types: dict[str, str], names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Overrides that give each tensor of `types` its type and touch no other of `names`. No two match the same tensor;
+    layers with the same type share one. They mean the same to Python's re.search and to C++'s std::regex."""
+    facts = type_facts()
+    groups: dict[str, dict[str, list[str]]] = {}  # what follows the layer -> type -> layers
+    for name, type in types.items():
+        type = type if facts[type]["encodes"] else "copy"
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            yield f"^{escape(name)}$", type
+        else:
+            groups.setdefault(match[2], {}).setdefault(type, []).append(match[1])
+    others = {match[2] for name in names if name not in types and (match := _LAYER.fullmatch(name))}
+    for rest, by_type in groups.items():
+        for type, layers in by_type.items():
+            if len(layers) == 1:
+                number = layers[0]
+            elif len(by_type) == 1 and rest not in others:
+                number = "[0-9]+"
+            else:
+                number = f"({'|'.join(sorted(layers, key=int))})"
+            yield rf"^blk\.{number}\.{escape(rest)}$", type
+
+
+def escape(name: str) -> str:
+    return _SPECIAL.sub(r"\\\g<0>", name)
+
+
+_FLOATS = ("F32", "F16", "BF16")
+_LISTED = 8  # overrides that work as they should are named one by one up to this number
+
+
+def parse_overrides(overrides: Iterable[Sequence[str]]) -> tuple[tuple[str, str], ...]:
+    """(pattern, type or "copy") pairs with the type's name as ggml writes it. BadPlan for an invalid regular
+    expression, Unsupported for an unknown type."""
+    facts = {t["name"]: t for t in _core_types()}
+    parsed = []
+    for override in overrides:
+        try:
+            pattern, type = override
+        except (TypeError, ValueError):
+            raise BadPlan("an override is a pair: pattern, type", object=repr(override)) from None
+        if not isinstance(pattern, str):
+            raise BadPlan("a pattern is a string", object=repr(pattern))
+        try:
+            compile_pattern(pattern)
+        except re.error as error:
+            raise BadPlan(f"not a regular expression: {error}", object=pattern) from None
+        name = getattr(type, "name", type)  # also gguf.GGMLQuantizationType
+        if not isinstance(name, str):
+            raise BadPlan("a type is a name", object=pattern, found=repr(type))
+        if name.lower() == "copy":
+            parsed.append((pattern, "copy"))
+        elif name.upper() not in facts:
+            raise Unsupported("unknown type", object=name, hint=mixes.nearest(
+                name.upper(), [known for known, t in facts.items() if t["encodes"]]))
+        elif not facts[name.upper()]["encodes"]:
+            raise Unsupported("ggml does not quantize to this type", object=name)
+        else:
+            parsed.append((pattern, name.upper()))
+    return tuple(parsed)
+
+
+def parse_type(type: Any, what: str) -> str | None:
+    """The ggml type of an option such as output_type, as ggml writes it; None for None."""
+    if type is None:
+        return None
+    (_, name), = parse_overrides([(what, type)])
+    if name == "copy":
+        raise BadPlan("a ggml type is needed", object=what, found=name)
+    return name
+
+
+class Overrides:
+    """The overrides of one edit and what became of them."""
+
+    def __init__(self, pairs: Sequence[tuple[str, str]]):
+        self.pairs = [(pattern, compile_pattern(pattern), type) for pattern, type in pairs]
+        self.matched = [0] * len(pairs)  # tensors whose name the pattern finds
+        self.first = [0] * len(pairs)    # of these, the ones that no earlier pattern took
+        self.left = [0] * len(pairs)     # of these, the ones that llama-quantize would not quantize
+
+    def names(self, name: str) -> bool:
+        return any(regex.search(name) for _, regex, _ in self.pairs)
+
+    def skip(self, name: str) -> None:
+        """This tensor is decided by an option that comes before all overrides."""
+        for i, (_, regex, _) in enumerate(self.pairs):
+            self.matched[i] += bool(regex.search(name))
+
+    def type_for(self, tensor: OutputTensor, allowed: bool, blockers: list[SurgeryError]) -> str | None:
+        """The type that the first matching override gives, "copy", or None."""
+        hits = [i for i, (_, regex, _) in enumerate(self.pairs) if regex.search(tensor.name)]
+        for i in hits:
+            self.matched[i] += 1
+        if not hits:
+            return None
+        i = hits[0]
+        self.first[i] += 1
+        pattern, _, type = self.pairs[i]
+        if type == "copy" or allowed or type == tensor.source_type:
+            return type
+        if not _is_full_name(pattern, tensor.name):
+            self.left[i] += 1
+            return "copy"
+        if type not in _FLOATS:
+            blockers.append(BadPlan("this tensor can only become F32, F16 or BF16", object=tensor.name, found=type,
+                                    hint="llama.cpp keeps norms, routers, convolutions and vectors unquantized"))
+            return "copy"
+        return type
+
+    def report(self, out: Outcome, dropped: Callable[[], Collection[str]]) -> None:
+        plain = []
+        for (pattern, regex, type), matched, first, left in zip(self.pairs, self.matched, self.first, self.left):
+            if matched == 0 and (gone := sum(bool(regex.search(name)) for name in dropped())):
+                out.warnings.append(f"override {pattern}={type}: no tensor, the plan drops the {gone} that it matches")
+                continue
+            if matched == 0:
+                out.blockers.append(BadPlan("an override that matches no tensor", object=pattern,
+                                            hint="patterns are Python's re.search and case-sensitive"))
+                continue
+            text = f"override {pattern}={type}: {tensors_text(first)}"
+            if first == matched and not left:
+                plain.append((text, first))
+                continue
+            if first < matched:
+                text += f", {matched - first} more belong to an earlier override or option"
+            if left:
+                text += f", {left} of them left as they are (norm, router, convolution or vector: give the full name)"
+            out.warnings.append(text)
+        if len(plain) <= _LISTED:
+            out.notes += [text for text, _ in plain]
+        else:
+            out.notes.append(f"{len(plain)} overrides: {tensors_text(sum(n for _, n in plain))}")
+
+
+def _is_full_name(pattern: str, name: str) -> bool:
+    return pattern.removeprefix("^").removesuffix("$") in (name, re.escape(name))
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """re.compile, with re.error for all that it refuses."""
+    try:
+        return re.compile(pattern)
+    except (OverflowError, RecursionError) as error:  # x{99999999999}, ((((...
+        raise re.error(str(error)) from None

@@ -1,0 +1,1 @@
+"""What became of a model: comparison, verification, pictures."""

@@ -1,0 +1,121 @@
+"""FIXME"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .._core import FILL
+from .._core import dequantize as decode
+from ..architecture.experts import expert_rule, pad_value
+from ..architecture.names import layer_of
+from ..base.runs import merge_adjacent
+from ..files.model import Model, Tensor
+from ..plan_data.expressions import PAD
+from ..quant.types import row_bytes
+
+CHUNK = 1 << 16  # elements in work at a time: their float64 copies stay in the cache
+
+Kept = Mapping[int, tuple[int, ...]]  # layer -> old expert ids, in the order of the result
+Layers = Sequence[int] | None           # old number of each block; None: the same as the new one
+
+
+def source_name(name: str, layers: Layers) -> str:
+    """The name that a tensor of the result has in the source."""
+    layer = layer_of(name)
+    if layers is None or layer is None or layer >= len(layers):
+        return name
+    return f"blk.{layers[layer]}.{name.split('.', 2)[2]}"
+
+
+@dataclass
+class Origin:
+    """The source of one result tensor: byte ranges that together, in order, hold the same rows in the source's type."""
+
+    model: Model
+    tensor: Tensor
+    runs: list[tuple[int, int, int]]                   # source file, offset, bytes
+    slices: tuple[int, ...] | None = None              # old ids of the slices along the slowest axis; None: all of them
+    starts: list[int] = field(default_factory=list)    # where each run begins in the whole
+    nbytes: int = 0
+
+    def __post_init__(self):
+        for _, _, size in self.runs:
+            self.starts.append(self.nbytes)
+            self.nbytes += size
+
+    def read(self, begin: int, nbytes: int) -> np.ndarray:
+        """uint8 [nbytes] from byte `begin` of the whole."""
+        out = np.empty(nbytes, np.uint8)
+        done = 0
+        k = bisect_right(self.starts, begin) - 1
+        while done < nbytes:
+            file, offset, size = self.runs[k]
+            skip = begin + done - self.starts[k]
+            n = min(size - skip, nbytes - done)
+            if file == FILL:
+                pattern = np.frombuffer(offset.to_bytes(4, "little"), np.uint8)
+                out[done:done + n] = np.resize(np.roll(pattern, -(skip % 4)), n)
+            else:
+                out[done:done + n] = self.model.sources[file].read(offset + skip, n)
+            done += n
+            k += 1
+        return out
+
+
+def whole(model: Model, tensor: Tensor) -> Origin:
+    return Origin(model, tensor, [(tensor.source, tensor.offset, tensor.nbytes)] if tensor.nbytes else [])
+
+
+def origin_of(result: Tensor, source: Model, kept: Kept, layers: Layers = None) -> Origin | str:
+    """Where `result` comes from in `source`, or in a few words why that cannot be said."""
+    name = source_name(result.name, layers)
+    tensor = source.tensors.get(name)
+    if tensor is None:
+        return "the source has no tensor of this name" + (f" ({name})" if name != result.name else "")
+    slices = _slices(result.name, source, kept)
+    if slices is None:
+        if tensor.shape != result.shape:
+            return f"its shape {result.shape} cannot come from {tensor.shape}: no list of kept experts says how"
+        return whole(source, tensor)
+    if not tensor.shape or not result.shape or tensor.shape[1:] != result.shape[1:]:
+        return f"its shape {result.shape} cannot come from {tensor.shape}"
+    real = [i for i in slices if i != PAD]
+    if len(slices) != result.shape[0] or not all(0 <= i < tensor.shape[0] for i in real):
+        return f"{len(slices)} kept experts do not give its shape {result.shape} from {tensor.shape}"
+    size = tensor.nbytes // tensor.shape[0]
+    runs = [(tensor.source, tensor.offset + first * size, n * size) for first, n in merge_adjacent(real)]
+    if len(real) < len(slices):
+        value = struct.pack("<f", pad_value(source.architecture, result.name))
+        runs.append((FILL, int.from_bytes(value, "little"), (len(slices) - len(real)) * size))
+    return Origin(source, tensor, runs, slices)
+
+
+def _slices(name: str, source: Model, kept: Kept) -> tuple[int, ...] | None:
+    """Old ids of the slices that a cut left of this tensor; None where it has no expert axis or its layer no list."""
+    rule, ids = expert_rule(name), kept.get(layer_of(name))
+    if rule is None or ids is None or rule.axis not in ("experts", "groups"):
+        return None
+    if rule.axis == "experts":
+        return tuple(ids)
+    chunk = max(1, source.get("experts_per_group", 1))
+    return tuple(dict.fromkeys(i // chunk for i in ids))
+
+
+def chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of pieces of about CHUNK elements."""
+    if tensor.elements:
+        width = tensor.ne[0] if tensor.ne else 1
+        rows, step = tensor.elements // width, max(1, CHUNK // width)
+        for first in range(0, rows, step):
+            yield first, min(step, rows - first)
+
+
+def decode_rows(origin: Origin, tensor: Tensor, first: int, n: int) -> np.ndarray:
+    """Rows first..first+n of `tensor`, as its origin has them: float32 [n, row]."""
+    size = row_bytes(origin.tensor.type, tensor.ne[0] if tensor.ne else 1)
+    return decode(origin.read(first * size, n * size).reshape(n, size), origin.tensor.type_id, 1)

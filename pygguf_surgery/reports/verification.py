@@ -1,0 +1,406 @@
+"""Is a file whole, would llama.cpp load it, and is what was copied equal to the source? Streamed, bounded memory."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .._core import first_invalid_block
+from .._core import quantize as encode
+from ..architecture.experts import check_shape, expert_rule, layout
+from ..architecture.keys import PER_LAYER_KEYS
+from ..architecture.loader import MAX_LAYERS, NAME_BYTES, NUMBERS, check_embedding, check_numbers
+from ..architecture.names import layer_of
+from ..base.errors import BadFile, SurgeryError
+from ..files.lineage import KEPT, is_repaired, merged_slices
+from ..files.model import Model, Tensor
+from ..files.open import open as open_model
+from ..quant.types import row_bytes, type_facts
+
+if TYPE_CHECKING:
+    from .origin import Origin
+
+
+CHUNK_BYTES = 16 << 20
+SAMPLE_ROWS = 64          # of a re-encoded tensor, spread over it
+TRUNK_KEYS = ("attention.indexer.types",)  # arrays that leave the MTP blocks out
+LEAST_COSINE = 0.5        # below, a re-encoded tensor is not a coarse copy of its source but another tensor
+
+
+@dataclass
+class Report:
+    """What `verify` found. problems: the file is not good, or not what it claims to be; warnings: worth knowing."""
+
+    path: str
+    problems: list[SurgeryError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    compared: bool = False
+    tensors: int = 0
+    bytes_checked: int = 0
+    equal_tensors: int = 0                                      # byte-equal to the source, whole or by slices
+    equal_experts: int = 0                                      # slices among them
+    repaired: list[str] = field(default_factory=list)           # tensors that differ from the source on purpose
+    merged: list[str] = field(default_factory=list)             # those with experts made of several
+    removed: list[str] = field(default_factory=list)            # tensors that only the source has
+    encoded: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        return not self.problems
+
+    def problem(self, text: str, **fields: Any) -> None:
+        self.problems.append(BadFile(text, path=self.path, **fields))
+
+    def summary(self) -> str:
+        parts = [f"{self.tensors} tensors", f"{self.bytes_checked} bytes of numbers checked"]
+        if self.compared:
+            parts.append(f"{self.equal_tensors} byte-equal to the source ({self.equal_experts} expert slices)")
+            parts.append(f"{len(self.encoded)} re-encoded, "
+                         f"{sum(e['reproduced'] for e in self.encoded)} of them reproduced in a sample")
+            if self.repaired:
+                parts.append(f"{len(self.repaired)} repaired, not compared")
+            if self.merged:
+                parts.append(f"{len(self.merged)} with merged experts")
+            if self.removed:
+                parts.append(f"{len(self.removed)} tensors of the source removed")
+        verdict = "good" if self.good else f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
+        return f"{self.path}: {verdict}; {', '.join(parts)}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": self.path, "good": self.good, "problems": [str(p) for p in self.problems],
+            "warnings": self.warnings, "tensors": self.tensors, "bytes_checked": self.bytes_checked,
+            "equal_tensors": self.equal_tensors, "equal_experts": self.equal_experts,
+            "repaired": self.repaired, "merged": self.merged, "removed": self.removed,
+            "encoded": self.encoded,
+        }
+
+
+def verify(path: str | os.PathLike[str], against: str | os.PathLike[str] | None = None, *, data: bool = True) -> Report:
+    """Reads a file again and reports every problem; raises only OSError.
+
+    Always: the layout that `write` promises and that llama.cpp's reader demands (packed in order, aligned, padded with
+    zeros), and llama.cpp's loader checks (required keys, expert counts and shapes, blocks). data: every number too, as
+    llama.cpp's --check-tensors does: no NaN, no infinity, no invalid block scale. against: the file that this one was
+    made from; each tensor of the same type must be byte-equal to it, expert by expert, and each re-encoded one is
+    sampled. Memory: about 64 MiB, whatever the sizes.
+    """
+    report = Report(os.fsdecode(path))
+    try:
+        model = open_model(path)
+    except BadFile as error:
+        report.problems.append(error)
+        return report
+    with model:
+        report.tensors = len(model.tensors)
+        report.warnings += model.warnings
+        _check_layout(model, report)
+        _check_loader(model, report)
+        if data:
+            for tensor in model.tensors.values():
+                _check_data(model, tensor, report)
+        if against is not None:
+            report.compared = True
+            with open_model(against) as source:
+                _check_against(model, source, report)
+    return report
+
+
+# --- the file as bytes ---------------------------------------------------------------------------------------------
+
+def _check_layout(model: Model, report: Report) -> None:
+    if model.alignment < 32:
+        report.problem("alignment below 32: llama.cpp aborts on it", object="general.alignment", found=model.alignment)
+    ends: dict[int, int] = {}
+    for tensor in model.tensors.values():
+        if not 0 < len(tensor.name.encode(errors="surrogateescape")) <= NAME_BYTES:
+            report.problem("a name that llama.cpp cannot hold", object=tensor.name, expected=f"1 to {NAME_BYTES} bytes")
+        end = ends.get(tensor.source)
+        if end is not None:
+            expected = _aligned(end, model.alignment)
+            if tensor.offset != expected:
+                report.problem("not where the tensor before it ends", object=tensor.name, found=tensor.offset,
+                               expected=expected)
+            else:
+                _check_padding(model, tensor.source, end, expected, f"padding before {tensor.name}", report)
+        ends[tensor.source] = tensor.offset + tensor.nbytes
+    for number, end in ends.items():
+        size, expected = model.sources[number].size, _aligned(end, model.alignment)
+        if size != expected:
+            report.problem("the file does not end with its last tensor", object=model.paths[number], found=size,
+                           expected=expected)
+        elif end != size:
+            _check_padding(model, number, end, size, "padding at the end", report)
+
+
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
+def _check_padding(model: Model, source: int, begin: int, end: int, what: str, report: Report) -> None:
+    if begin < end and model.sources[source].read(begin, end - begin).any():
+        report.problem("padding is not zero", object=what, offset=begin)
+
+
+# --- what llama.cpp's loader asks (llama-model.cpp load_hparams, llama-model-loader.cpp check_tensor_dims) ----------
+
+def _check_loader(model: Model, report: Report) -> None:
+    if not model.architecture:
+        report.problem("missing key", object="general.architecture")
+        return
+    if "tokenizer.ggml.model" not in model.metadata:
+        report.warnings.append("tokenizer.ggml.model: missing; llama.cpp loads such a file only without its vocabulary")
+    for suffix in ("block_count", "context_length", "embedding_length"):
+        _u32(model, suffix, report, required=True)
+    _check_blocks(model, report)
+    if (tensor := model.tensors.get("token_embd.weight")) is not None:
+        _add(report, check_embedding(model.architecture, model.metadata.exact(), tensor.shape))
+    _check_experts(model, report)
+
+
+def _u32(model: Model, suffix: str, report: Report, *, required: bool = False, array: bool = False) -> Any:
+    """A number as the loader takes it: of type u32 and, with `array`, one per block as an alternative; else None."""
+    key = f"{model.architecture}.{suffix}"
+    if key not in model.metadata:
+        if required:
+            report.problem("missing key", object=key, expected="u32")
+        return None
+    value = model.metadata.value(key)
+    if value.type == "u32" or (array and value.type in ("u32[]", "i32[]")):
+        return value.value
+    report.problem("wrong type for llama.cpp", object=key, found=value.type, expected="u32")
+    return None
+
+
+def _check_blocks(model: Model, report: Report) -> None:
+    blocks = _u32(model, "block_count", Report(report.path))
+    if blocks is None:
+        return
+    key = f"{model.architecture}.block_count"
+    if not 1 <= blocks <= MAX_LAYERS:
+        report.problem("out of llama.cpp's range", object=key, found=blocks, expected=f"1..{MAX_LAYERS}")
+        return
+    present = {layer_of(name) for name in model.tensors} - {None}
+    for layer in sorted(present - set(range(blocks))):
+        report.problem(f"tensors of block {layer}, which it does not count", object=key, found=blocks)
+    nextn = _u32(model, "nextn_predict_layers", report)
+    missing, trunk = set(range(blocks)) - present, set(range(blocks - (nextn or 0)))
+    # llama.cpp loads files without any MTP block, and files with nothing else, whose block_count counts all of them.
+    if not nextn or missing not in (trunk, set(range(blocks)) - trunk):
+        for layer in sorted(missing):
+            report.problem(f"no tensor of block {layer}, which it counts", object=key, found=blocks)
+    if nextn is not None and nextn > blocks:
+        report.problem("more prediction blocks than blocks", object=f"{model.architecture}.nextn_predict_layers",
+                       found=nextn, expected=f"at most {blocks}")
+    for suffix in sorted(PER_LAYER_KEYS):
+        key = f"{model.architecture}.{suffix}"
+        if key in model.metadata and model.metadata.value(key).type.endswith("[]"):
+            length = len(model.metadata.value(key))
+            if length != blocks and (suffix not in TRUNK_KEYS or length != blocks - (nextn or 0)):
+                report.problem("an array with not one entry per block", object=key, found=length, expected=blocks)
+
+
+def _add(report: Report, errors: Iterable[SurgeryError]) -> None:
+    """Faults found by the rules of check(), without its advice on what to plan."""
+    for error in errors:
+        error.path, error.hint = report.path, None
+        report.problems.append(error)
+
+
+_SINGLE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
+
+
+def _check_experts(model: Model, report: Report) -> None:
+    for suffix in NUMBERS[2:]:
+        _u32(model, suffix, report, array=suffix == "expert_used_count")
+    _add(report, check_numbers(model.architecture, model.metadata.exact()))
+    for name in model.tensors:
+        if _SINGLE_EXPERT.fullmatch(name):
+            report.problem("a tensor per expert, as in old files: current llama.cpp loads none", object=name)
+    try:
+        moe = layout(model.architecture, model.tensors, model.metadata.get)
+    except SurgeryError as error:
+        if not any(_SINGLE_EXPERT.fullmatch(name) for name in model.tensors):
+            report.problems.append(error)
+        return
+    for tensor in model.tensors.values():
+        if (error := check_shape(tensor.name, tensor.shape, moe)) is not None:
+            report.problems.append(error)
+    for layer in moe.layers:
+        _check_layer(model, f"blk.{layer}.", report)
+
+
+def _check_layer(model: Model, block: str, report: Report) -> None:
+    """The matrices of one MoE layer fit each other: gate and up [E, n_ff, n], down [E, m, n_ff], router [E, n_embd]."""
+    down, router = model.tensors[block + "ffn_down_exps.weight"], model.tensors.get(block + "ffn_gate_inp.weight")
+    parts = {name: model.tensors.get(block + f"ffn_{name}_exps.weight") for name in ("gate", "up", "gate_up")}
+    if parts["up"] is None and parts["gate_up"] is None:
+        report.problem("missing expert matrix", object=block + "ffn_up_exps.weight")
+    for name, tensor in parts.items():
+        expected = down.ne[0] * (2 if name == "gate_up" else 1)
+        if tensor is not None and tensor.ne[1:2] != (expected,):
+            report.problem("its rows do not match the columns of ffn_down_exps", object=tensor.name,
+                           found=list(tensor.shape), expected=f"{expected} rows per expert")
+    width = model.get("embedding_length")
+    if router is None:
+        report.problem("missing router", object=block + "ffn_gate_inp.weight")
+    elif isinstance(width, int) and router.ne[0] != width:
+        report.problem("its rows do not have embedding_length elements", object=router.name, found=router.ne[0],
+                       expected=width)
+
+
+# --- the numbers (ggml-quants.c ggml_validate_row_data) -------------------------------------------------------------
+
+def _check_data(model: Model, tensor: Tensor, report: Report) -> None:
+    block = type_facts()[tensor.type]["block_bytes"]
+    step = CHUNK_BYTES // block * block
+    source = model.sources[tensor.source]
+    for begin in range(0, tensor.nbytes, step):
+        raw = source.read(tensor.offset + begin, min(step, tensor.nbytes - begin))
+        report.bytes_checked += len(raw)
+        bad = first_invalid_block(raw, tensor.type_id)
+        if bad is not None:
+            number = begin // block + bad
+            word, what = ("block", "invalid scale") if type_facts()[tensor.type]["block"] > 1 else (
+                "element", "NaN or infinity")
+            report.problem(f"{what} in {word} {number}", object=tensor.name, offset=tensor.offset + number * block)
+            return
+
+
+# --- the result against its source ---------------------------------------------------------------------------------
+
+def _check_against(model: Model, source: Model, report: Report) -> None:
+    from ..files.lineage import kept_experts, kept_layers
+    from .origin import origin_of, source_name
+
+    if source.architecture != model.architecture:
+        report.problem("another architecture than its source", object="general.architecture", found=model.architecture,
+                       expected=source.architecture)
+    key = "pgs.source.header_sha256"
+    claimed = model.metadata.get(key)
+    if claimed not in (None, source.header_sha256, source.metadata.get(key)):  # the last: of an earlier cut
+        report.problem("made from another file, by its own account", object=key, found=claimed,
+                       expected=source.header_sha256)
+    kept, layers = kept_experts(model, source), kept_layers(model, source)
+    for tensor in model.tensors.values():
+        origin = origin_of(tensor, source, kept, layers)
+        if is_repaired(tensor, model, source) and not isinstance(origin, str):
+            report.repaired.append(tensor.name)
+            continue
+        if isinstance(origin, str):
+            report.problem(origin, object=tensor.name)
+            continue
+        rule = expert_rule(tensor.name)
+        if (merged := merged_slices(tensor, model, source)) and not isinstance(origin, str):
+            report.merged.append(tensor.name)
+            _check_singles(model, tensor, origin, merged, report)
+        elif rule is not None and rule.axis == "values":
+            _check_remap(model, tensor, origin, kept.get(layer_of(tensor.name)), report)
+        elif tensor.type == origin.tensor.type:
+            _check_equal(model, tensor, origin, report)
+        else:
+            _check_encoded(model, tensor, origin, report)
+    blocks = model.get("block_count")
+    left = range(blocks) if layers is None and isinstance(blocks, int) else layers
+    if layers is not None and len(layers) != blocks:
+        report.problem("not one number per block", object=KEPT, found=len(layers), expected=blocks)
+    here = {source_name(name, layers) for name in model.tensors}
+    for name in source.tensors:
+        if name in here:
+            continue
+        report.removed.append(name)
+        layer = layer_of(name)
+        if layer is None or left is None or layer in left:  # else a block that was dropped
+            report.problem("in the source and not here", object=name)
+
+
+def _check_singles(model: Model, tensor: Tensor, origin: Origin, merged: set[int], report: Report) -> None:
+    """Experts that no other was merged into are byte-equal, where the type is."""
+    if tensor.type != origin.tensor.type or origin.slices is None:
+        return
+    size = tensor.nbytes // len(origin.slices)
+    for expert, number in enumerate(origin.slices):
+        if expert in merged:
+            continue
+        here = model.sources[tensor.source].read(tensor.offset + expert * size, size)
+        if (here != origin.read(expert * size, size)).any():
+            report.problem(f"expert {expert} differs from expert {number} of the source", object=tensor.name,
+                           offset=tensor.offset + expert * size)
+            return
+        report.equal_experts += 1
+
+
+def _check_equal(model: Model, tensor: Tensor, origin: Origin, report: Report) -> None:
+    for begin in range(0, tensor.nbytes, CHUNK_BYTES):
+        n = min(CHUNK_BYTES, tensor.nbytes - begin)
+        here = model.sources[tensor.source].read(tensor.offset + begin, n)
+        different = here != origin.read(begin, n)
+        if different.any():
+            at = begin + int(different.argmax())
+            text = "differs from its source"
+            if origin.slices is not None:
+                number = at // (tensor.nbytes // len(origin.slices))
+                text = f"expert {number} differs from expert {origin.slices[number]} of the source"
+            report.problem(text, object=tensor.name, offset=tensor.offset + at)
+            return
+    report.equal_tensors += 1
+    report.equal_experts += len(origin.slices or ())
+
+
+def _check_remap(model: Model, tensor: Tensor, origin: Origin, kept: tuple[int, ...] | None, report: Report) -> None:
+    """Values are expert ids: a kept one has its new number, a dropped one any kept one that its token lacks."""
+    import numpy as np
+
+    width = tensor.ne[0]
+    old = origin.read(0, origin.nbytes).view("<i4").reshape(-1, width)
+    new = model.sources[tensor.source].read(tensor.offset, tensor.nbytes).view("<i4").reshape(-1, width)
+    if kept is None:
+        good = (old == new).all(axis=1)
+    else:
+        table = np.full(max(int(old.max(initial=0)), *kept) + 1, -1, np.int32)
+        table[list(kept)] = np.arange(len(kept), dtype=np.int32)
+        expected, ordered = table[old], np.sort(new, axis=1)
+        good = ((new == expected) | (expected < 0)).all(axis=1) & (ordered >= 0).all(axis=1)
+        good &= (ordered < len(kept)).all(axis=1) & (np.diff(ordered, axis=1) != 0).all(axis=1)
+    if good.all():
+        report.equal_tensors += 1
+    else:
+        report.problem(f"token {int(good.argmin())} names wrong experts", object=tensor.name)
+
+
+def _check_encoded(model: Model, tensor: Tensor, origin: Origin, report: Report) -> None:
+    """A sample of rows, spread over the tensor: its error, and whether encoding the source again gives these bytes
+    (without an importance matrix, or for types that ignore it, it must)."""
+    import numpy as np
+
+    from .comparison import Sums
+    from .origin import decode_rows, whole
+
+    entry: dict[str, Any] = {"name": tensor.name, "type": tensor.type, "source_type": origin.tensor.type,
+                             "reproduced": False}
+    report.encoded.append(entry)
+    facts = type_facts()
+    if not (facts[tensor.type]["decodes"] and facts[origin.tensor.type]["decodes"]):
+        report.problem(f"{origin.tensor.type} does not become {tensor.type}", object=tensor.name)
+        return
+    width = tensor.ne[0] if tensor.ne else 1
+    rows, size = tensor.elements // max(1, width), row_bytes(tensor.type, width)
+    sample = max(SAMPLE_ROWS, len(origin.slices or ()))  # at least a row of each expert
+    encodes = facts[tensor.type]["encodes"] and not facts[tensor.type]["needs_importance"]
+    total, same, target = Sums(), encodes, whole(model, tensor)
+    for row in sorted({int(i) for i in np.linspace(0, rows - 1, min(rows, sample))}):
+        x = decode_rows(origin, tensor, row, 1)
+        sums = Sums()
+        sums.add(x, decode_rows(target, tensor, row, 1))
+        total.pool(sums)
+        if encodes:
+            again = encode(x, tensor.type_id, None, 1)
+            same &= bool((again.ravel() == target.read(row * size, size)).all())
+        cosine = sums.to_json()["cosine"]
+        if cosine is not None and cosine < LEAST_COSINE:
+            report.problem(f"row {row} does not resemble its source", object=tensor.name, found=f"cosine {cosine:.3f}")
+            break
+    entry.update(total.to_json(), reproduced=same)

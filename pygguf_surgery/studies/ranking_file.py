@@ -1,0 +1,113 @@
+"""Rankings and choices that the user gives, as a file or a dict."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from ..architecture.experts import Layout
+from ..base.errors import BadPlan
+from ..plan_data.choices import expert_ids
+from .ranking import Ranking
+
+# --- from the user --------------------------------------------------------------------------------------------------
+
+def from_file(path: str, found: Layout, tables: tuple[int, ...]) -> Ranking:
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, too deep
+        raise BadPlan(f"not a JSON file: {error}", path=path) from None
+    except BadPlan as error:
+        error.path = path
+        raise
+    return given(data, "file", found, tables, path)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        seen: set[str] = set()
+        raise BadPlan("a key twice", object=next(k for k, _ in pairs if k in seen or seen.add(k)))
+    return data
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def given(data: Any, metric: str, found: Layout, tables: tuple[int, ...], path: str | None) -> Ranking:
+    """{"kept": {"0": [ids]}} or {"scores": {"0": [E numbers]}}, with an optional "metric", or a decision, which has both
+    and says which experts stay; nothing else."""
+    form = '{"kept": {"0": [ids]}} or {"scores": {"0": [numbers]}}'
+    if not isinstance(data, Mapping):
+        raise BadPlan("not a ranking", path=path, found=type(data).__name__, expected=form)
+    kinds = [kind for kind in ("kept", "scores") if kind in data]
+    unknown = [key for key in data if key not in ("kept", "scores", "metric")]
+    if not kinds or unknown:
+        raise BadPlan("not a ranking", path=path, found=f"keys {', '.join(map(str, data)) or 'none'}", expected=form)
+    name = data.get("metric", metric)
+    if not isinstance(name, str) or not name:
+        raise BadPlan("not a name", path=path, object="metric", found=repr(name)[:80])
+    numbers_of = {kind: _per_layer(kind, data[kind], found, path, form) for kind in kinds}
+    scores = kept = None
+    if "scores" in numbers_of:
+        import numpy as np
+
+        scores = {layer: np.array(_scores(layer, values, found.experts, path), np.float64)
+                  for layer, values in numbers_of["scores"].items()}
+    if "kept" in numbers_of:
+        kept = {layer: expert_ids(layer, values, found.experts, path, "kept")
+                for layer, values in numbers_of["kept"].items()}
+    return Ranking(name, found, scores=scores, kept=kept, tables=tables)
+
+
+def _per_layer(kind: str, layers: Any, found: Layout, path: str | None, form: str) -> dict[int, list[Any]]:
+    if not isinstance(layers, Mapping):
+        raise BadPlan("not layers and their experts", path=path, object=kind, found=type(layers).__name__,
+                      expected=form)
+    numbers_of: dict[int, Any] = {}
+    for key, values in layers.items():
+        layer = _layer(key, kind, found, path)
+        if layer in numbers_of:
+            raise BadPlan("a layer twice", path=path, object=f"{kind}.{layer}")
+        if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__iter__"):
+            raise BadPlan("not a list of numbers", path=path, object=f"{kind}.{layer}", found=type(values).__name__)
+        numbers_of[layer] = list(values)
+    # A list without the MTP blocks is complete where the plan drops those.
+    missing = [layer for layer in found.layers if layer not in numbers_of and layer not in found.mtp]
+    if missing:
+        raise BadPlan(f"layer {missing[0]} is missing", path=path, object=kind, found=f"{len(numbers_of)} layers",
+                      expected=f"the {len(found.layers)} layers with experts")
+    return {layer: numbers_of[layer] for layer in found.layers if layer in numbers_of}
+
+
+def _layer(key: Any, kind: str, found: Layout, path: str | None) -> int:
+    try:
+        layer = int(key) if isinstance(key, str) and key.isdecimal() and str(int(key)) == key else operator.index(key)
+    except TypeError:
+        layer = -1
+    if isinstance(key, bool) or layer not in found.layers:
+        raise BadPlan("no layer with experts", path=path, object=kind, found=repr(key)[:80],
+                      expected=f"one of {', '.join(map(str, found.layers))}"[:200])
+    return layer
+
+
+def _scores(layer: int, values: list[Any], experts: int, path: str | None) -> list[float]:
+    where = f"scores.{layer}"
+    if len(values) != experts:
+        raise BadPlan("not one score per expert", path=path, object=where, found=len(values), expected=experts)
+    for e, x in enumerate(values):
+        if isinstance(x, bool) or not isinstance(x, numbers.Real):
+            raise BadPlan(f"the score of expert {e} is no number", path=path, object=where, found=repr(x)[:80])
+        try:
+            finite = math.isfinite(x)
+        except OverflowError:  # a whole number beyond float64
+            finite = False
+        if not finite:
+            raise BadPlan(f"the score of expert {e} is not finite", path=path, object=where, found=repr(x)[:80])
+    return [float(x) for x in values]

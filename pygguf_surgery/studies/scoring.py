@@ -1,0 +1,103 @@
+"""rank: scores of the experts, from a metric or from the user."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..architecture.experts import check_shape, expert_rule, layout, most_used
+from ..architecture.names import layer_of
+from ..base.errors import BadPlan
+from ..base.units import MEMORY
+from ..files import stats as stats_file
+from ..files.stats import Stats
+from ..plan_data.choices import Seen
+from . import metrics
+from .ranking import Ranking
+from .ranking_file import from_file, given
+from .sums import Reduce
+
+if TYPE_CHECKING:
+    from ..base.progress import Progress
+    from ..files.imatrix import Imatrix
+    from ..files.model import Model
+
+
+def rank(model: Model, by: str | os.PathLike[str] | Mapping[str, Any] = "router-norm", *,
+         stats: str | os.PathLike[str] | Stats | None = None, imatrix: str | os.PathLike[str] | Imatrix | None = None,
+         mtp: str = "keep", memory: int | str = MEMORY, threads: int = 0, io: str = "auto",
+         progress: Progress | None = None) -> Ranking:
+    """Scores every expert of every MoE block, MTP blocks included unless mtp="drop".
+
+    by: one of `metrics.METRICS`, below, with the sums over the tokens t routed to expert e, g its gate and f its output
+    before the gate; or a dict or a JSON file, {"scores": {"0": [E numbers]}} or {"kept": {"0": [ids]}}, with an optional
+    "metric", such as Keep.to_json writes.
+      router-norm         L2 norm of the expert's router row; cheap
+      aimer               minus mean|w| / rms(w) over its gate, up and down weights (arXiv 2603.18492); reads all of them
+      frequency           count of tokens; from statistics, or else an importance matrix
+      imatrix-msan        sum_j E[h_j^2] ||W_down[:, j]||^2, a diagonal approximation of mean ||f||^2; importance matrix
+      reap                mean g ||f|| (arXiv 2510.13999); this and the rest from statistics of `calibrate`
+      reap-sum            sum g ||f||: what is rarely used counts less
+      ean-sum, ean-mean   sum and mean of ||f||
+      msan                mean ||f||^2
+      weighted-frequency  sum g
+      best                reap-sum, for a cut whose down projections are repaired (experts.repair): by far the best
+    MTP blocks, which calibration does not run, are scored by aimer then. Sums are in float64; weights are streamed within
+    `memory`, quantized ones decoded first. stats, imatrix: the file or what `open` returned.
+    progress: called with bytes done and bytes in all; an exception from it stops the run.
+    Errors: BadPlan for a model without experts, an unknown `by`, statistics that are missing or of another model, BadFile
+    for weights that are not finite, Unsupported for what an importance matrix of the old format has lost.
+    """
+    found = layout(model.architecture, model.tensors, lambda key: model.metadata.get(key))
+    if not found.layers:
+        raise BadPlan("the model has no experts", path=model.path, object=model.architecture or None)
+    if mtp not in ("keep", "drop"):
+        raise BadPlan("no such choice", object="mtp", found=repr(mtp), expected='"keep" or "drop"')
+    for name, tensor in model.tensors.items():
+        if error := check_shape(name, tensor.shape, found):
+            raise error
+    tables = tuple(sorted({layer_of(name) for name in model.tensors
+                           if (rule := expert_rule(name)) and rule.axis == "values"}))
+    if stats is not None:
+        stats = stats if isinstance(stats, Stats) else stats_file.open(stats)
+        metrics.check_stats(stats, model, found)
+    if isinstance(by, Mapping):
+        return _with_stats(given(by, "dict", found, tables, None), stats)
+    if isinstance(by, str) and by in metrics.METRICS:
+        reduce = Reduce(model, found, memory=memory, threads=threads, io=io, progress=progress)
+        layers = [layer for layer in found.layers if mtp == "keep" or layer not in found.mtp]
+        opened = _open_imatrix(imatrix)
+        try:
+            scores, notes = metrics.compute(by, reduce, layers, stats, opened)
+        finally:
+            if opened is not None and opened is not imatrix:
+                opened.close()
+        seen = Seen(notes=tuple(notes))
+        if by in metrics.FROM_IMATRIX and stats is None:
+            unseen = {layer: tuple((s == 0).nonzero()[0].tolist()) for layer, s in scores.items()}
+            seen = Seen({layer: ids for layer, ids in unseen.items() if ids}, None, tuple(notes))
+        used = most_used(model.architecture, model.metadata.get)
+        return _with_stats(Ranking(by, found, scores=scores, tables=tables, seen=seen, used=used), stats)
+    if isinstance(by, os.PathLike) or isinstance(by, str) and (
+            by.endswith(".json") or os.path.basename(by) != by or os.path.isfile(by)):
+        return _with_stats(from_file(os.fspath(by), found, tables), stats)
+    near = difflib.get_close_matches(by, metrics.METRICS) if isinstance(by, str) else ()
+    raise BadPlan("unknown metric", object="by", found=repr(by)[:80],
+                  expected=f"{', '.join(metrics.METRICS)}, or a JSON file",
+                  hint=f"did you mean {near[0]}?" if near else None)
+
+
+def _with_stats(ranking: Ranking, stats: Stats | None) -> Ranking:
+    """What the statistics say beside the scores, whoever gave those."""
+    if stats is not None:
+        ranking.seen = Seen({layer: tuple(ids) for layer, ids in stats.unseen().items()}, metrics.super_experts(stats),
+                            ranking.seen.notes)
+    return ranking
+
+
+def _open_imatrix(imatrix: str | os.PathLike[str] | Imatrix | None) -> Imatrix | None:
+    from ..files import imatrix as imatrix_file
+
+    return imatrix_file.open(imatrix) if isinstance(imatrix, (str, os.PathLike)) else imatrix

@@ -1,0 +1,60 @@
+"""Sums over the weights of experts, streamed by the core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .._core import Job, reduce_rows, type_id
+from ..architecture.experts import Layout
+from ..base.errors import BadFile
+from ..base.units import parse_memory, parse_threads
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..base.progress import Progress
+    from ..files.model import Model, Tensor
+
+
+# --- from the weights ----------------------------------------------------------------------------------------------
+
+class Reduce:
+    """Streams tensors of one model through _core.reduce_rows, with one progress over all of them."""
+
+    def __init__(self, model: Model, found: Layout, *, memory: int | str, threads: int, io: str,
+                 progress: Progress | None):
+        self.model, self.layout = model, found
+        self.options = {"memory": parse_memory(memory), "threads": parse_threads(threads), "io": io}
+        self.progress = progress
+        self.done = self.total = 0
+
+    def tensors(self, parts: tuple[str, ...], layers: Sequence[int]) -> dict[int, list[Tensor]]:
+        """Those of each of these blocks that exist, in the order of `parts`; their bytes add to the total of progress."""
+        have = self.model.tensors
+        chosen = {layer: [have[name] for part in parts if (name := f"blk.{layer}.{part}") in have] for layer in layers}
+        self.total += sum(tensor.nbytes for tensors in chosen.values() for tensor in tensors)
+        return chosen
+
+    def sums(self, tensors: Sequence[Tensor], columns: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+        """[len(tensors), E, 2]: sum |w| and sum w^2 of each expert's slice, of tensors of one type and shape. columns
+        [E, row length], of one tensor: weights of the columns in the second sum."""
+        import numpy as np
+
+        first, experts = tensors[0], self.layout.experts
+        rows = first.elements // first.ne[0]
+        job = Job(first.name, source_type=first.type_id, target_type=type_id("F32"),
+                        row_elements=first.ne[0], rows=rows * len(tensors), target_offset=0,
+                        runs=np.array([[t.source, t.offset, t.nbytes] for t in tensors], np.uint64))
+        base = self.done
+        poll = None if self.progress is None else lambda done, _: self.progress(base + done, self.total)
+        sums = reduce_rows(self.model.sources, job, rows // experts, weights=columns,
+                                 progress=poll, **self.options)
+        self.done += first.nbytes * len(tensors)
+        if not np.isfinite(sums).all():
+            which, expert = divmod(int(np.flatnonzero(~np.isfinite(sums).all(axis=1))[0]), experts)
+            tensor = tensors[which]
+            raise BadFile("weights that are not finite", path=self.model.paths[tensor.source], object=tensor.name,
+                          found=f"in expert {expert}")
+        return sums.reshape(len(tensors), experts, 2)
