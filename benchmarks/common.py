@@ -1,4 +1,5 @@
 """What the benchmarks share: whole processes timed from outside, and the page cache counted."""
+
 from __future__ import annotations
 
 import ctypes
@@ -78,5 +79,8 @@ def equal_tensors(ours: str, theirs: str) -> int:
 
 
 def show(label: str, seconds: list[float], peak: float) -> None:
-    print(f"{label:44s} median {statistics.median(seconds):7.2f} s   ({min(seconds):.2f} to {max(seconds):.2f}, "
-          f"{len(seconds)} runs)   peak RSS {peak:6.0f} MiB", flush=True)
+    print(
+        f"{label:44s} median {statistics.median(seconds):7.2f} s   ({min(seconds):.2f} to {max(seconds):.2f}, "
+        f"{len(seconds)} runs)   peak RSS {peak:6.0f} MiB",
+        flush=True,
+    )

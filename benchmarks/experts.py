@@ -3,6 +3,7 @@
 SCRIPT is run as `python SCRIPT FILE TEXT --ctx N --chunks N` and prints "PPL = 13.4 +/- 0.2 ..." as llama-perplexity does.
 Statistics, and repairs, come from CALIB. Needs llama-cpp-python and scipy.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -18,9 +19,23 @@ import numpy as np
 import pygguf_surgery as pgs
 
 STATS = ("reap", "reap-sum", "weighted-frequency", "frequency", "ean-sum", "ean-mean", "msan")
-ROWS = (*STATS, "imatrix-msan", "aimer", "router-norm", "random 0", "random 1", "random 2", "merge reap",
-        "merge reap-sum", "merge weights-only", "best", "repair reap", "repair frequency", "repair router-norm",
-        "repair random 0")
+ROWS = (
+    *STATS,
+    "imatrix-msan",
+    "aimer",
+    "router-norm",
+    "random 0",
+    "random 1",
+    "random 2",
+    "merge reap",
+    "merge reap-sum",
+    "merge weights-only",
+    "best",
+    "repair reap",
+    "repair frequency",
+    "repair router-norm",
+    "repair random 0",
+)
 
 
 class Bench:
@@ -34,8 +49,13 @@ class Bench:
     def ranking(self, model: pgs.Model, by: str) -> pgs.experts.Ranking:
         if by.startswith("random"):
             rng = np.random.default_rng(int(by.split()[1]))
-            return pgs.experts.rank(model, {"metric": by, "scores": {
-                layer: rng.random(self.stats.experts).tolist() for layer in self.stats.layers}})
+            return pgs.experts.rank(
+                model,
+                {
+                    "metric": by,
+                    "scores": {layer: rng.random(self.stats.experts).tolist() for layer in self.stats.layers},
+                },
+            )
         return pgs.experts.rank(model, by, stats=self.stats, imatrix=self.args.imatrix)
 
     def make(self, row: str, keep: int) -> None:
@@ -55,8 +75,21 @@ class Bench:
             plan.write(self.out, overwrite=True)
 
     def perplexity(self, path: str) -> str:
-        said = subprocess.run([sys.executable, self.args.perplexity, path, self.args.eval, "--ctx", str(self.args.ctx),
-                               "--chunks", str(self.args.chunks)], check=True, capture_output=True, text=True).stdout
+        said = subprocess.run(
+            [
+                sys.executable,
+                self.args.perplexity,
+                path,
+                self.args.eval,
+                "--ctx",
+                str(self.args.ctx),
+                "--chunks",
+                str(self.args.chunks),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
         value, error = re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", said).groups()
         return f"{float(value):.2f} ± {float(error):.2f}"
 

@@ -4,6 +4,7 @@ Times info and plan, then the real run to MXFP4_MOE: peak RSS, and the page cach
 the first GiB of the input warmed beforehand. Some kernels reclaim idle pages by themselves (DAMON): a control file of 1 GiB,
 warmed at the same time and left alone, shows how much of the loss is theirs.
 """
+
 import argparse
 import os
 
@@ -18,7 +19,9 @@ args = parser.parse_args()
 job = ["--keep", str(args.keep), "--by", "router-norm", "--type", "MXFP4_MOE", "--memory", args.memory]
 for label, command in {"info": ["info", args.model], "plan": ["plan", args.model, *job]}.items():
     runs = [timed([*SURGERY, *command]) for _ in range(3)]
-    print(f"{label}: {', '.join(f'{s:.2f}' for s, _ in runs)} s, peak RSS {max(m for _, m in runs):.0f} MiB", flush=True)
+    print(
+        f"{label}: {', '.join(f'{s:.2f}' for s, _ in runs)} s, peak RSS {max(m for _, m in runs):.0f} MiB", flush=True
+    )
 control = args.out + ".control"
 with open(control, "wb") as f:
     f.truncate(1 << 30)

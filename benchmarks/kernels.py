@@ -4,6 +4,7 @@ In one process and on one thread: pairs of ggml and ours on the same rows, alter
 median of the pairs' ratios, and whether all bytes are equal. What is timed is the whole call (check of the input, encoding,
 validation of the output), which costs ggml's side as much as ours. --markdown prints the tables of docs/performance.md.
 """
+
 import argparse
 import os
 import statistics

@@ -1,4 +1,5 @@
 """llama.cpp's own quantizer, through llama-cpp-python: llama_quantize.py IN OUT TYPE THREADS [IMATRIX]"""
+
 import ctypes
 import sys
 
@@ -20,6 +21,7 @@ if len(sys.argv) > 5:
         rows = {entry: np.ascontiguousarray(matrix.importance(entry)) for entry in matrix.entries}
     floats = ctypes.POINTER(ctypes.c_float)
     params.imatrix = (llama.llama_model_imatrix_data * (len(rows) + 1))(
-        *((entry.encode(), row.ctypes.data_as(floats), row.size) for entry, row in rows.items()))
+        *((entry.encode(), row.ctypes.data_as(floats), row.size) for entry, row in rows.items())
+    )
 if llama.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)):
     raise SystemExit("llama_model_quantize failed")

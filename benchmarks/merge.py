@@ -3,6 +3,7 @@
 MODEL may be a layer or two of a full-size one. The statistics are made up: they decide who goes with whom, not how long it
 takes. The command runs as a process of its own; memory is its peak RSS, and what it left in the page cache.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,8 +23,18 @@ def made_up_stats(model: pgs.Model, path: str) -> None:
     found = roles.layout(model.architecture, model.tensors, model.metadata.get)
     layers = [layer for layer in found.layers if layer not in found.mtp]
     rng, width = np.random.default_rng(0), model.tensors[f"blk.{layers[0]}.ffn_down_exps.weight"].shape[1]
-    stats = stats_file.Stats(model.header_sha256, model.architecture, "", found.experts, 512, {},
-                             [stats_file.Text("", 512, 1, 1)], 1.0, 1.0, 1)
+    stats = stats_file.Stats(
+        model.header_sha256,
+        model.architecture,
+        "",
+        found.experts,
+        512,
+        {},
+        [stats_file.Text("", 512, 1, 1)],
+        1.0,
+        1.0,
+        1,
+    )
     for layer in layers:
         s = LayerStats.empty(found.experts)
         s.count[:], s.gated_norm_sum[:] = rng.integers(1, 1000, found.experts), rng.random(found.experts)
@@ -50,11 +61,14 @@ def main() -> None:
         choice = ["--weights-only"] if args.weights_only else ["--stats", stats]
         drop_cache(args.model)
         before = cached_bytes(args.model)
-        seconds, peak = timed([*SURGERY, "merge", args.model, out, "--keep", args.keep, "--threads", args.threads, *choice,
-                               "--quiet"])
+        seconds, peak = timed(
+            [*SURGERY, "merge", args.model, out, "--keep", args.keep, "--threads", args.threads, *choice, "--quiet"]
+        )
         cached = cached_bytes(args.model) - before + cached_bytes(out)
-        print(f"{layers} layers of {shape[0]} experts {shape[2]} x {shape[1]} -> {args.keep}: {seconds:.1f} s, "
-              f"{seconds / layers:.1f} s per layer, peak RSS {peak:.0f} MiB, page cache {cached / MIB:+.0f} MiB")
+        print(
+            f"{layers} layers of {shape[0]} experts {shape[2]} x {shape[1]} -> {args.keep}: {seconds:.1f} s, "
+            f"{seconds / layers:.1f} s per layer, peak RSS {peak:.0f} MiB, page cache {cached / MIB:+.0f} MiB"
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Both cut the same experts (largest router-row norm) and write MXFP4_MOE. Runs alternate; every tensor of the two results
 is compared byte for byte. Needs llama-cpp-python and room for three files in the folder (--folder DIR).
 """
+
 import argparse
 import os
 import statistics
@@ -21,10 +22,25 @@ here = os.path.dirname(os.path.abspath(__file__))
 with tempfile.TemporaryDirectory(dir=args.folder) as folder:
     between, theirs, ours = (os.path.join(folder, n) for n in ("between.gguf", "theirs.gguf", "ours.gguf"))
     quo = [sys.executable, os.path.join(here, "status_quo.py"), args.model, between, theirs, str(args.keep)]
-    one = [*SURGERY, "prune", args.model, ours, "--keep", str(args.keep), "--by", "router-norm", "--type", "MXFP4_MOE",
-           "--quiet", "--force"]
-    sides = {"gguf-py slicing + llama-quantize": quo, "gguf-surgery prune": one,
-             "gguf-surgery prune --memory 192MiB": [*one, "--memory", "192MiB"]}
+    one = [
+        *SURGERY,
+        "prune",
+        args.model,
+        ours,
+        "--keep",
+        str(args.keep),
+        "--by",
+        "router-norm",
+        "--type",
+        "MXFP4_MOE",
+        "--quiet",
+        "--force",
+    ]
+    sides = {
+        "gguf-py slicing + llama-quantize": quo,
+        "gguf-surgery prune": one,
+        "gguf-surgery prune --memory 192MiB": [*one, "--memory", "192MiB"],
+    }
     results = {label: [] for label in sides}
     warm(args.model, os.path.getsize(args.model))
     for _ in range(args.runs):

@@ -4,6 +4,7 @@ SCRIPT is run as `python SCRIPT FILE TEXT --ctx N [--chunks N]` and prints "PPL 
 does. A type with "+i" behind it (IQ3_M+i) is made with the importance matrix. "-" is the model itself. The error is that of
 the encoded tensors: the mean of sum w (x - y)^2 / sum w x^2, w being the importance if there is a matrix at all.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -61,11 +62,18 @@ def main() -> None:
                 bits = 8 * sum(checked.nbytes) / checked.elements
                 plan.write(path, overwrite=True)
                 error = f"  error {error_of(model, path, matrix):.6f}"
-            out = subprocess.run([sys.executable, args.perplexity, path, args.text, "--ctx", args.ctx, "--chunks",
-                                  args.chunks], check=True, capture_output=True, text=True).stdout
+            out = subprocess.run(
+                [sys.executable, args.perplexity, path, args.text, "--ctx", args.ctx, "--chunks", args.chunks],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
             found = re.search(r"PPL = (\S+) \+/- (\S+)", out)
-            print(f"{name:<12} {os.path.getsize(path) / MIB:8.2f} MiB {'' if bits is None else f'{bits:.3f} bpw':>10}  "
-                  f"PPL {float(found[1]):.3f} +/- {float(found[2]):.3f}{error}", flush=True)
+            print(
+                f"{name:<12} {os.path.getsize(path) / MIB:8.2f} MiB {'' if bits is None else f'{bits:.3f} bpw':>10}  "
+                f"PPL {float(found[1]):.3f} +/- {float(found[2]):.3f}{error}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

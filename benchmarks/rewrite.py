@@ -2,6 +2,7 @@
 
 Ours: gguf-surgery edit with one long string key added. Theirs: cp --reflink=never, then sync -f of the copy. Alternating.
 """
+
 import argparse
 import os
 import statistics
@@ -17,8 +18,20 @@ args = parser.parse_args()
 with tempfile.TemporaryDirectory(dir=args.folder) as folder:
     copy, ours = os.path.join(folder, "copy.gguf"), os.path.join(folder, "ours.gguf")
     cp = ["sh", "-c", 'rm -f "$2"; cp --reflink=never "$1" "$2" && sync -f "$2"', "sh", args.model, copy]
-    edit = ["sh", "-c", 'rm -f "$1"; shift; exec "$@"', "sh", ours, *SURGERY, "edit", args.model, ours, "--quiet",
-            "--set", f"general.description={'long ' * 1000}"]
+    edit = [
+        "sh",
+        "-c",
+        'rm -f "$1"; shift; exec "$@"',
+        "sh",
+        ours,
+        *SURGERY,
+        "edit",
+        args.model,
+        ours,
+        "--quiet",
+        "--set",
+        f"general.description={'long ' * 1000}",
+    ]
     results = {"cp --reflink=never; sync -f": [], "gguf-surgery edit": []}
     warm(args.model, os.path.getsize(args.model))
     for _ in range(args.runs):

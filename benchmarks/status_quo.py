@@ -3,6 +3,7 @@
 Slices the experts with the largest router-row norms out of IN with gguf-py and numpy, writes an intermediate file of the
 source's types, and runs llama.cpp's llama_model_quantize (MXFP4_MOE, through llama-cpp-python) on it.
 """
+
 import ctypes
 import re
 import sys

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 try:
     from ._core import Value, __version__
 except ModuleNotFoundError as _error:
-    raise ImportError(f"{__path__[0]} holds the sources of pygguf_surgery without its compiled core: start Python in "
-                      "another folder to use the installed package") from _error
+    raise ImportError(
+        f"{__path__[0]} holds the sources of pygguf_surgery without its compiled core: start Python in "
+        "another folder to use the installed package"
+    ) from _error
 from .base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
 from .files.model import Metadata, Model, Tensor
 from .files.open import open
@@ -21,8 +23,24 @@ if TYPE_CHECKING:
     from .run.writing import Receipt
 
 __all__ = [
-    "BadFile", "BadPlan", "Metadata", "Model", "OutOfSpace", "Plan", "Receipt", "SourceChanged", "SurgeryError",
-    "Tensor", "Unsupported", "Value", "__version__", "dequantize", "experts", "imatrix", "open", "quantize",
+    "BadFile",
+    "BadPlan",
+    "Metadata",
+    "Model",
+    "OutOfSpace",
+    "Plan",
+    "Receipt",
+    "SourceChanged",
+    "SurgeryError",
+    "Tensor",
+    "Unsupported",
+    "Value",
+    "__version__",
+    "dequantize",
+    "experts",
+    "imatrix",
+    "open",
+    "quantize",
 ]
 # Loaded when asked for, so that a program that only reads files starts at once.
 _LAZY = {"Plan": ".plan", "Receipt": ".run.writing", "experts": ".experts", "imatrix": ".imatrix"}

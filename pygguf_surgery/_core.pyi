@@ -53,19 +53,25 @@ class Source:
     size: int
     identity: tuple[int, int, int, int]  # device, inode, size, mtime_ns
     def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]: ...
-    def view(self, offset: int, nbytes: int) -> NDArray[np.uint8]: ...  # read-only, memory-mapped, keeps the mapping alive
+    def view(
+        self, offset: int, nbytes: int
+    ) -> NDArray[np.uint8]: ...  # read-only, memory-mapped, keeps the mapping alive
     def check_unchanged(self) -> None: ...
     def close(self) -> None: ...  # later reads: ValueError; views stay valid
 
 def read_header(source: Source, *, strict: bool = False, metadata_only: bool = False) -> Header: ...
-def encode_header(metadata: Sequence[tuple[str, Value]], tensors: Sequence[TensorInfo], alignment: int) -> tuple[bytes, list[int], int]:
+def encode_header(
+    metadata: Sequence[tuple[str, Value]], tensors: Sequence[TensorInfo], alignment: int
+) -> tuple[bytes, list[int], int]:
     """(header bytes with padding, absolute offset of each tensor, bytes of the whole file); fills nbytes and offset."""
 
 class Sink:
     """The atomic output file, for small writers and tests; the engine uses it from C++. A context manager: commits at a
     normal end, removes the temp file after an exception."""
 
-    def __init__(self, path: str, size: int, *, overwrite: bool = False, io: str = "auto", inputs: Sequence[Source] = ()) -> None: ...
+    def __init__(
+        self, path: str, size: int, *, overwrite: bool = False, io: str = "auto", inputs: Sequence[Source] = ()
+    ) -> None: ...
     def write_at(self, offset: int, data: Any) -> None: ...
     def commit(self) -> None: ...
     def abort(self) -> None: ...
@@ -77,8 +83,9 @@ def types() -> list[dict[str, Any]]:
     "has_best"}]; has_best: an encoder with less error than ggml's, which uses importance"""
 
 def type_id(name: str) -> int: ...  # any case; Unsupported with the nearest names
-def quantize(rows: NDArray[np.float32], type: int, importance: NDArray[np.float32] | None, threads: int,
-             best: bool = False) -> NDArray[np.uint8]:
+def quantize(
+    rows: NDArray[np.float32], type: int, importance: NDArray[np.float32] | None, threads: int, best: bool = False
+) -> NDArray[np.uint8]:
     """rows [n, k] -> [n, bytes of a row]. importance [g, k], g divides n: consecutive n / g rows share one. best: see Job."""
 
 def dequantize(rows: NDArray[np.uint8], type: int, threads: int) -> NDArray[np.float32]:
@@ -125,7 +132,6 @@ AS_IS: int  # the "order" of a member of a merge whose neurons stay where they a
 IN_MEMORY: int  # the "source index" of importance rows that the job itself holds
 
 def thread_count(asked: int) -> int: ...  # asked, or for 0 what PGS_THREADS says, or all CPUs
-
 def plan_budget(jobs: Sequence[Job], *, memory: int, threads: int, io: str) -> dict[str, int]:
     """{"threads", "tile_bytes", "buffer_bytes"}"""
 
@@ -144,8 +150,15 @@ def run(
     An exception from progress, KeyboardInterrupt included, cancels and leaves nothing behind."""
 
 def reduce_rows(
-    sources: Sequence[Source], job: Job, rows_per_group: int, *, weights: NDArray[np.float64] | None = None,
-    memory: int, threads: int, io: str, progress: Callable[[int, int], object] | None = None,
+    sources: Sequence[Source],
+    job: Job,
+    rows_per_group: int,
+    *,
+    weights: NDArray[np.float64] | None = None,
+    memory: int,
+    threads: int,
+    io: str,
+    progress: Callable[[int, int], object] | None = None,
 ) -> NDArray[np.float64]:
     """[groups, 2]: sum |w| and sum w^2 of each group of consecutive rows; with weights, [groups, row_elements], the
     second is the sum of weight * w^2."""

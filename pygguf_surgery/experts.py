@@ -16,6 +16,16 @@ from .studies.repairs import repair
 from .studies.scoring import rank
 
 __all__ = [
-    "METRICS", "Groups", "Keep", "Ranking", "Stats", "calibrate", "group", "open_repair", "open_stats", "rank", "repair",
+    "METRICS",
+    "Groups",
+    "Keep",
+    "Ranking",
+    "Stats",
+    "calibrate",
+    "group",
+    "open_repair",
+    "open_stats",
+    "rank",
+    "repair",
     "role_of",
 ]

@@ -83,8 +83,13 @@ class Plan:
 
     # --- edits -----------------------------------------------------------------------------------------------------
 
-    def keep_experts(self, keep: Keep | Mapping[int, Sequence[int]], *, mtp: str = "keep",
-                     repair: str | os.PathLike[str] | None = None) -> Plan:
+    def keep_experts(
+        self,
+        keep: Keep | Mapping[int, Sequence[int]],
+        *,
+        mtp: str = "keep",
+        repair: str | os.PathLike[str] | None = None,
+    ) -> Plan:
         """Keep these experts, {layer: ids}, and drop the others; the ids of a second cut are those after the first.
 
         mtp: "keep" cuts the MTP blocks like the rest (`keep` names them too), "drop" removes these blocks.
@@ -93,15 +98,23 @@ class Plan:
         if mtp not in ("keep", "drop"):
             raise BadPlan("unknown choice", object="mtp", found=repr(mtp), expected='"keep" or "drop"')
         if not isinstance(keep, Mapping) or not keep:
-            raise BadPlan("not the experts to keep", object="keep", found=type(keep).__name__, expected="{layer: ids}",
-                          hint=".keep(n) of a ranking chooses them" if hasattr(keep, "keep") else None)
+            raise BadPlan(
+                "not the experts to keep",
+                object="keep",
+                found=type(keep).__name__,
+                expected="{layer: ids}",
+                hint=".keep(n) of a ranking chooses them" if hasattr(keep, "keep") else None,
+            )
         kept = {_whole(layer, "layer"): _ids(layer, ids) for layer, ids in keep.items()}
         order = {layer: tuple(ids) for layer, ids in getattr(keep, "order", {}).items()}
         scores = {layer: tuple(map(float, values)) for layer, values in getattr(keep, "scores", {}).items()}
         metric = str(getattr(keep, "metric", "given"))
         if repair is None and metric == "best":
-            raise BadPlan("the choice by `best` counts on repaired down projections", object="repair",
-                          hint="make them with experts.repair (gguf-surgery repair), or choose by reap-sum")
+            raise BadPlan(
+                "the choice by `best` counts on repaired down projections",
+                object="repair",
+                hint="make them with experts.repair (gguf-surgery repair), or choose by reap-sum",
+            )
         use = None if repair is None else _use_repair(repair)
         return self._with(KeepExperts(dict(sorted(kept.items())), metric, mtp, order, scores, use))
 
@@ -114,8 +127,13 @@ class Plan:
         if mtp not in ("keep", "drop"):
             raise BadPlan("unknown choice", object="mtp", found=repr(mtp), expected='"keep" or "drop"')
         if not isinstance(groups, Mapping) or not groups:
-            raise BadPlan("not groups of experts", object="groups", found=type(groups).__name__,
-                          expected="{layer: groups}", hint="experts.group makes them")
+            raise BadPlan(
+                "not groups of experts",
+                object="groups",
+                found=type(groups).__name__,
+                expected="{layer: groups}",
+                hint="experts.group makes them",
+            )
         plain = {_whole(layer, "layer"): tuple(some) for layer, some in groups.items()}
         if not all(isinstance(group, Group) for some in plain.values() for group in some):
             raise BadPlan("not groups of experts", object="groups", hint="experts.group makes them")
@@ -158,11 +176,22 @@ class Plan:
             raise BadPlan("not the layers to drop", object="layers", found=repr(numbers), expected="[0, 1, ...]")
         return self._with(PruneLayers(tuple(numbers)))
 
-    def quantize(self, type: str, *, imatrix: str | os.PathLike[str] | Imatrix | None = None,
-                 imatrix_missing: str = "default", include_weights: Iterable[str] = (),
-                 exclude_weights: Iterable[str] = (), overrides: Iterable[Sequence[str]] = (),
-                 output_type: str | None = None, token_embedding_type: str | None = None, pure: bool = False,
-                 leave_output: bool = False, allow_requantize: bool = False, quality: str = "default") -> Plan:
+    def quantize(
+        self,
+        type: str,
+        *,
+        imatrix: str | os.PathLike[str] | Imatrix | None = None,
+        imatrix_missing: str = "default",
+        include_weights: Iterable[str] = (),
+        exclude_weights: Iterable[str] = (),
+        overrides: Iterable[Sequence[str]] = (),
+        output_type: str | None = None,
+        token_embedding_type: str | None = None,
+        pure: bool = False,
+        leave_output: bool = False,
+        allow_requantize: bool = False,
+        quality: str = "default",
+    ) -> Plan:
         """Give every tensor the type and bytes that llama-quantize would give it for the file type `type`.
 
         imatrix: an importance matrix, GGUF or the older .dat; only its names and counts are read now. It follows the
@@ -179,14 +208,28 @@ class Plan:
         if any(isinstance(edit, Quantize) for edit in self.data.edits):
             raise BadPlan("a plan quantizes at most once", object="quantize")
         use = quantize_edit.use_imatrix(imatrix, imatrix_missing, include_weights, exclude_weights)
-        return self._with(Quantize(
-            mixes.file_type(type, pure).name, bool(pure), parse_overrides(overrides), bool(allow_requantize),
-            parse_type(output_type, "output_type"),
-            parse_type(token_embedding_type, "token_embedding_type"), bool(leave_output), use,
-            quality=quantize_edit.parse_quality(quality)))
+        return self._with(
+            Quantize(
+                mixes.file_type(type, pure).name,
+                bool(pure),
+                parse_overrides(overrides),
+                bool(allow_requantize),
+                parse_type(output_type, "output_type"),
+                parse_type(token_embedding_type, "token_embedding_type"),
+                bool(leave_output),
+                use,
+                quality=quantize_edit.parse_quality(quality),
+            )
+        )
 
-    def recipe(self, name: str | os.PathLike[str], *, type: str | None = None,
-               overrides: Iterable[Sequence[str]] = (), **options: Any) -> Plan:
+    def recipe(
+        self,
+        name: str | os.PathLike[str],
+        *,
+        type: str | None = None,
+        overrides: Iterable[Sequence[str]] = (),
+        **options: Any,
+    ) -> Plan:
         """quantize() as a recipe says: a name of the shipped ones or the path of a TOML file.
 
         type replaces the recipe's base type; overrides come before its own; options are those of quantize().
@@ -198,26 +241,46 @@ class Plan:
         *others, edit = plan.data.edits
         return Plan(self.model, replace(plan.data, edits=(*others, replace(edit, max_bytes=loaded.max_bytes))))
 
-    def fit(self, *, size: int | str | None = None, bpw: float | None = None, memory: int | str = MEMORY,
-            threads: int = 0, io: str = "auto", progress: Progress | None = None) -> Plan:
+    def fit(
+        self,
+        *,
+        size: int | str | None = None,
+        bpw: float | None = None,
+        memory: int | str = MEMORY,
+        threads: int = 0,
+        io: str = "auto",
+        progress: Progress | None = None,
+    ) -> Plan:
         """After quantize(): types of its family for each tensor, so that the file has at most `size` bytes ("22GB") or
         `bpw` bits per weight, with the least error. It reads a sample of the rows, weighted by the importance matrix if
         there is one; the choice stands in the plan as overrides that reproduce it. Call it last.
         """
         from .studies.fitting import fit
 
-        return self._with_overrides(fit(self.model, self.data, size=size, bpw=bpw, memory=memory, threads=threads,
-                                        io=io, progress=progress).overrides)
+        return self._with_overrides(
+            fit(
+                self.model, self.data, size=size, bpw=bpw, memory=memory, threads=threads, io=io, progress=progress
+            ).overrides
+        )
 
-    def split(self, *, max_size: int | str | None = None, max_tensors: int | None = None, keep: bool = False,
-              first_empty: bool = False) -> Plan:
+    def split(
+        self,
+        *,
+        max_size: int | str | None = None,
+        max_tensors: int | None = None,
+        keep: bool = False,
+        first_empty: bool = False,
+    ) -> Plan:
         """Write shards NAME-00001-of-00003.gguf, as llama-gguf-split would.
 
         max_size: of the tensors of a shard ("2GB"); max_tensors: their number; keep: as the input is split. One of
         these. first_empty: the first shard has all metadata and no tensors.
         """
-        given = [name for name, x in (("max_size", max_size), ("max_tensors", max_tensors), ("keep", keep or None))
-                 if x is not None]
+        given = [
+            name
+            for name, x in (("max_size", max_size), ("max_tensors", max_tensors), ("keep", keep or None))
+            if x is not None
+        ]
         if len(given) != 1:
             raise BadPlan("a split is by one of max_size, max_tensors, keep", object="split", found=given or "none")
         nbytes = None if max_size is None else parse_size(max_size)
@@ -228,8 +291,10 @@ class Plan:
         return self._with(Split(nbytes, number, bool(keep), bool(first_empty)))
 
     def _with_overrides(self, more: Sequence[tuple[str, str]]) -> Plan:
-        edits = tuple(replace(edit, overrides=(*edit.overrides, *more)) if isinstance(edit, Quantize) else edit
-                      for edit in self.data.edits)
+        edits = tuple(
+            replace(edit, overrides=(*edit.overrides, *more)) if isinstance(edit, Quantize) else edit
+            for edit in self.data.edits
+        )
         return Plan(self.model, replace(self.data, edits=edits))
 
     def _with(self, edit: Edit) -> Plan:
@@ -249,8 +314,16 @@ class Plan:
         """Everything about the output, before a byte of it exists: types, sizes, peak memory, warnings, blockers."""
         return check(self.model, self.data, memory=memory, threads=threads, io=io)
 
-    def write(self, path: str | os.PathLike[str], *, overwrite: bool = False, memory: int | str = MEMORY,
-              threads: int = 0, io: str = "auto", progress: bool | Progress | None = False) -> Receipt:
+    def write(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        memory: int | str = MEMORY,
+        threads: int = 0,
+        io: str = "auto",
+        progress: bool | Progress | None = False,
+    ) -> Receipt:
         """Check, then write the file at `path` (of a split plan its shards): whole, or not at all. Raises the first
         blocker.
 
@@ -258,8 +331,9 @@ class Plan:
         is read, "auto" | "mmap" | "pread" | "direct". progress: True, or a callable(done_bytes, total_bytes).
         """
         checked = self.check(memory=memory, threads=threads, io=io)
-        return write(self.model, checked, path, overwrite=overwrite, memory=memory, threads=threads, io=io,
-                     progress=progress)
+        return write(
+            self.model, checked, path, overwrite=overwrite, memory=memory, threads=threads, io=io, progress=progress
+        )
 
     def to_json(self) -> str:
         """Lossless and versioned; for Plan.from_json."""
@@ -275,8 +349,13 @@ class Plan:
         if model is None:
             model = open_model(data.source)
         if model.header_sha256 != data.header_sha256:
-            raise SourceChanged("not the file that the plan was made for", path=model.path, object="header",
-                                found=model.header_sha256[:16], expected=data.header_sha256[:16])
+            raise SourceChanged(
+                "not the file that the plan was made for",
+                path=model.path,
+                object="header",
+                found=model.header_sha256[:16],
+                expected=data.header_sha256[:16],
+            )
         return cls(model, data)
 
 

@@ -13,6 +13,7 @@ from .names import layer_of, local_name
 
 # --- which tensors have an expert axis ------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class ExpertRule:
     """How one tensor of a MoE block follows a cut. axis: "experts" (slowest axis has E slices, cut them), "groups"
@@ -22,6 +23,7 @@ class ExpertRule:
     ndim: int
 
 
+# fmt: off
 EXPERT_RULES: Mapping[str, ExpertRule] = {
     **{f"ffn_{part}_exps.weight": ExpertRule("experts", 3) for part in ("gate", "up", "gate_up", "down")},
     **{f"ffn_{part}_exps.bias": ExpertRule("experts", 2) for part in ("gate", "up", "gate_up", "down")},
@@ -36,11 +38,13 @@ EXPERT_RULES: Mapping[str, ExpertRule] = {
     "exp_probs_b_vl.bias": ExpertRule("experts", 1),
     "ffn_gate_tid2eid.weight": ExpertRule("values", 2),
 }
+# fmt: on
 
 # Tensors of a MoE block that start like expert tensors and have no expert axis, whatever their size.
 _DENSE = re.compile(
     r"ffn_(gate|up|down|norm|sub_norm|norm_exps|res_score|latent_(up|down)|routed_(up|down|norm)|conv_(base|proj)"
-    r"|(gate|up|down|gate_up|gate_inp)_shexp)(\.(weight|bias|scale|input_scale))?")
+    r"|(gate|up|down|gate_up|gate_inp)_shexp)(\.(weight|bias|scale|input_scale))?"
+)
 _ONE_EXPERT = re.compile(r"ffn_(gate|up|down)\.[0-9]+\.")
 _EXPERT_WORD = re.compile(r"(ffn_\w+_(exps|chexps)|ffn_gate_inp|ffn_gate_tid2eid|exp_probs_b\w*)(\.|$)")
 
@@ -51,6 +55,7 @@ def expert_rule(name: str) -> ExpertRule | None:
 
 
 # --- the experts of one model ---------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -66,8 +71,15 @@ class Layout:
 
 def moe_layers(names: Iterable[str]) -> tuple[int, ...]:
     """Blocks with experts: those that have ffn_down_exps. Dense, interleaved and attention-only blocks exist."""
-    return tuple(sorted({layer for name in names
-                         if (layer := layer_of(name)) is not None and local_name(name) == "ffn_down_exps.weight"}))
+    return tuple(
+        sorted(
+            {
+                layer
+                for name in names
+                if (layer := layer_of(name)) is not None and local_name(name) == "ffn_down_exps.weight"
+            }
+        )
+    )
 
 
 def layout(architecture: str, names: Iterable[str], get: Callable[[str], Any]) -> Layout:
@@ -79,8 +91,11 @@ def layout(architecture: str, names: Iterable[str], get: Callable[[str], Any]) -
     names = list(names)
     for name in names:
         if layer_of(name) is not None and _ONE_EXPERT.match(local_name(name)):
-            raise Unsupported("one tensor per expert, a layout that llama.cpp no longer loads", object=name,
-                              hint="convert the original model again")
+            raise Unsupported(
+                "one tensor per expert, a layout that llama.cpp no longer loads",
+                object=name,
+                hint="convert the original model again",
+            )
     layers = moe_layers(names)
     if not layers:
         return Layout((), (), 0, 0, 1)
@@ -88,21 +103,36 @@ def layout(architecture: str, names: Iterable[str], get: Callable[[str], Any]) -
     blocks = read_count(get, f"{architecture}.block_count")
     nextn = 0 if architecture in NOT_MTP else read_count(get, f"{architecture}.nextn_predict_layers", 0)
     if nextn > blocks:
-        raise BadFile("more MTP blocks than blocks", object=f"{architecture}.nextn_predict_layers", found=nextn,
-                      expected=f"at most {blocks}")
+        raise BadFile(
+            "more MTP blocks than blocks",
+            object=f"{architecture}.nextn_predict_layers",
+            found=nextn,
+            expected=f"at most {blocks}",
+        )
     if layers[-1] >= blocks:
-        raise BadFile("a block with experts beyond the last one", object=f"blk.{layers[-1]}.ffn_down_exps.weight",
-                      expected=f"blocks 0..{blocks - 1}")
+        raise BadFile(
+            "a block with experts beyond the last one",
+            object=f"blk.{layers[-1]}.ffn_down_exps.weight",
+            expected=f"blocks 0..{blocks - 1}",
+        )
     groups = read_count(get, f"{architecture}.expert_group_count", 0)
     chunk = 1
     if any((rule := expert_rule(name)) and rule.axis == "groups" for name in names):
         chunk = read_count(get, f"{architecture}.experts_per_group")
         if chunk < 1 or experts % chunk:
-            raise BadFile("experts do not divide into chunks", object=f"{architecture}.experts_per_group", found=chunk,
-                          expected=f"a divisor of {experts}")
+            raise BadFile(
+                "experts do not divide into chunks",
+                object=f"{architecture}.experts_per_group",
+                found=chunk,
+                expected=f"a divisor of {experts}",
+            )
     if groups > 1 and experts % groups:
-        raise BadFile("experts do not divide into groups", object=f"{architecture}.expert_group_count", found=groups,
-                      expected=f"a divisor of {experts}")
+        raise BadFile(
+            "experts do not divide into groups",
+            object=f"{architecture}.expert_group_count",
+            found=groups,
+            expected=f"a divisor of {experts}",
+        )
     if groups > 1 and chunk > 1:
         raise Unsupported("routing groups and chunk experts in one model", object=f"{architecture}.experts_per_group")
     return Layout(layers, tuple(range(blocks - nextn, blocks)), experts, groups, chunk)
@@ -123,30 +153,39 @@ def check_shape(name: str, shape: tuple[int, ...], model: Layout) -> SurgeryErro
             return BadFile("an expert tensor in a block without ffn_down_exps", object=name)
         return None
     if rule is None:
-        unknown = _EXPERT_WORD.match(local) or (
-            local.startswith(("ffn_", "exp_")) and shape[:1] == (model.experts,))
+        unknown = _EXPERT_WORD.match(local) or (local.startswith(("ffn_", "exp_")) and shape[:1] == (model.experts,))
         if unknown and not _DENSE.fullmatch(local):
-            return Unsupported("unknown tensor in a block with experts", object=name, found=f"shape {list(shape)}",
-                               hint=f"it may have an axis over the {model.experts} experts")
+            return Unsupported(
+                "unknown tensor in a block with experts",
+                object=name,
+                found=f"shape {list(shape)}",
+                hint=f"it may have an axis over the {model.experts} experts",
+            )
         return None
     if rule.axis not in ("experts", "groups"):
         return None
     expected = model.experts if rule.axis == "experts" else model.experts // model.chunk
     # ggml drops trailing axes of length 1: with one expert the axis may be absent.
     if (len(shape) != rule.ndim or shape[0] != expected) and not (expected == 1 and len(shape) == rule.ndim - 1):
-        return BadFile("wrong shape for an expert tensor", object=name, found=list(shape),
-                       expected=f"{rule.ndim} axes, the slowest {expected}")
+        return BadFile(
+            "wrong shape for an expert tensor",
+            object=name,
+            found=list(shape),
+            expected=f"{rule.ndim} axes, the slowest {expected}",
+        )
     return None
 
 
 # The gate multiplies the input of the expert, so that f has it already.
 GATE_IN_INPUT = frozenset(("llama4",))
 
+# fmt: off
 # Along which axis of an expert's slice its neurons lie. "half": gate and up, one after the other, each with all neurons.
 NEURON_AXES: Mapping[str, str] = {
     "ffn_gate_exps.weight": "rows", "ffn_up_exps.weight": "rows", "ffn_gate_up_exps.weight": "half rows",
     "ffn_down_exps.weight": "columns", "ffn_gate_exps.bias": "columns", "ffn_up_exps.bias": "columns",
     "ffn_gate_up_exps.bias": "half columns", "ffn_down_exps.bias": "none"}
+# fmt: on
 SCALES = tuple(f"ffn_{part}_exps.{scale}" for part in ("gate", "up", "down") for scale in ("scale", "input_scale"))
 
 # {architecture}.expert_gating_func, llama.cpp's llama_expert_gating_func_type

@@ -41,16 +41,28 @@ def mtp_layers(architecture: str, metadata: dict[str, Value]) -> int:
     return read_count(getter(metadata), f"{architecture}.nextn_predict_layers", 0)
 
 
+# fmt: off
 # Arrays under "{architecture}." with one element per block, MTP blocks included: cut when those are dropped.
 PER_LAYER_KEYS = frozenset((
     "activation_sparsity_scale", "attention.compress_ratios", "attention.head_count", "attention.head_count_kv",
     "attention.indexer.types", "attention.recurrent_layers", "attention.rope_pattern",
     "attention.sliding_window_pattern", "deepstack_mapping", "expert_feed_forward_length", "expert_used_count",
     "feed_forward_length", "swiglu_clamp_exp", "swiglu_clamp_shexp"))
+# fmt: on
 # Arrays under "{architecture}." that have another meaning, even where their length happens to be the number of blocks.
-OTHER_ARRAYS = frozenset((
-    "adapters.token_ids_activate", "adapters.token_ids_substitute", "classifier.output_labels", "ple.head_offsets",
-    "ple.head_vocab_sizes", "ple.layer_multipliers", "ple.layers", "rope.dimension_sections", "target_layers"))
+OTHER_ARRAYS = frozenset(
+    (
+        "adapters.token_ids_activate",
+        "adapters.token_ids_substitute",
+        "classifier.output_labels",
+        "ple.head_offsets",
+        "ple.head_vocab_sizes",
+        "ple.layer_multipliers",
+        "ple.layers",
+        "rope.dimension_sections",
+        "target_layers",
+    )
+)
 # Here nextn_predict_layers counts the adapter router's layer, not MTP blocks.
 NOT_MTP = frozenset(("graniteswitch",))
 

@@ -17,6 +17,7 @@ Metadata = Mapping[str, Value]
 
 # --- what llama.cpp makes of a layer's number -------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Period:
     """One layer of every n differs from the others: the "first", "second" or "last" of each n. key, under
@@ -37,6 +38,7 @@ def _swa(default: int, *, special: str = "last", window: bool = False) -> Period
 
 RECURRENT = Period("last", 4, "full_attention_interval", "attention.recurrent_layers")
 
+# fmt: off
 PERIODS: Mapping[str, tuple[Period, ...]] = {
     "afmoe": (_swa(4, window=True), Period("last", 4)),                  # every fourth: no rope
     "cohere2": (_swa(4),),
@@ -64,6 +66,7 @@ PERIODS: Mapping[str, tuple[Period, ...]] = {
     "smallthinker": (_swa(4, special="first", window=True), Period("first", 4, window=True)),  # the latter: no rope
     "smollm3": (Period("last", 4),),                                     # every fourth: no rope
 }
+# fmt: on
 
 
 def _tokens(architecture: str, metadata: Metadata) -> Any:
@@ -88,6 +91,7 @@ def _last(architecture: str, metadata: Metadata, n: int) -> Any:
     return n
 
 
+# fmt: off
 # What llama.cpp derives from the number of layers (n, without MTP blocks): it must come to the same afterwards.
 BY_COUNT: Mapping[str, tuple[str, Callable[[str, Metadata, int], Any]]] = {
     "baichuan": ("position encoding", lambda _, __, n: n if n in (32, 40) else None),
@@ -103,21 +107,37 @@ BY_COUNT: Mapping[str, tuple[str, Callable[[str, Metadata, int], Any]]] = {
     "minicpm3": ("residual scale", _last),
     "minimax-01": ("decay of attention", _last),
 }
+# fmt: on
 
 # Layer 0 is built otherwise: its values are those that all other layers mix in.
 FIRST_STAYS = frozenset(("rwkv7", "arwkv7"))
 # The first n_deepstack_layers take the layers of an image's embedding, one each.
 DEEPSTACK = frozenset(("qwen3vl", "qwen3vlmoe", "qwen3tts"))
 # Layers without KV heads are recurrent (nemotron_h: if they have no FFN either).
-RECURRENT_WITHOUT_HEADS = frozenset((
-    "bailingmoe3", "glm5-next", "granitehybrid", "jamba", "kimi-k3", "kimi-linear", "lfm2", "lfm2moe", "nemotron_h",
-    "nemotron_h_moe", "plamo2"))
+RECURRENT_WITHOUT_HEADS = frozenset(
+    (
+        "bailingmoe3",
+        "glm5-next",
+        "granitehybrid",
+        "jamba",
+        "kimi-k3",
+        "kimi-linear",
+        "lfm2",
+        "lfm2moe",
+        "nemotron_h",
+        "nemotron_h_moe",
+        "plamo2",
+    )
+)
 _NUMBERED_APART, _DRAFT = "encoder and decoder are numbered apart", "a draft model belongs to the layers of another"
+# fmt: off
 NEVER: Mapping[str, str] = {
     "t5": _NUMBERED_APART, "t5encoder": _NUMBERED_APART, "wavtokenizer-dec": "its blocks are no layers",
     "dflash": _DRAFT, "eagle3": _DRAFT, "gemma4-assistant": _DRAFT,
 }
+# fmt: on
 
+# fmt: off
 # Architectures whose layers are alike, or differ only by arrays with one element per layer and by their tensors.
 UNIFORM = frozenset("""
     apertus arcee arctic bailingmoe bailingmoe2 bailingmoe3 bert bitnet bloom chameleon chatglm codeshell cogvlm
@@ -130,31 +150,40 @@ UNIFORM = frozenset("""
     qwen2 qwen2moe qwen2vl qwen3 qwen3moe refact rnd1 rwkv6 rwkv6qwen2 seed_oss spark2_5 stablelm starcoder
     starcoder2 step35 talkie xverse
 """.split())
+# fmt: on
 
 KNOWN = frozenset((*PERIODS, *BY_COUNT, *FIRST_STAYS, *DEEPSTACK, *NEVER, *UNIFORM))
 
 
 # --- what must not change --------------------------------------------------------------------------------------------
 
-def obstacles(architecture: str, tensors: Iterable[OutputTensor], metadata: Metadata, n: int,
-               kept: list[int]) -> Iterable[SurgeryError]:
+
+def obstacles(
+    architecture: str, tensors: Iterable[OutputTensor], metadata: Metadata, n: int, kept: list[int]
+) -> Iterable[SurgeryError]:
     """Why llama.cpp would not compute with the layers `kept` of n what it did. Numbers are those without MTP blocks."""
     names = {tensor.name for tensor in tensors}
     if architecture in NEVER:
-        yield Unsupported("layers of this architecture cannot be dropped", object=architecture,
-                          hint=NEVER[architecture])
+        yield Unsupported(
+            "layers of this architecture cannot be dropped", object=architecture, hint=NEVER[architecture]
+        )
         return
     if any(name.startswith(("enc.blk.", "dec.blk.")) for name in names):
-        yield Unsupported("layers of an encoder or decoder cannot be dropped", object=architecture,
-                          hint="they are numbered apart")
+        yield Unsupported(
+            "layers of an encoder or decoder cannot be dropped", object=architecture, hint="they are numbered apart"
+        )
     for name in ("per_layer_token_embd.weight", "per_layer_model_proj.weight"):
         if name in names:
-            yield Unsupported("one tensor has columns of every layer", object=name,
-                              hint="layers of such a model cannot be dropped")
+            yield Unsupported(
+                "one tensor has columns of every layer", object=name, hint="layers of such a model cannot be dropped"
+            )
     get = getter(dict(metadata))
     if shared := read_count(get, f"{architecture}.attention.shared_kv_layers", 0):
-        yield Unsupported(f"the last {shared} layers use the keys and values of earlier ones",
-                          object=f"{architecture}.attention.shared_kv_layers", hint="its layers cannot be dropped")
+        yield Unsupported(
+            f"the last {shared} layers use the keys and values of earlier ones",
+            object=f"{architecture}.attention.shared_kv_layers",
+            hint="its layers cannot be dropped",
+        )
     yield from _count_obstacles(architecture, metadata, n, kept)
     yield from _period_obstacles(architecture, metadata, n, kept)
     yield from _kind_obstacles(architecture, metadata, n, kept)
@@ -174,9 +203,13 @@ def _count_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[i
         return
     hint = None
     if architecture == "minicpm":
-        hint = f"set {architecture}.residual_scale to {1.4 / n ** 0.5:.6g}, what it is with {n} layers"
-    yield BadPlan(f"llama.cpp chooses the {what} by the number of layers", object=f"{architecture}.block_count",
-                  found=f"{n} layers, then {len(kept)}", hint=hint)
+        hint = f"set {architecture}.residual_scale to {1.4 / n**0.5:.6g}, what it is with {n} layers"
+    yield BadPlan(
+        f"llama.cpp chooses the {what} by the number of layers",
+        object=f"{architecture}.block_count",
+        found=f"{n} layers, then {len(kept)}",
+        hint=hint,
+    )
 
 
 def periods(architecture: str, metadata: Metadata) -> list[tuple[Period, str | None, int, int]]:
@@ -205,8 +238,12 @@ def _period_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[
     for _, key, period, special in periods(architecture, metadata):
         moved = _moved(kept, lambda old, new: (old % period == special) != (new % period == special))
         if moved:
-            yield BadPlan(f"layers alternate with period {period}", object=key or architecture, found=moved,
-                          hint=f"drop whole periods: {period} consecutive layers, or the last ones")
+            yield BadPlan(
+                f"layers alternate with period {period}",
+                object=key or architecture,
+                found=moved,
+                hint=f"drop whole periods: {period} consecutive layers, or the last ones",
+            )
 
 
 def _kinds(architecture: str, metadata: Metadata, n: int) -> Iterable[tuple[str, list[Any]]]:
@@ -217,8 +254,9 @@ def _kinds(architecture: str, metadata: Metadata, n: int) -> Iterable[tuple[str,
     for word in ("attention.sliding_window_pattern", "attention.recurrent_layers"):
         if (listed := whole_numbers(metadata, f"{architecture}.{word}")) is not None:
             yield f"{architecture}.{word}", [bool(x) for x in listed[:n]]
-    heads, ffn = (whole_numbers(metadata, f"{architecture}.{word}")
-                  for word in ("attention.head_count_kv", "feed_forward_length"))
+    heads, ffn = (
+        whole_numbers(metadata, f"{architecture}.{word}") for word in ("attention.head_count_kv", "feed_forward_length")
+    )
     if architecture in RECURRENT_WITHOUT_HEADS and heads is not None:
         has_ffn = ffn if ffn is not None and architecture.startswith("nemotron_h") else [0] * len(heads)
         yield f"{architecture}.attention.head_count_kv", [(x > 0, y > 0) for x, y in zip(heads[:n], has_ffn)]
@@ -229,8 +267,11 @@ def _kind_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[in
         lost = set(kinds) - {kinds[layer] for layer in kept if layer < len(kinds)}
         if lost:
             alone = [layer for layer, kind in enumerate(kinds) if kind in lost]
-            yield BadPlan("llama.cpp stops where no layer of a kind is left", object=key,
-                          hint="keep at least one of " + ranges(alone))
+            yield BadPlan(
+                "llama.cpp stops where no layer of a kind is left",
+                object=key,
+                hint="keep at least one of " + ranges(alone),
+            )
 
 
 def _other_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> Iterable[SurgeryError]:
@@ -261,6 +302,9 @@ def _other_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[i
         if read_count(get, f"{architecture}.context_length", 0) >= 1 << 20:
             full = [layer < 2 or layer % 4 == 2 for layer in range(n)]
             if moved := _moved(kept, lambda old, new: full[old] != full[new]):
-                yield BadPlan("layers alternate with period 4 after the first two",
-                              object=f"{architecture}.attention.indexer.types", found=moved,
-                              hint="drop whole periods: 4 consecutive layers, or the last ones")
+                yield BadPlan(
+                    "layers alternate with period 4 after the first two",
+                    object=f"{architecture}.attention.indexer.types",
+                    found=moved,
+                    hint="drop whole periods: 4 consecutive layers, or the last ones",
+                )

@@ -16,14 +16,20 @@ if TYPE_CHECKING:
     from ..plan_data.choices import Ids
 
 
-NAME_BYTES = 63            # llama.cpp's limit of a tensor name
-ALIGNMENT_LEAST = 32       # llama.cpp aborts on 4, and always writes 32
+NAME_BYTES = 63  # llama.cpp's limit of a tensor name
+ALIGNMENT_LEAST = 32  # llama.cpp aborts on 4, and always writes 32
 
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 
 # Keys of an architecture that llama.cpp's loader checks against each other (llama-model.cpp, load_hparams).
-NUMBERS = ("block_count", "nextn_predict_layers", "expert_count", "expert_used_count", "expert_group_count",
-           "expert_group_used_count")
+NUMBERS = (
+    "block_count",
+    "nextn_predict_layers",
+    "expert_count",
+    "expert_used_count",
+    "expert_group_count",
+    "expert_group_used_count",
+)
 
 
 def check_numbers(architecture: str, metadata: dict[str, Value]) -> list[SurgeryError]:
@@ -33,19 +39,32 @@ def check_numbers(architecture: str, metadata: dict[str, Value]) -> list[Surgery
     try:
         blocks, nextn = (read_count(get, f"{architecture}.{name}", 0) for name in NUMBERS[:2])
         if nextn > blocks:
-            found.append(BadPlan("more MTP blocks than blocks", object=f"{architecture}.nextn_predict_layers",
-                                 found=nextn, expected=f"at most {blocks}"))
+            found.append(
+                BadPlan(
+                    "more MTP blocks than blocks",
+                    object=f"{architecture}.nextn_predict_layers",
+                    found=nextn,
+                    expected=f"at most {blocks}",
+                )
+            )
         experts = read_count(get, f"{architecture}.expert_count", 0)
         key = f"{architecture}.expert_used_count"
         if not experts and get(key) in (None, 0):
             return found
         if experts > MAX_EXPERTS:
-            found.append(Unsupported("more experts than llama.cpp loads", object=f"{architecture}.expert_count",
-                                     found=experts, expected=f"at most {MAX_EXPERTS}"))
+            found.append(
+                Unsupported(
+                    "more experts than llama.cpp loads",
+                    object=f"{architecture}.expert_count",
+                    found=experts,
+                    expected=f"at most {MAX_EXPERTS}",
+                )
+            )
         used = used_experts(get, key)
         if used > experts:
-            found.append(BadPlan("more experts used than there are", object=key, found=used,
-                                 expected=f"at most {experts}"))
+            found.append(
+                BadPlan("more experts used than there are", object=key, found=used, expected=f"at most {experts}")
+            )
         groups = read_count(get, f"{architecture}.expert_group_count", 0)
         if groups:
             check_groups(architecture, Layout((), (), experts, groups, 1), {}, experts, used, found, get)
@@ -64,8 +83,15 @@ def used_experts(get: Callable[[str], Any], key: str) -> int:
     return used
 
 
-def check_groups(architecture: str, found: Layout, kept: Ids, n: int, used: int, blockers: list[SurgeryError],
-                  get: Callable[[str], Any]) -> None:
+def check_groups(
+    architecture: str,
+    found: Layout,
+    kept: Ids,
+    n: int,
+    used: int,
+    blockers: list[SurgeryError],
+    get: Callable[[str], Any],
+) -> None:
     """A group is a contiguous range of ids; the router first picks group_used groups, by their two best experts."""
     key, groups = f"{architecture}.expert_group_count", found.groups
     if groups == 1:
@@ -75,36 +101,63 @@ def check_groups(architecture: str, found: Layout, kept: Ids, n: int, used: int,
     key_used = f"{architecture}.expert_group_used_count"
     per_group = n // groups
     if n % groups:
-        blockers.append(BadPlan(f"{n} experts do not divide into {groups} groups", object=key,
-                                hint=f"keep {nearest_multiples(n, groups, found.experts)}"))
+        blockers.append(
+            BadPlan(
+                f"{n} experts do not divide into {groups} groups",
+                object=key,
+                hint=f"keep {nearest_multiples(n, groups, found.experts)}",
+            )
+        )
         return
     group_used = read_count(get, key_used)
     if not 0 < group_used < groups:
-        raise BadFile("llama.cpp does not load this number of groups", object=key_used, found=group_used,
-                      expected=f"1..{groups - 1}")
+        raise BadFile(
+            "llama.cpp does not load this number of groups",
+            object=key_used,
+            found=group_used,
+            expected=f"1..{groups - 1}",
+        )
     if per_group < 2:
-        blockers.append(BadPlan(f"{per_group} expert per group", object=key,
-                                hint=f"a group is chosen by its two best experts: keep at least {2 * groups}"))
+        blockers.append(
+            BadPlan(
+                f"{per_group} expert per group",
+                object=key,
+                hint=f"a group is chosen by its two best experts: keep at least {2 * groups}",
+            )
+        )
     if group_used * per_group < used:
         need = -(-used // group_used) * groups
-        blockers.append(BadPlan(f"{group_used} groups of {per_group} experts are fewer than the {used} used per token",
-                                object=key_used, hint=f"keep at least {need}"))
+        blockers.append(
+            BadPlan(
+                f"{group_used} groups of {per_group} experts are fewer than the {used} used per token",
+                object=key_used,
+                hint=f"keep at least {need}",
+            )
+        )
     size = found.experts // groups
     for layer, ids in kept.items():
         counts = Counter(i // size for i in ids)
         uneven = next((g for g in range(groups) if counts[g] != per_group), None)
         if uneven is not None:
-            blockers.append(BadPlan(
-                f"{counts[uneven]} experts kept in group {uneven} (ids {uneven * size}..{uneven * size + size - 1})",
-                object=f"blk.{layer}.ffn_down_exps.weight", expected=per_group,
-                hint=f"keep the same number in each of the {groups} groups, or routing is re-partitioned"))
+            blockers.append(
+                BadPlan(
+                    f"{counts[uneven]} experts kept in group {uneven} (ids {uneven * size}..{uneven * size + size - 1})",
+                    object=f"blk.{layer}.ffn_down_exps.weight",
+                    expected=per_group,
+                    hint=f"keep the same number in each of the {groups} groups, or routing is re-partitioned",
+                )
+            )
 
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 
 # Without these llama.cpp's loader stops (llama-model.cpp load_hparams, llama-vocab.cpp load).
-REQUIRED = {"{arch}.context_length": "u32", "{arch}.embedding_length": "u32", "tokenizer.ggml.model": "str",
-            "tokenizer.ggml.tokens": "str[]"}
+REQUIRED = {
+    "{arch}.context_length": "u32",
+    "{arch}.embedding_length": "u32",
+    "tokenizer.ggml.model": "str",
+    "tokenizer.ggml.tokens": "str[]",
+}
 
 
 def check_required(architecture: str, before: Mapping[str, Value], after: Mapping[str, Value]) -> list[SurgeryError]:
@@ -114,8 +167,15 @@ def check_required(architecture: str, before: Mapping[str, Value], after: Mappin
         key = pattern.replace("{arch}", architecture)
         now = after[key].type if key in after else None
         if now != type and key in before and before[key].type != now:
-            found.append(BadPlan("llama.cpp does not load a model without this key", object=key, found=now,
-                                 expected=type, hint="set another value instead of removing it"))
+            found.append(
+                BadPlan(
+                    "llama.cpp does not load a model without this key",
+                    object=key,
+                    found=now,
+                    expected=type,
+                    hint="set another value instead of removing it",
+                )
+            )
     tokens = after.get("tokenizer.ggml.tokens")
     for key in ("tokenizer.ggml.scores", "tokenizer.ggml.token_type"):
         value, old = after.get(key), before.get("tokenizer.ggml.tokens")
@@ -123,8 +183,9 @@ def check_required(architecture: str, before: Mapping[str, Value], after: Mappin
             continue
         lengths = [len(v) if v.type.endswith("[]") else 0 for v in (value, tokens)]
         if lengths[0] < lengths[1]:
-            found.append(BadPlan("fewer elements than tokens", object=key, found=lengths[0],
-                                 expected=f"at least {lengths[1]}"))
+            found.append(
+                BadPlan("fewer elements than tokens", object=key, found=lengths[0], expected=f"at least {lengths[1]}")
+            )
     return found
 
 
@@ -139,8 +200,14 @@ def check_embedding(architecture: str, metadata: Mapping[str, Value], shape: tup
             continue
         number = len(value) if value.type.endswith("[]") else value.value
         if number != expected:
-            found.append(BadPlan("does not fit token_embd.weight", object=key, found=number,
-                                 expected=f"{expected}, of shape {list(shape)}"))
+            found.append(
+                BadPlan(
+                    "does not fit token_embd.weight",
+                    object=key,
+                    found=number,
+                    expected=f"{expected}, of shape {list(shape)}",
+                )
+            )
     return found
 
 
@@ -159,7 +226,13 @@ def check_tensor_extra(metadata: Mapping[str, Value]) -> list[SurgeryError]:
     if names is None:
         return []
     length = len(names) if names.type.endswith("[]") else 0
-    lengths = {key: len(value) if value.type.endswith("[]") else None
-               for key, value in metadata.items() if is_tensor_extra(key)}
-    return [BadPlan("not one element per tensor", object=key, found=n, expected=f"{length}, as {EXTRA_NAME} has")
-            for key, n in lengths.items() if n is None or n != length]
+    lengths = {
+        key: len(value) if value.type.endswith("[]") else None
+        for key, value in metadata.items()
+        if is_tensor_extra(key)
+    }
+    return [
+        BadPlan("not one element per tensor", object=key, found=n, expected=f"{length}, as {EXTRA_NAME} has")
+        for key, n in lengths.items()
+        if n is None or n != length
+    ]

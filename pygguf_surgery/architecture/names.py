@@ -8,6 +8,7 @@ import re
 
 ROLES = ("attention", "ssm", "router", "norm", "shared_expert", "expert", "ffn", "embedding", "output", "mtp", "other")
 
+# fmt: off
 # First match wins. The name is without "blk.N." and without what follows the last word (".weight", ".bias", ...).
 _ROLE_PATTERNS = tuple((role, re.compile(pattern)) for role, pattern in (
     ("mtp", r"nextn\."),
@@ -22,6 +23,7 @@ _ROLE_PATTERNS = tuple((role, re.compile(pattern)) for role, pattern in (
     ("embedding", r"(token_embd|per_layer_token_embd|position_embd|token_types)$"),
     ("output", r"(output|cls|cls\.output|dense_2|dense_3)$"),
 ))
+# fmt: on
 _BLOCK = re.compile(r"(?:(?:enc|dec)\.)?blk\.([0-9]+)\.(.+)", re.DOTALL)
 _SUFFIX = re.compile(r"\.(weight|bias|scale|input_scale|a|b)$")
 

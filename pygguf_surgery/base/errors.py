@@ -23,8 +23,11 @@ class SurgeryError(Exception):
 
     def __str__(self) -> str:
         text = ": ".join(str(part) for part in (self.path, self.object, self.problem) if part is not None)
-        details = [f"{word} {value}" for word, value in (("found", self.found), ("expected", self.expected),
-                                                         ("at byte", self.offset)) if value is not None]
+        details = [
+            f"{word} {value}"
+            for word, value in (("found", self.found), ("expected", self.expected), ("at byte", self.offset))
+            if value is not None
+        ]
         if details:
             text += f" ({', '.join(details)})"
         if self.hint is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from .._core import Value
 from .errors import SurgeryError
 
-LIST_LONGEST = 32          # printed JSON abbreviates longer arrays
+LIST_LONGEST = 32  # printed JSON abbreviates longer arrays
 
 
 def value_for_json(value: Value, full: bool = False) -> Any:
@@ -42,6 +42,13 @@ def abbreviate(data: Any) -> Any:
 
 def error_for_json(error: SurgeryError) -> dict[str, Any]:
     fields = {name: getattr(error, name) for name in ("path", "object", "offset", "found", "expected", "hint")}
-    return {"error": type(error).__name__, "message": str(error), "problem": error.problem,
-            **{name: value if isinstance(value, (int, str)) else str(value)
-               for name, value in fields.items() if value is not None}}
+    return {
+        "error": type(error).__name__,
+        "message": str(error),
+        "problem": error.problem,
+        **{
+            name: value if isinstance(value, (int, str)) else str(value)
+            for name, value in fields.items()
+            if value is not None
+        },
+    }

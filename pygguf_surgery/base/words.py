@@ -46,8 +46,10 @@ def table(rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """Columns of equal width; the first `left` are flush left, the others right."""
     rows = [[printable(cell).replace("\n", "\\n") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
-    return "\n".join("  ".join(cell.ljust(w) if i < left else cell.rjust(w)
-                               for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    )
 
 
 def short(value: Value, width: int = 72) -> str:
@@ -60,7 +62,7 @@ def short(value: Value, width: int = 72) -> str:
 
 def _scalar(x: Any, width: int) -> str:
     text = f"{x:.7g}" if isinstance(x, float) else repr(x)[1:-1] if isinstance(x, str) else str(x)
-    return text if len(text) <= width else text[:width - 3] + "..."
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def nearest_multiples(n: int, step: int, most: int) -> str:

@@ -28,10 +28,20 @@ def choose(model: Model, args: Namespace) -> Keep:
     from ..studies.scoring import rank
 
     with progress("ranking", args.quiet if "quiet" in args else False) as bar:
-        ranking = rank(model, by=DEFAULT_METRIC if args.by is None else args.by, stats=args.stats, imatrix=args.imatrix,
-                       mtp=args.mtp, memory=args.memory, threads=args.threads, io=args.io, progress=bar)
-    return ranking.keep(args.keep, ratio=args.ratio, super_experts=args.super_experts,
-                        budget=getattr(args, "budget", "layer"))
+        ranking = rank(
+            model,
+            by=DEFAULT_METRIC if args.by is None else args.by,
+            stats=args.stats,
+            imatrix=args.imatrix,
+            mtp=args.mtp,
+            memory=args.memory,
+            threads=args.threads,
+            io=args.io,
+            progress=bar,
+        )
+    return ranking.keep(
+        args.keep, ratio=args.ratio, super_experts=args.super_experts, budget=getattr(args, "budget", "layer")
+    )
 
 
 def refuse_existing(paths: list[str]) -> None:

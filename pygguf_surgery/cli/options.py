@@ -8,6 +8,7 @@ from typing import Any
 
 from .commands import imatrix, stats
 
+# fmt: off
 # name -> what argparse wants. Each option is defined once, whichever commands have it.
 OPTIONS = {
     "--keep": dict(type=int, metavar="N", help="experts to keep in every layer"),
@@ -106,14 +107,30 @@ OPTIONS = {
     "--model": dict(metavar="FILE", help="cut this model in place of the made-up one"),
     "--folder": dict(metavar="DIR", help="keep the files here (default: a temporary folder, removed at the end)"),
 }
+# fmt: on
 
 CHOICE = ("--keep", "--ratio", "--by", "--stats", "--super-experts")
 EXPERTS = CHOICE + ("--budget", "--report", "--plot", "--repair", "--mtp")
 TEXTS = ("--ctx", "--chunks", "--parse-special", "--gpu-layers", "--threads")
 LAYERS = ("--prune-layers",)
-TYPES = ("--recipe", "--pure", "--override", "--tensor-type", "--tensor-type-file", "--output-tensor-type",
-         "--token-embedding-type", "--leave-output-tensor", "--allow-requantize", "--imatrix", "--imatrix-missing",
-         "--include-weights", "--exclude-weights", "--quality", "--target-size", "--target-bpw")
+TYPES = (
+    "--recipe",
+    "--pure",
+    "--override",
+    "--tensor-type",
+    "--tensor-type-file",
+    "--output-tensor-type",
+    "--token-embedding-type",
+    "--leave-output-tensor",
+    "--allow-requantize",
+    "--imatrix",
+    "--imatrix-missing",
+    "--include-weights",
+    "--exclude-weights",
+    "--quality",
+    "--target-size",
+    "--target-bpw",
+)
 SPLIT_BY = ("--split-max-size", "--split-max-tensors", "--no-tensor-first-split")
 SHARDS = SPLIT_BY + ("--keep-split",)
 METADATA = ("--set", "--remove", "--override-kv")
@@ -121,6 +138,7 @@ RUN = ("--memory", "--threads", "--io")
 OUTPUT = ("--force", "--dry-run", "--quiet")
 JSON = ("--json", "--full")
 
+# fmt: off
 # command -> (help, positional arguments, options)
 COMMANDS = {
     "info": ("what is in a model", ("IN",), JSON),
@@ -147,7 +165,9 @@ COMMANDS = {
     "demo": ("make a small model, cut it in half, show what was lost", (),
              ("--model", "--keep", "--by", "--type", "--folder") + RUN + ("--json",)),
 }
+# fmt: on
 
+# fmt: off
 POSITIONALS = {
     "IN": ("input", "a GGUF file; of a split model any shard"),
     "OUT": ("output", "the GGUF file to write; of shards the part of their names before -00001-of-..."),
@@ -158,13 +178,15 @@ POSITIONALS = {
                  "Unlike llama-quantize an existing output needs --force, the output keeps the order of tensors "
                  "and alignment, and an architecture that llama.cpp does not know is no error"),
 }
+# fmt: on
 # These take no fixed number of positional arguments.
 _SEVERAL = {"QUANTIZE": "IN [OUT] TYPE [THREADS]", "CALIBRATE": "MODEL TEXT..."}
 
 
 def make_parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(program, description="Surgery on GGUF model files, in one streaming pass.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        program, description="Surgery on GGUF model files, in one streaming pass.", allow_abbrev=False
+    )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (help, positionals, options) in COMMANDS.items():
@@ -177,16 +199,19 @@ def make_parser(program: str) -> argparse.ArgumentParser:
             command.add_argument(option, **OPTIONS[option])
         if name == "repair":
             command.set_defaults(memory=4 << 30)
-    for name, help, rules in (("imatrix", "show, merge, slice and convert importance matrices", imatrix),
-                              ("stats", "show and merge what calibrate has recorded", stats)):
+    for name, help, rules in (
+        ("imatrix", "show, merge, slice and convert importance matrices", imatrix),
+        ("stats", "show and merge what calibrate has recorded", stats),
+    ):
         _add_group(commands, name, help, rules)
     return parser
 
 
 def _add_group(commands, group: str, help: str, rules) -> None:
     """A command of commands. rules: a module with tables OPTIONS, COMMANDS, POSITIONALS."""
-    parsers = _add_command(commands, group, help).add_subparsers(dest=f"{group}_command", required=True,
-                                                                 metavar="COMMAND")
+    parsers = _add_command(commands, group, help).add_subparsers(
+        dest=f"{group}_command", required=True, metavar="COMMAND"
+    )
     for name, (help, positionals, options) in rules.COMMANDS.items():
         command = _add_command(parsers, name, help)
         for metavar in positionals:
@@ -197,8 +222,9 @@ def _add_group(commands, group: str, help: str, rules) -> None:
 
 
 def _add_command(commands, name: str, help: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False,
-                               formatter_class=_Formatter)
+    return commands.add_parser(
+        name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False, formatter_class=_Formatter
+    )
 
 
 def options_first(argv: Sequence[str]) -> list[str]:
@@ -257,8 +283,9 @@ def override_kv(text: str) -> tuple[str, Any]:
     try:
         if not key or not equals or not colon:
             raise ValueError
-        return key, {"int": int, "float": float, "str": str,
-                     "bool": lambda word: {"true": True, "false": False}[word]}[kind](value)
+        return key, {"int": int, "float": float, "str": str, "bool": lambda word: {"true": True, "false": False}[word]}[
+            kind
+        ](value)
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=TYPE:VALUE with TYPE int, float, bool or str") from None
 

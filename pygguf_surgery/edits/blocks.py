@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # --- taking blocks away ---------------------------------------------------------------------------------------------
 
+
 def drop(architecture: str, out: Outcome, dropped: Collection[int]) -> None:
     """Removes these blocks as if the model had been converted without them: the rest is numbered from 0, and all that
     has one element per block, counts blocks or names them follows. SurgeryError, before anything is changed, for an
@@ -49,12 +50,18 @@ def drop(architecture: str, out: Outcome, dropped: Collection[int]) -> None:
             # Cut by index: some are longer than the number of blocks, some leave the MTP blocks out.
             metadata[name] = like(value, [x for i, x in enumerate(value.value) if _number(i, gone) is not None])
         elif word != name and len(value) in lengths and word not in OTHER_ARRAYS:
-            raise Unsupported("unknown array: it may have one element per block", object=name,
-                              hint=f"it has {len(value)} elements, as many as there are blocks")
+            raise Unsupported(
+                "unknown array: it may have one element per block",
+                object=name,
+                hint=f"it has {len(value)} elements, as many as there are blocks",
+            )
     _count(architecture, metadata, gone, blocks, nextn)
     out.metadata = _rename(metadata, gone)
-    out.tensors = [tensor if name == tensor.name else replace(tensor, name=name, notes=list(tensor.notes))
-                   for tensor in out.tensors if (name := _new_name(tensor.name, gone)) is not None]
+    out.tensors = [
+        tensor if name == tensor.name else replace(tensor, name=name, notes=list(tensor.notes))
+        for tensor in out.tensors
+        if (name := _new_name(tensor.name, gone)) is not None
+    ]
 
 
 def _number(block: int, gone: list[int]) -> int | None:
@@ -110,6 +117,7 @@ def _rename(metadata: dict[str, Value], gone: list[int]) -> dict[str, Value]:
     new = [_new_name(name, gone) for name in names.value]
     for key, value in result.items():  # arrays parallel to the names
         if key.startswith("general.tensor_extra.") and value.type.endswith("[]") and len(value) == len(new):
-            result[key] = like(value, [x for x, name in zip(new if value is names else value.value, new)
-                                       if name is not None])
+            result[key] = like(
+                value, [x for x, name in zip(new if value is names else value.value, new) if name is not None]
+            )
     return result

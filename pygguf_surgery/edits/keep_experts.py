@@ -39,8 +39,13 @@ if TYPE_CHECKING:
     from ..plan_data.choices import Ids
 
 
-def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value], edit: KeepExperts,
-          repair: Repair | None = None) -> Outcome:
+def apply(
+    model: Model,
+    tensors: list[OutputTensor],
+    metadata: dict[str, Value],
+    edit: KeepExperts,
+    repair: Repair | None = None,
+) -> Outcome:
     """Keeps the experts that `edit` names in every MoE block. Reads no tensor data and changes nothing in place. repair:
     that of the edit, open, or None where it has none or that could not be opened.
 
@@ -80,6 +85,7 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
 
 # --- what was asked for ---------------------------------------------------------------------------------------------
 
+
 def _check_kept(architecture: str, edit: KeepExperts, found: Layout, dropped: range, out: Outcome) -> Ids:
     """The ids per MoE layer as plain ints, padded where layers keep different numbers; every fault is a blocker."""
     kept: Ids = {}
@@ -88,24 +94,41 @@ def _check_kept(architecture: str, edit: KeepExperts, found: Layout, dropped: ra
         if layer in found.layers:
             kept[layer] = _check_ids(layer, ids, found.experts, blockers)
         elif layer not in dropped:  # a ranking of the whole model names those too
-            blockers.append(BadPlan("experts named for a layer that has none", object=f"blk.{layer}",
-                                    hint=f"layers with experts: {ranges(found.layers)}"))
+            blockers.append(
+                BadPlan(
+                    "experts named for a layer that has none",
+                    object=f"blk.{layer}",
+                    hint=f"layers with experts: {ranges(found.layers)}",
+                )
+            )
     for layer in found.layers:
         if layer not in kept:
             mtp = layer in found.mtp
-            blockers.append(BadPlan("no experts named for this " + ("MTP block" if mtp else "layer"),
-                                    object=f"blk.{layer}", hint='or drop it with mtp="drop"' if mtp else None))
+            blockers.append(
+                BadPlan(
+                    "no experts named for this " + ("MTP block" if mtp else "layer"),
+                    object=f"blk.{layer}",
+                    hint='or drop it with mtp="drop"' if mtp else None,
+                )
+            )
     counts = sorted({len(ids) for ids in kept.values()})
     if len(counts) > 1 and not blockers:
         numbers = ", ".join(f"{n} in {ranges(k for k, v in kept.items() if len(v) == n)}" for n in counts)
         if reason := _unpaddable(architecture, found, kept, out):
-            blockers.append(Unsupported(
-                "a different number of experts per layer", object="keep_experts", found=numbers,
-                hint="llama.cpp has one expert_count for all layers, and experts that are never picked cannot make up "
-                     f"for it: {reason}; keep the same number in each"))
+            blockers.append(
+                Unsupported(
+                    "a different number of experts per layer",
+                    object="keep_experts",
+                    found=numbers,
+                    hint="llama.cpp has one expert_count for all layers, and experts that are never picked cannot make up "
+                    f"for it: {reason}; keep the same number in each",
+                )
+            )
         else:
-            out.warnings.append(f"experts per layer: {numbers}; made up to {counts[-1]} in each by experts of zeros that "
-                                "the router never picks, which saves no bytes")
+            out.warnings.append(
+                f"experts per layer: {numbers}; made up to {counts[-1]} in each by experts of zeros that "
+                "the router never picks, which saves no bytes"
+            )
             kept = {layer: ids + (PAD,) * (counts[-1] - len(ids)) for layer, ids in kept.items()}
     return {layer: kept[layer] for layer in found.layers if layer in kept}
 
@@ -158,19 +181,30 @@ def _check_ids(layer: int, ids: Iterable[Any], experts: int, blockers: list[Surg
 
 # --- what llama.cpp's loader and router need ------------------------------------------------------------------------
 
+
 def _check_routing(architecture: str, found: Layout, kept: Ids, out: Outcome) -> None:
     n = len(kept[found.layers[0]])
     least = min(sum(i != PAD for i in ids) for ids in kept.values())
     get = getter(out.metadata)
     if n > MAX_EXPERTS:
-        out.blockers.append(Unsupported("more experts than llama.cpp loads", object=f"{architecture}.expert_count",
-                                        found=n, expected=f"at most {MAX_EXPERTS}"))
+        out.blockers.append(
+            Unsupported(
+                "more experts than llama.cpp loads",
+                object=f"{architecture}.expert_count",
+                found=n,
+                expected=f"at most {MAX_EXPERTS}",
+            )
+        )
     try:
         used = used_experts(get, f"{architecture}.expert_used_count")
         if least < used:
-            out.blockers.append(BadPlan(f"{least} experts kept and {used} used per token",
-                                        object=f"{architecture}.expert_used_count",
-                                        hint=f"keep at least {used}; the number used is never changed silently"))
+            out.blockers.append(
+                BadPlan(
+                    f"{least} experts kept and {used} used per token",
+                    object=f"{architecture}.expert_used_count",
+                    hint=f"keep at least {used}; the number used is never changed silently",
+                )
+            )
         if found.groups:
             check_groups(architecture, found, kept, n, used, out.blockers, get)
     except SurgeryError as error:
@@ -178,8 +212,10 @@ def _check_routing(architecture: str, found: Layout, kept: Ids, out: Outcome) ->
     if found.chunk > 1:
         _check_chunks(architecture, found, kept, out.blockers)
     if not (n & (n - 1) == 0 and n <= 512 or n in (288, 576)):
-        out.warnings.append(f"{n} experts: CUDA's fused top-k router is lost; it runs only for a power of two up to "
-                            "512, for 288 and for 576")
+        out.warnings.append(
+            f"{n} experts: CUDA's fused top-k router is lost; it runs only for a power of two up to "
+            "512, for 288 and for 576"
+        )
 
 
 def _check_chunks(architecture: str, found: Layout, kept: Ids, blockers: list[SurgeryError]) -> None:
@@ -187,15 +223,21 @@ def _check_chunks(architecture: str, found: Layout, kept: Ids, blockers: list[Su
         partial = next((g for g, n in Counter(i // found.chunk for i in ids).items() if n != found.chunk), None)
         if partial is not None:
             first = partial * found.chunk
-            blockers.append(BadPlan(
-                f"experts {first}..{first + found.chunk - 1} share one chunk expert and only some of them are kept",
-                object=f"blk.{layer}.ffn_down_chexps.weight", hint="keep or drop them together"))
+            blockers.append(
+                BadPlan(
+                    f"experts {first}..{first + found.chunk - 1} share one chunk expert and only some of them are kept",
+                    object=f"blk.{layer}.ffn_down_chexps.weight",
+                    hint="keep or drop them together",
+                )
+            )
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------
 
-def _cut(tensor: OutputTensor, architecture: str, found: Layout, kept: Ids, order: Ids,
-         blockers: list[SurgeryError]) -> OutputTensor:
+
+def _cut(
+    tensor: OutputTensor, architecture: str, found: Layout, kept: Ids, order: Ids, blockers: list[SurgeryError]
+) -> OutputTensor:
     rule, layer = expert_rule(tensor.name), layer_of(tensor.name)
     if rule is None or layer not in kept or rule.axis == "none":
         return tensor
@@ -205,7 +247,7 @@ def _cut(tensor: OutputTensor, architecture: str, found: Layout, kept: Ids, orde
             best_first = order.get(layer, ids)
             return replace(tensor, expression=_remap(tensor, ids, best_first, found.experts), notes=list(tensor.notes))
         if rule.axis == "groups":
-            ids = tuple(i // found.chunk for i in ids[::found.chunk])
+            ids = tuple(i // found.chunk for i in ids[:: found.chunk])
         if len(tensor.shape) == 1 and _block(tensor.source_type) != 1:
             raise Unsupported("an expert is no whole block of this type", object=tensor.name, found=tensor.source_type)
         shape = (len(ids), *tensor.shape[1:])
@@ -235,12 +277,21 @@ def _take(tensor: OutputTensor, ids: tuple[int, ...]) -> Expression:
 
 def _check_repair(model: Model, kept: Ids, repair: Repair) -> None:
     if repair.header_sha256 != model.header_sha256:
-        raise BadPlan("the repair is of another file", path=repair.path, object="repair",
-                      found=repair.header_sha256[:16], expected=model.header_sha256[:16])
+        raise BadPlan(
+            "the repair is of another file",
+            path=repair.path,
+            object="repair",
+            found=repair.header_sha256[:16],
+            expected=model.header_sha256[:16],
+        )
     for layer, ids in kept.items():
         if repair.kept.get(layer) != ids:
-            raise BadPlan("the repair is for other experts", path=repair.path, object=f"blk.{layer}",
-                          hint="keep those that it was made for: prune --repair without --keep and --by does")
+            raise BadPlan(
+                "the repair is for other experts",
+                path=repair.path,
+                object=f"blk.{layer}",
+                hint="keep those that it was made for: prune --repair without --keep and --by does",
+            )
 
 
 def _repaired(before: OutputTensor, after: OutputTensor, repair: Repair) -> OutputTensor:
@@ -252,15 +303,19 @@ def _repaired(before: OutputTensor, after: OutputTensor, repair: Repair) -> Outp
     if before.expression != Copy(before.name):  # its numbers of layers and experts are those of the source
         raise BadPlan("a repair goes with the first cut", path=repair.path, object=after.name)
     if tensor.shape != after.shape:
-        raise BadPlan("the repair does not fit", path=repair.path, object=after.name, found=list(tensor.shape),
-                      expected=list(after.shape))
+        raise BadPlan(
+            "the repair does not fit",
+            path=repair.path,
+            object=after.name,
+            found=list(tensor.shape),
+            expected=list(after.shape),
+        )
     facts = type_facts()[after.type]
     type, notes = after.type, list(after.notes)
     if not facts["encodes"] or facts["needs_importance"]:  # a quantize() of the plan may still say otherwise
         type = tensor.type
         notes.append(f"repaired, so {type}: {after.type} cannot be made without an importance matrix")
-    expression = FromRepair(after.name, tuple(range(len(repair.kept[layer_of(after.name)]))),
-                            after.expression.indices)
+    expression = FromRepair(after.name, tuple(range(len(repair.kept[layer_of(after.name)]))), after.expression.indices)
     return replace(after, type=type, source_type=tensor.type, expression=expression, notes=notes)
 
 
@@ -287,6 +342,7 @@ def _block(type: str) -> int:
 
 # --- MTP blocks -----------------------------------------------------------------------------------------------------
 
+
 def _drop_mtp(architecture: str, out: Outcome) -> range:
     """Removes the last nextn_predict_layers blocks as if the model had been converted without them."""
     get = getter(out.metadata)
@@ -311,8 +367,10 @@ def _drop_mtp(architecture: str, out: Outcome) -> range:
 
 # --- metadata -------------------------------------------------------------------------------------------------------
 
-def _set_metadata(model: Model, architecture: str, kept: Ids, edit: KeepExperts, mtp: Collection[int],
-                  out: Outcome) -> None:
+
+def _set_metadata(
+    model: Model, architecture: str, kept: Ids, edit: KeepExperts, mtp: Collection[int], out: Outcome
+) -> None:
     metric = edit.metric
     metadata, old = out.metadata, read_count(getter(out.metadata), f"{architecture}.expert_count")
     n = len(next(iter(kept.values())))

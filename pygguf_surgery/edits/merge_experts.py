@@ -56,6 +56,7 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
 
 def _check_groups(layer: int, groups: Iterable[Group], experts: int, neurons: int) -> list[SurgeryError]:
     """What is wrong with the groups of one layer, the first of each kind."""
+
     def fail(problem: str, found: object = None) -> list[SurgeryError]:
         return [BadPlan(problem, object=f"blk.{layer}.ffn_down_exps.weight", found=found)]
 
@@ -86,8 +87,11 @@ def _check_groups(layer: int, groups: Iterable[Group], experts: int, neurons: in
 def _merged(before: OutputTensor, after: OutputTensor, groups: tuple[Group, ...]) -> OutputTensor:
     local = after.name.split(".", 2)[2]
     if local in SCALES or local.endswith("_chexps.weight") or local == "ffn_gate_tid2eid.weight":
-        raise Unsupported("experts with this tensor cannot be merged", object=after.name,
-                          hint="drop experts instead (prune), or merge the 16-bit model")
+        raise Unsupported(
+            "experts with this tensor cannot be merged",
+            object=after.name,
+            hint="drop experts instead (prune), or merge the 16-bit model",
+        )
     axis = NEURON_AXES.get(local)
     if axis is None:
         return after  # router and selection bias: the centroid's

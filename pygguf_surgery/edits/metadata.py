@@ -14,8 +14,16 @@ from ..base.words import nearest_names, short_repr
 from ..plan_data.edits import RemoveMetadata, SetMetadata
 
 SCALAR_TYPES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "u64", "i64", "f64")
-_INTEGERS = {"u8": (0, 2**8 - 1), "i8": (-2**7, 2**7 - 1), "u16": (0, 2**16 - 1), "i16": (-2**15, 2**15 - 1),
-             "u32": (0, 2**32 - 1), "i32": (-2**31, 2**31 - 1), "u64": (0, 2**64 - 1), "i64": (-2**63, 2**63 - 1)}
+_INTEGERS = {
+    "u8": (0, 2**8 - 1),
+    "i8": (-(2**7), 2**7 - 1),
+    "u16": (0, 2**16 - 1),
+    "i16": (-(2**15), 2**15 - 1),
+    "u32": (0, 2**32 - 1),
+    "i32": (-(2**31), 2**31 - 1),
+    "u64": (0, 2**64 - 1),
+    "i64": (-(2**63), 2**63 - 1),
+}
 _NEW_INTEGER = ("u32", "i32", "u64", "i64")  # the first that holds the value
 _LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the rest of them stand for bytes that are no UTF-8
 _KEY = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
@@ -62,8 +70,13 @@ def to_value(obj: Any, existing: Value | None = None, *, key: str | None = None)
     fit."""
     if isinstance(obj, Value):
         if existing is not None and obj.type != existing.type:
-            raise BadPlan("an existing key keeps its type", object=key, found=obj.type, expected=existing.type,
-                          hint="remove it first (remove_metadata, --remove) to change its type")
+            raise BadPlan(
+                "an existing key keeps its type",
+                object=key,
+                found=obj.type,
+                expected=existing.type,
+                hint="remove it first (remove_metadata, --remove) to change its type",
+            )
         return obj
     obj = _plain(obj)
     type = existing.type if existing is not None else _new_type(obj, key)
@@ -71,8 +84,13 @@ def to_value(obj: Any, existing: Value | None = None, *, key: str | None = None)
         hint = None
         if existing is None and isinstance(obj, float):
             hint = 'pygguf_surgery.Value(x, "f64")'
-        raise BadPlan("the value does not fit the key's type" if existing is not None else "the value does not fit",
-                      object=key, found=short_repr(obj), expected=type, hint=hint)
+        raise BadPlan(
+            "the value does not fit the key's type" if existing is not None else "the value does not fit",
+            object=key,
+            found=short_repr(obj),
+            expected=type,
+            hint=hint,
+        )
     return Value(obj, type)
 
 
@@ -130,8 +148,12 @@ def _kind(obj: Any, key: str | None) -> str:
             return name
     if isinstance(obj, list):
         raise BadPlan("an array of arrays", object=key, hint="llama.cpp reads none")
-    raise BadPlan("not a metadata value", object=key, found=type(obj).__name__,
-                  expected="bool, int, float, str or a list of one of these")
+    raise BadPlan(
+        "not a metadata value",
+        object=key,
+        found=type(obj).__name__,
+        expected="bool, int, float, str or a list of one of these",
+    )
 
 
 def _integer_type(low: int, high: int, key: str | None) -> str:
@@ -139,10 +161,13 @@ def _integer_type(low: int, high: int, key: str | None) -> str:
         least, most = _INTEGERS[type]
         if least <= low and high <= most:
             return type
-    raise BadPlan("a whole number of more than 64 bits", object=key, found=short_repr([low, high] if low != high else low))
+    raise BadPlan(
+        "a whole number of more than 64 bits", object=key, found=short_repr([low, high] if low != high else low)
+    )
 
 
 # --- the shell ------------------------------------------------------------------------------------------------------
+
 
 def parse_assignment(text: str) -> tuple[str, Value | str]:
     """ "KEY:TYPE=VALUE" -> (KEY, Value); "KEY=VALUE" -> (KEY, "VALUE"), which text_to_value turns into a Value."""
@@ -163,13 +188,20 @@ def parse_text(text: str, type: str, *, key: str | None = None) -> Value:
     also as 0x1f; bool is true or false."""
     element = type.removesuffix("[]")
     if element not in SCALAR_TYPES:
-        raise BadPlan("unknown type of a metadata value", object=key, found=repr(type),
-                      expected=f"{' '.join(SCALAR_TYPES)}, or one of these with [] for an array")
+        raise BadPlan(
+            "unknown type of a metadata value",
+            object=key,
+            found=repr(type),
+            expected=f"{' '.join(SCALAR_TYPES)}, or one of these with [] for an array",
+        )
     if type == element:
         obj: Any = _parse_scalar(text, element, key)
     else:
-        obj = [_parse_scalar(part if element == "str" else part.strip(), element, key)
-               for part in text.split(",")] if text else []
+        obj = (
+            [_parse_scalar(part if element == "str" else part.strip(), element, key) for part in text.split(",")]
+            if text
+            else []
+        )
     if not fits(obj, type):
         raise BadPlan("the value does not fit the key's type", object=key, found=short_repr(obj), expected=type)
     return Value(obj, type)
@@ -181,16 +213,21 @@ def _parse_scalar(text: str, type: str, key: str | None) -> Any:
     try:
         if type == "bool":
             return {"true": True, "false": False, "1": True, "0": False}[text.strip().lower()]
-        return int(text, 0 if text.strip().lower().lstrip("+-").startswith("0x") else 10) if type in _INTEGERS \
+        return (
+            int(text, 0 if text.strip().lower().lstrip("+-").startswith("0x") else 10)
+            if type in _INTEGERS
             else float(text)
+        )
     except (KeyError, ValueError):
         raise BadPlan("the value does not fit the key's type", object=key, found=repr(text), expected=type) from None
 
 
 # --- the edits ------------------------------------------------------------------------------------------------------
 
-def apply(architecture: str, metadata: dict[str, Value], edit: SetMetadata | RemoveMetadata,
-          blockers: list[SurgeryError]) -> dict[str, Value]:
+
+def apply(
+    architecture: str, metadata: dict[str, Value], edit: SetMetadata | RemoveMetadata, blockers: list[SurgeryError]
+) -> dict[str, Value]:
     """The metadata after an edit: a changed key keeps its place, a new one comes last. Faults go to `blockers`."""
     result = dict(metadata)
     for item in edit.items if isinstance(edit, SetMetadata) else [(key, None) for key in edit.keys]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # --- the edit --------------------------------------------------------------------------------------------------------
 
+
 def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value], edit: PruneLayers) -> Outcome:
     """Drops the blocks that `edit` names and numbers the rest from 0. Reads no tensor data, changes nothing in place.
 
@@ -40,12 +41,20 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
     try:
         count = read_count(getter(metadata), f"{architecture}.block_count")
         if not 0 < count <= MAX_LAYERS:
-            raise BadFile("out of llama.cpp's range", object=f"{architecture}.block_count", found=count,
-                          expected=f"1..{MAX_LAYERS}")
+            raise BadFile(
+                "out of llama.cpp's range",
+                object=f"{architecture}.block_count",
+                found=count,
+                expected=f"1..{MAX_LAYERS}",
+            )
         nextn = mtp_layers(architecture, metadata)
         if nextn > count:
-            raise BadFile("more MTP blocks than blocks", object=f"{architecture}.nextn_predict_layers", found=nextn,
-                          expected=f"at most {count}")
+            raise BadFile(
+                "more MTP blocks than blocks",
+                object=f"{architecture}.nextn_predict_layers",
+                found=nextn,
+                expected=f"at most {count}",
+            )
         dropped = _check_named(edit, count, nextn, [t.name for t in tensors])
         if not dropped:
             return out
@@ -53,8 +62,10 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
         if len(trunk) < count - nextn:
             out.blockers += obstacles(architecture, tensors, metadata, count - nextn, trunk)
             if architecture not in KNOWN:
-                out.warnings.append(f"architecture {architecture!r} is not known: whether llama.cpp tells its layers "
-                                    "from each other by their position is not checked")
+                out.warnings.append(
+                    f"architecture {architecture!r} is not known: whether llama.cpp tells its layers "
+                    "from each other by their position is not checked"
+                )
         if out.blockers:
             return out
         blocks.drop(architecture, out, dropped)
@@ -83,8 +94,9 @@ def _check_named(edit: PruneLayers, count: int, nextn: int, names: list[str]) ->
     if missing := [layer for layer in named if layer not in present and layer < count - nextn]:
         raise BadPlan("a layer without tensors", object=f"blk.{missing[0]}")
     if beyond := [layer for layer in present if layer is not None and layer >= count]:
-        raise BadFile("tensors of a block beyond the last one", object=f"blk.{min(beyond)}",
-                      expected=f"blocks 0..{count - 1}")
+        raise BadFile(
+            "tensors of a block beyond the last one", object=f"blk.{min(beyond)}", expected=f"blocks 0..{count - 1}"
+        )
     if len(named) >= count - nextn and set(range(count - nextn)) <= set(named):
         raise BadPlan("no layer is left", object="prune_layers", found=f"all {count - nextn} dropped")
     return frozenset(named)

@@ -39,8 +39,9 @@ def use_imatrix(imatrix: Any, missing: str, include: Iterable[str], exclude: Ite
     from ..files import imatrix as imatrix_file
 
     if missing not in imatrix_file.POLICIES:
-        raise BadPlan("unknown choice", object="imatrix_missing", found=repr(missing),
-                      expected=", ".join(imatrix_file.POLICIES))
+        raise BadPlan(
+            "unknown choice", object="imatrix_missing", found=repr(missing), expected=", ".join(imatrix_file.POLICIES)
+        )
     if include and exclude:
         raise BadPlan("include_weights and exclude_weights exclude each other", object="imatrix")
     if isinstance(imatrix, imatrix_file.Imatrix):
@@ -56,8 +57,15 @@ def _parts(names: Iterable[str], what: str) -> tuple[str, ...]:
     return parts
 
 
-def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value], edit: Quantize, *,
-          imatrix: Imatrix | None = None, file_order: bool = False) -> Outcome:
+def apply(
+    model: Model,
+    tensors: list[OutputTensor],
+    metadata: dict[str, Value],
+    edit: Quantize,
+    *,
+    imatrix: Imatrix | None = None,
+    file_order: bool = False,
+) -> Outcome:
     """Pure, but for the counts and values of the importance matrix. What cannot be done is in the outcome's blockers,
     never raised. file_order: llama-quantize's --keep-split visits the tensors as they lie in the shards."""
     facts = {t["name"]: t for t in _core_types()}
@@ -65,8 +73,9 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
     try:
         file_type = mixes.file_type(edit.type, edit.pure)
         overrides = Overrides(parse_overrides(edit.overrides))
-        edit = replace(edit, **{what: parse_type(getattr(edit, what), what)
-                                for what in ("output_type", "token_embedding_type")})
+        edit = replace(
+            edit, **{what: parse_type(getattr(edit, what), what) for what in ("output_type", "token_embedding_type")}
+        )
         parse_quality(edit.quality)
     except SurgeryError as error:  # a plan from JSON; Plan.quantize has refused it at once
         return Outcome(tensors, dict(metadata), [error], [])
@@ -86,17 +95,24 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
         best = edit.quality == "best" and type != tensor.source_type and facts[type]["has_best"]
         out.tensors.append(replace(tensor, type=type, notes=[*tensor.notes, *notes], best=best))
     if requantized and not edit.allow_requantize:
-        out.blockers.append(BadPlan(
-            f"already quantized{with_others(requantized)}", object=requantized[0].name,
-            found=requantized[0].source_type,
-            hint="allow_requantize=True (--allow-requantize) decodes and encodes it again, at a loss; or override it "
-                 'with "copy"'))
+        out.blockers.append(
+            BadPlan(
+                f"already quantized{with_others(requantized)}",
+                object=requantized[0].name,
+                found=requantized[0].source_type,
+                hint="allow_requantize=True (--allow-requantize) decodes and encodes it again, at a loss; or override it "
+                'with "copy"',
+            )
+        )
     if edit.quality == "best":
         count = sum(tensor.best for tensor in out.tensors)
         (out.notes if count else out.warnings).append(
-            f"quality best: {tensors_text(count)} with less error than llama-quantize's bytes" if count else
-            "quality best: no tensor gets a type that it is for ("
-            + ", ".join(name for name, t in facts.items() if t["has_best"]) + ")")
+            f"quality best: {tensors_text(count)} with less error than llama-quantize's bytes"
+            if count
+            else "quality best: no tensor gets a type that it is for ("
+            + ", ".join(name for name, t in facts.items() if t["has_best"])
+            + ")"
+        )
     if not unreadable:
         _weigh(model, edit, file_type, imatrix, facts, out)
     overrides.report(out, lambda: _dropped(model, tensors))
@@ -119,9 +135,17 @@ def _dropped(model: Model, tensors: list[OutputTensor]) -> set[str]:
     return set(model.tensors) - refs
 
 
-def _wanted(architecture: str, tensors: list[OutputTensor], metadata: dict[str, Value], edit: Quantize,
-            file_type: mixes.FileType, overrides: Overrides, imatrix: Imatrix | None, file_order: bool,
-            out: Outcome) -> dict[str, str]:
+def _wanted(
+    architecture: str,
+    tensors: list[OutputTensor],
+    metadata: dict[str, Value],
+    edit: Quantize,
+    file_type: mixes.FileType,
+    overrides: Overrides,
+    imatrix: Imatrix | None,
+    file_order: bool,
+    out: Outcome,
+) -> dict[str, str]:
     """The type that each tensor is to have, whether its rows can or not."""
     decided: dict[str, str] = {}
     for tensor in tensors:
@@ -148,15 +172,26 @@ def _wanted(architecture: str, tensors: list[OutputTensor], metadata: dict[str, 
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         order = list(shapes) if file_order else mixes.loader_order(shapes)
         chosen, errors = mixes.choose_types(
-            file_type, facts, [(name, shapes[name]) for name in order], decided=decided,
-            has_imatrix=imatrix is not None, output_type=edit.output_type, leave_output=edit.leave_output)
+            file_type,
+            facts,
+            [(name, shapes[name]) for name in order],
+            decided=decided,
+            has_imatrix=imatrix is not None,
+            output_type=edit.output_type,
+            leave_output=edit.leave_output,
+        )
         wanted |= chosen
         out.blockers += errors
     return wanted | decided
 
 
-def _fitting(tensor: OutputTensor, wanted: str, facts: dict[str, dict[str, Any]], fallbacks: Counter[tuple[str, str]],
-             blockers: list[SurgeryError]) -> tuple[str, list[str]]:
+def _fitting(
+    tensor: OutputTensor,
+    wanted: str,
+    facts: dict[str, dict[str, Any]],
+    fallbacks: Counter[tuple[str, str]],
+    blockers: list[SurgeryError],
+) -> tuple[str, list[str]]:
     """`wanted`, or what llama-quantize falls back to where a row is no multiple of its block; and what to note."""
     if wanted == tensor.source_type:  # it keeps its bytes, whatever its rows
         return wanted, []
@@ -164,10 +199,15 @@ def _fitting(tensor: OutputTensor, wanted: str, facts: dict[str, dict[str, Any]]
     type = mixes.fallback(wanted, row, {name: t["block"] for name, t in facts.items()})
     block = facts[wanted]["block"]
     if type is None:
-        blockers.append(BadPlan(
-            f"a row is no multiple of the block of {wanted}, which has no fallback", object=tensor.name,
-            found=f"{row} elements", expected=f"a multiple of {block}",
-            hint=f'an override such as ("{re.escape(tensor.name)}", "Q8_0")'))
+        blockers.append(
+            BadPlan(
+                f"a row is no multiple of the block of {wanted}, which has no fallback",
+                object=tensor.name,
+                found=f"{row} elements",
+                expected=f"a multiple of {block}",
+                hint=f'an override such as ("{re.escape(tensor.name)}", "Q8_0")',
+            )
+        )
         return tensor.source_type, []
     if type == wanted:
         return type, []
@@ -175,8 +215,14 @@ def _fitting(tensor: OutputTensor, wanted: str, facts: dict[str, dict[str, Any]]
     return type, [f"{wanted} needs rows of a multiple of {block}, this has {row}: {type}"]
 
 
-def _weigh(model: Model, edit: Quantize, file_type: mixes.FileType, imatrix: Imatrix | None,
-           facts: dict[str, dict[str, Any]], out: Outcome) -> None:
+def _weigh(
+    model: Model,
+    edit: Quantize,
+    file_type: mixes.FileType,
+    imatrix: Imatrix | None,
+    facts: dict[str, dict[str, Any]],
+    out: Outcome,
+) -> None:
     """Gives each encoded tensor its importance; what needs one and has none is a blocker."""
     encoded, refused = [t for t in out.tensors if t.encoded], set()
     if imatrix is not None and edit.imatrix is not None:
@@ -195,32 +241,48 @@ def _weigh(model: Model, edit: Quantize, file_type: mixes.FileType, imatrix: Ima
         needs = facts[tensor.type]["needs_importance"] or mixes.wants_importance(file_type, tensor.name, tensor.type)
         if needs and tensor.importance is None and tensor.name not in refused:
             without.setdefault(tensor.type, []).append(tensor.name)
-    hint = "imatrix= (--imatrix) gives one" if imatrix is None else \
-        "the one given has no entry for it; imatrix_missing= (--imatrix-missing) says what to do then"
+    hint = (
+        "imatrix= (--imatrix) gives one"
+        if imatrix is None
+        else "the one given has no entry for it; imatrix_missing= (--imatrix-missing) says what to do then"
+    )
     for type, names in without.items():
-        out.blockers.append(BadPlan(f"{type} needs an importance matrix{with_others(names)}", object=names[0],
-                                    hint=hint))
+        out.blockers.append(
+            BadPlan(f"{type} needs an importance matrix{with_others(names)}", object=names[0], hint=hint)
+        )
 
 
 def _belongs(imatrix: Imatrix, model: Model, out: Outcome) -> bool:
     """False, and a blocker, where the entries are those of another model; a warning where some have no tensor."""
     strangers = [name for name in imatrix.entries if name not in model.tensors]
     if len(strangers) == len(imatrix.entries):
-        out.blockers.append(BadPlan("the importance matrix of another model", path=imatrix.path,
-                                    found=f"entries such as {strangers[0]}", expected="names of the model's tensors"))
+        out.blockers.append(
+            BadPlan(
+                "the importance matrix of another model",
+                path=imatrix.path,
+                found=f"entries such as {strangers[0]}",
+                expected="names of the model's tensors",
+            )
+        )
         return False
     block_count = model.metadata.get(f"{model.architecture}.block_count")
     if "pgs.layers.kept" in model.metadata and isinstance(block_count, int):  # the layers have other numbers now
         beyond = [name for name in strangers if (layer_of(name) or 0) >= block_count]
         if beyond:
-            out.blockers.append(BadPlan(
-                "the importance matrix of the model before its layers were dropped", path=imatrix.path,
-                object=beyond[0], hint="prune layers and quantize the original in one plan: the matrix follows then"))
+            out.blockers.append(
+                BadPlan(
+                    "the importance matrix of the model before its layers were dropped",
+                    path=imatrix.path,
+                    object=beyond[0],
+                    hint="prune layers and quantize the original in one plan: the matrix follows then",
+                )
+            )
             return False
     if strangers:
         first = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
-        out.warnings.append(f"importance: {len(strangers)} of {len(imatrix.entries)} entries belong to no tensor of "
-                            f"the model ({first})")
+        out.warnings.append(
+            f"importance: {len(strangers)} of {len(imatrix.entries)} entries belong to no tensor of the model ({first})"
+        )
     return True
 
 

@@ -13,7 +13,7 @@ from ..base.units import human
 from ..plan_data.edits import Split
 
 MAX_SHARDS = 65535  # split.count is a u16
-MAX_TENSORS = 128   # llama-gguf-split's number, where nothing else is said
+MAX_TENSORS = 128  # llama-gguf-split's number, where nothing else is said
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(\.gguf)?$")
 
 
@@ -28,8 +28,15 @@ class Partition:
     blockers: list[SurgeryError] = field(default_factory=list)
 
 
-def partition(split: Split, nbytes: Sequence[int], source_shards: Sequence[int], alignment: int, *,
-              source_count: int = 1, names: Sequence[str] = ()) -> Partition:
+def partition(
+    split: Split,
+    nbytes: Sequence[int],
+    source_shards: Sequence[int],
+    alignment: int,
+    *,
+    source_count: int = 1,
+    names: Sequence[str] = (),
+) -> Partition:
     """nbytes: of each output tensor, without padding; source_shards: the shard of the input that it comes from, of
     source_count; names: for warnings.
 
@@ -55,23 +62,41 @@ def partition(split: Split, nbytes: Sequence[int], source_shards: Sequence[int],
         if large:
             i = max(large, key=lambda i: padded[i])
             more = f"; {len(large) - 1} more tensors are too large" if len(large) > 1 else ""
-            warnings.append(f"{names[i] if i < len(names) else f'tensor {i}'} alone has {human(padded[i])}, more than "
-                            f"the {human(split.max_bytes)} of a shard{more}")
+            warnings.append(
+                f"{names[i] if i < len(names) else f'tensor {i}'} alone has {human(padded[i])}, more than "
+                f"the {human(split.max_bytes)} of a shard{more}"
+            )
     else:
         n = MAX_TENSORS if split.max_tensors is None else split.max_tensors
-        shards = [everything[first:first + n] for first in range(0, len(everything), n)] or [[]]
+        shards = [everything[first : first + n] for first in range(0, len(everything), n)] or [[]]
     if split.first_empty:
         shards.insert(0, [])
     if len(shards) > MAX_SHARDS:
-        return Partition([everything], single=True, blockers=[
-            BadPlan("more shards than llama.cpp can count", object="split", found=len(shards),
-                    expected=f"at most {MAX_SHARDS}")])
+        return Partition(
+            [everything],
+            single=True,
+            blockers=[
+                BadPlan(
+                    "more shards than llama.cpp can count",
+                    object="split",
+                    found=len(shards),
+                    expected=f"at most {MAX_SHARDS}",
+                )
+            ],
+        )
     return Partition(shards, warnings=warnings)
 
 
 def _check(split: Split) -> list[SurgeryError]:
-    given = [name for name, value in (("max_bytes", split.max_bytes), ("max_tensors", split.max_tensors),
-                                      ("keep", split.keep or None)) if value is not None]
+    given = [
+        name
+        for name, value in (
+            ("max_bytes", split.max_bytes),
+            ("max_tensors", split.max_tensors),
+            ("keep", split.keep or None),
+        )
+        if value is not None
+    ]
     if len(given) > 1:
         return [BadPlan("only one of these can say how to split", object="split", found=" and ".join(given))]
     if split.keep and split.first_empty:
@@ -94,8 +119,9 @@ def _by_bytes(padded: Sequence[int], most: int) -> list[list[int]]:
     return shards
 
 
-def shard_metadata(metadata: dict[str, Value], number: int, count: int, tensors: int, alignment: int
-                   ) -> dict[str, Value]:
+def shard_metadata(
+    metadata: dict[str, Value], number: int, count: int, tensors: int, alignment: int
+) -> dict[str, Value]:
     """The keys of shard `number`, from 0, of `count`; tensors: of all shards. The first has all metadata, the others
     only what tells them from each other, and how they are aligned where that is not 32."""
     if number == 0:
@@ -114,8 +140,11 @@ def shard_paths(path: str | os.PathLike[str], count: int) -> list[str]:
     path = os.fsdecode(path)
     prefix = path.removesuffix(".gguf")
     if match := _SHARD.search(path):
-        raise BadPlan("the name of a shard, and the output has shards of its own", path=path,
-                      hint=f"name it {os.path.basename(path[:match.start()]) or 'NAME'}.gguf: the numbers are added")
+        raise BadPlan(
+            "the name of a shard, and the output has shards of its own",
+            path=path,
+            hint=f"name it {os.path.basename(path[: match.start()]) or 'NAME'}.gguf: the numbers are added",
+        )
     if not os.path.basename(prefix):
         raise BadPlan("not a file name", path=path)
     return [f"{prefix}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]

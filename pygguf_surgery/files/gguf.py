@@ -14,13 +14,21 @@ if TYPE_CHECKING:
 
 
 # ggml types that are a numpy type; every other one is read as uint8.
-_NUMPY_TYPES = {"F32": "float32", "F16": "float16", "F64": "float64",
-                "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
+_NUMPY_TYPES = {
+    "F32": "float32",
+    "F16": "float16",
+    "F64": "float64",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+}
 _GGML_TYPES = {numpy: ggml for ggml, numpy in _NUMPY_TYPES.items()}
 
 
-def write_gguf(path, metadata: Mapping[str, Value], tensors: Mapping[str, Any], *, overwrite: bool = False,
-               alignment: int = 32) -> None:
+def write_gguf(
+    path, metadata: Mapping[str, Value], tensors: Mapping[str, Any], *, overwrite: bool = False, alignment: int = 32
+) -> None:
     """Write a canonical GGUF file; at every instant `path` holds the old file or the complete new one.
 
     metadata: key -> Value, written in this order. general.alignment is added if `alignment` is not 32.
@@ -45,13 +53,22 @@ def write_gguf(path, metadata: Mapping[str, Value], tensors: Mapping[str, Any], 
             at = offset
             for piece in _chunks(data):
                 if at + piece.nbytes > end:
-                    raise BadPlan("data is longer than the tensor", path=os.fsdecode(path), object=info.name,
-                                  expected=f"{info.nbytes} bytes")
+                    raise BadPlan(
+                        "data is longer than the tensor",
+                        path=os.fsdecode(path),
+                        object=info.name,
+                        expected=f"{info.nbytes} bytes",
+                    )
                 sink.write_at(at, piece)
                 at += piece.nbytes
             if at != end:
-                raise BadPlan("data is shorter than the tensor", path=os.fsdecode(path), object=info.name,
-                              found=f"{at - offset} bytes", expected=f"{info.nbytes} bytes")
+                raise BadPlan(
+                    "data is shorter than the tensor",
+                    path=os.fsdecode(path),
+                    object=info.name,
+                    found=f"{at - offset} bytes",
+                    expected=f"{info.nbytes} bytes",
+                )
             if padding := -end % alignment:
                 sink.write_at(end, bytes(padding))
 
@@ -89,8 +106,9 @@ def _native(name: str, array) -> tuple[Any, str, tuple[int, ...]]:
     array = np.asarray(array, order="C")
     kind = _GGML_TYPES.get(array.dtype.name)
     if kind is None:
-        raise BadPlan("array type that ggml does not have", object=name, found=array.dtype.name,
-                      expected=", ".join(_GGML_TYPES))
+        raise BadPlan(
+            "array type that ggml does not have", object=name, found=array.dtype.name, expected=", ".join(_GGML_TYPES)
+        )
     return array.astype(array.dtype.newbyteorder("<"), copy=False), kind, array.shape
 
 

@@ -28,10 +28,10 @@ CHUNK_SIZE = 512  # tokens of a chunk where a file does not say: the default of 
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _DATASETS, _CHUNK_COUNT, CHUNK_SIZE_KEY = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
-_PIECE = 16 << 20    # bytes of sums in memory at once
-_DIGESTED = 16       # sums of an entry in the digest
+_PIECE = 16 << 20  # bytes of sums in memory at once
+_DIGESTED = 16  # sums of an entry in the digest
 _COUNTS_MOST = 1 << 20  # rows of an entry: experts or heads
-_NAME_MOST = 4096    # bytes of a tensor's name in a legacy file
+_NAME_MOST = 4096  # bytes of a tensor's name in a legacy file
 _TEXT_MOST = 1 << 20  # bytes of its data set
 
 
@@ -51,8 +51,12 @@ class Entry:
     def rows(self, row_elements: int) -> int:
         """How many rows of this length it has; BadPlan if it has no whole number of them."""
         if row_elements < 1 or self.size % row_elements or self.size // len(self.counts) % row_elements:
-            raise BadPlan("importance of another size", object=self.name,
-                          found=f"{self.size} values, {len(self.counts)} counts", expected=f"rows of {row_elements}")
+            raise BadPlan(
+                "importance of another size",
+                object=self.name,
+                found=f"{self.size} values, {len(self.counts)} counts",
+                expected=f"rows of {row_elements}",
+            )
         return self.size // row_elements
 
     def divisor(self, row: int, row_elements: int) -> float:
@@ -70,8 +74,16 @@ class Imatrix:
     open file. warnings: what is odd and harmless.
     """
 
-    def __init__(self, source: Source, format: str, datasets: list[str], chunk_count: int, chunk_size: int,
-                 entries: Iterable[Entry], warnings: Sequence[str] = ()):
+    def __init__(
+        self,
+        source: Source,
+        format: str,
+        datasets: list[str],
+        chunk_count: int,
+        chunk_size: int,
+        entries: Iterable[Entry],
+        warnings: Sequence[str] = (),
+    ):
         self.source, self.path, self.format = source, source.path, format
         self.datasets, self.chunk_count, self.chunk_size = datasets, chunk_count, chunk_size
         self.entries = {e.name: e for e in sorted(entries, key=lambda e: name_bytes(e.name))}
@@ -93,8 +105,14 @@ class Imatrix:
         self.source.close()
 
     def _digest(self) -> str:
-        head = [self.format, self.source.size, self.datasets, self.chunk_count, self.chunk_size,
-                [[e.name, e.size, len(e.counts)] for e in self.entries.values()]]
+        head = [
+            self.format,
+            self.source.size,
+            self.datasets,
+            self.chunk_count,
+            self.chunk_size,
+            [[e.name, e.size, len(e.counts)] for e in self.entries.values()],
+        ]
         digest = hashlib.sha256(json.dumps(head).encode())
         for entry in self.entries.values():
             digest.update(entry.counts.astype("<f4").tobytes())
@@ -200,8 +218,13 @@ class _Scan:
                 at = int(np.argmin(np.isfinite(piece) & (piece >= 0)))
                 element = first * row_elements + at
                 what = "is negative" if piece[at] < 0 and np.isfinite(piece[at]) else "is not finite"
-                self.problem = BadFile(f"importance that {what}", path=imatrix.path, object=entry.name,
-                                       offset=entry.offset + 4 * element, found=f"{piece[at]} in element {element}")
+                self.problem = BadFile(
+                    f"importance that {what}",
+                    path=imatrix.path,
+                    object=entry.name,
+                    offset=entry.offset + 4 * element,
+                    found=f"{piece[at]} in element {element}",
+                )
             for i, (low, high) in enumerate(zip(least, most), first):
                 divisor = entry.divisor(i, row_elements)
                 if divisor > 0 and high / np.float32(divisor) == 0:  # the quotient is what counts: it may underflow
@@ -215,6 +238,7 @@ def name_bytes(name: str) -> bytes:
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
+
 
 def open(path: str | os.PathLike[str]) -> Imatrix:
     """Opens an importance matrix of llama-imatrix, GGUF or legacy (.dat), read-only. No sums are read.
@@ -244,8 +268,9 @@ def _open_gguf(source: Source) -> Imatrix:
             raise BadFile("missing metadata of an importance matrix", path=source.path, object=key, hint=hint)
         wanted = "str[]" if key == _DATASETS else "u32"
         if metadata[key].type != wanted:
-            raise BadFile("metadata of another type", path=source.path, object=key, found=metadata[key].type,
-                          expected=wanted)
+            raise BadFile(
+                "metadata of another type", path=source.path, object=key, found=metadata[key].type, expected=wanted
+            )
     sums, counts, others = {}, {}, 0
     for tensor in header.tensors:
         for suffix, found in ((_SUMS, sums), (_COUNTS, counts)):
@@ -266,23 +291,35 @@ def _open_gguf(source: Source) -> Imatrix:
     warnings = list(header.warnings)
     if others:
         warnings.append(f"{others} tensors that are neither sums nor counts")
-    return Imatrix(source, "gguf", metadata[_DATASETS].value, metadata[_CHUNK_COUNT].value,
-                   metadata[CHUNK_SIZE_KEY].value, entries, warnings)
+    return Imatrix(
+        source,
+        "gguf",
+        metadata[_DATASETS].value,
+        metadata[_CHUNK_COUNT].value,
+        metadata[CHUNK_SIZE_KEY].value,
+        entries,
+        warnings,
+    )
 
 
-def _gguf_entry(source: Source, data_offset: int, name: str, sums: TensorInfo,
-                counts: TensorInfo) -> Entry:
+def _gguf_entry(source: Source, data_offset: int, name: str, sums: TensorInfo, counts: TensorInfo) -> Entry:
     import numpy as np
 
     size, rows = sums.nbytes // 4, counts.nbytes // 4
     if rows < 1 or size < 1 or size % rows or rows > _COUNTS_MOST:
-        raise BadFile("sums and counts that do not fit", path=source.path, object=name,
-                      found=f"{size} sums, {rows} counts")
+        raise BadFile(
+            "sums and counts that do not fit", path=source.path, object=name, found=f"{size} sums, {rows} counts"
+        )
     values = source.read(data_offset + counts.offset, counts.nbytes).view("<f4").astype(np.float64)
     bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0) & (values < 2.0**63)))
     if bad.size:
-        raise BadFile("not a count", path=source.path, object=name + _COUNTS, found=values[bad[0]],
-                      offset=data_offset + counts.offset + 4 * int(bad[0]))
+        raise BadFile(
+            "not a count",
+            path=source.path,
+            object=name + _COUNTS,
+            found=values[bad[0]],
+            offset=data_offset + counts.offset + 4 * int(bad[0]),
+        )
     # lround: halves away from zero
     return Entry(name, size, np.floor(values + 0.5).astype(np.float32), data_offset + sums.offset)
 
@@ -294,8 +331,12 @@ def _open_legacy(source: Source) -> Imatrix:
     reader = _LegacyReader(source)
     count = reader.number("entries") if source.size >= 4 else 0
     if not 1 <= count <= source.size // 17 or not 1 <= source.read(4, 4).view("<i4")[0] <= _NAME_MOST:
-        raise BadFile("not an importance matrix", path=source.path, found=_kind(source),
-                      expected="a GGUF or .dat file of llama-imatrix")
+        raise BadFile(
+            "not an importance matrix",
+            path=source.path,
+            found=_kind(source),
+            expected="a GGUF or .dat file of llama-imatrix",
+        )
     entries: dict[str, Entry] = {}
     for _ in range(count):
         at = reader.offset
@@ -330,8 +371,14 @@ class _LegacyReader:
         """Where the bytes are."""
         at = self.offset
         if nbytes > self.source.size - at:
-            raise BadFile("the file ends inside an entry", path=self.source.path, object=what, offset=at,
-                          found=f"{self.source.size - at} bytes", expected=f"{nbytes} bytes")
+            raise BadFile(
+                "the file ends inside an entry",
+                path=self.source.path,
+                object=what,
+                offset=at,
+                found=f"{self.source.size - at} bytes",
+                expected=f"{nbytes} bytes",
+            )
         self.offset += nbytes
         return at
 
@@ -342,8 +389,9 @@ class _LegacyReader:
         at = self.offset
         length = self.number(what)
         if not least <= length <= most:
-            raise BadFile("not a length", path=self.source.path, object=what, found=length, offset=at,
-                          expected=f"{least}..{most}")
+            raise BadFile(
+                "not a length", path=self.source.path, object=what, found=length, offset=at, expected=f"{least}..{most}"
+            )
         return self.source.read(self.skip(length, what), length).tobytes().decode("utf-8", "surrogateescape")
 
 
@@ -367,8 +415,15 @@ def _kind(source: Source) -> str | None:
 Sums = tuple[int, Callable[[], Iterable[Any]]]
 
 
-def write(path: str | os.PathLike[str], entries: Mapping[str, tuple[Any, Any]], *, datasets: Sequence[str] = (),
-          chunk_count: int = 0, chunk_size: int = CHUNK_SIZE, overwrite: bool = False) -> None:
+def write(
+    path: str | os.PathLike[str],
+    entries: Mapping[str, tuple[Any, Any]],
+    *,
+    datasets: Sequence[str] = (),
+    chunk_count: int = 0,
+    chunk_size: int = CHUNK_SIZE,
+    overwrite: bool = False,
+) -> None:
     """Writes a GGUF importance matrix, byte for byte as llama-imatrix writes the same numbers.
 
     entries: name of a tensor -> (sums, counts). sums: float32 of any shape, or (how many, function that returns an
@@ -395,8 +450,12 @@ def write(path: str | os.PathLike[str], entries: Mapping[str, tuple[Any, Any]], 
         tensors[name + _COUNTS] = counts.astype("<f4"), "F32", _shape(rows, 1)
     if not tensors:
         raise BadPlan("an importance matrix without entries", path=os.fsdecode(path))
-    metadata = {"general.type": Value("imatrix", "str"), _DATASETS: Value(list(datasets), "str[]"),
-                _CHUNK_COUNT: Value(chunk_count, "u32"), CHUNK_SIZE_KEY: Value(chunk_size, "u32")}
+    metadata = {
+        "general.type": Value("imatrix", "str"),
+        _DATASETS: Value(list(datasets), "str[]"),
+        _CHUNK_COUNT: Value(chunk_count, "u32"),
+        CHUNK_SIZE_KEY: Value(chunk_size, "u32"),
+    }
     write_gguf(path, metadata, tensors, overwrite=overwrite)
 
 

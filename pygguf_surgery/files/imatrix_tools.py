@@ -25,6 +25,7 @@ def _check_chunk_size(chunk_size: int | None) -> None:
 
 def _stream(imatrix: Imatrix, name: str, change: Callable[[Any], Any] | None = None) -> Sums:
     """The sums of an entry, `change` done to each piece."""
+
     def pieces():
         for piece in imatrix.pieces(name):
             yield piece if change is None else change(piece)
@@ -33,8 +34,13 @@ def _stream(imatrix: Imatrix, name: str, change: Callable[[Any], Any] | None = N
     return imatrix.entries[name].size, pieces
 
 
-def merge(paths: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], *, chunk_size: int | None = None,
-          overwrite: bool = False) -> None:
+def merge(
+    paths: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    chunk_size: int | None = None,
+    overwrite: bool = False,
+) -> None:
     """Adds importance matrices of one model: sums (in float32) and counts add, as do the numbers of chunks; the data
     sets follow each other. An entry that only some have is kept; one count for all rows meets a count for each.
 
@@ -50,14 +56,25 @@ def merge(paths: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str
         sizes = {m.chunk_size: m for m in inputs if m.format == "gguf"}
         if len(sizes) > 1:
             one, other = list(sizes)[:2]
-            raise BadPlan("importance matrices of different chunk sizes", path=sizes[other].path, object=CHUNK_SIZE_KEY,
-                          found=other, expected=f"{one}, as in {sizes[one].path}")
+            raise BadPlan(
+                "importance matrices of different chunk sizes",
+                path=sizes[other].path,
+                object=CHUNK_SIZE_KEY,
+                found=other,
+                expected=f"{one}, as in {sizes[one].path}",
+            )
         chunk_size = next(iter(sizes), None) or chunk_size or CHUNK_SIZE
         entries = {}
         for name in {name: None for m in inputs for name in m.entries}:
             entries[name] = _add([m for m in inputs if name in m.entries], name, chunk_size)
-        write(output, entries, datasets=[d for m in inputs for d in m.datasets], chunk_size=chunk_size,
-              chunk_count=sum(m.chunk_count for m in inputs), overwrite=overwrite)
+        write(
+            output,
+            entries,
+            datasets=[d for m in inputs for d in m.datasets],
+            chunk_size=chunk_size,
+            chunk_count=sum(m.chunk_count for m in inputs),
+            overwrite=overwrite,
+        )
 
 
 def _add(inputs: list[Imatrix], name: str, chunk_size: int) -> tuple[Sums, Any]:
@@ -67,9 +84,13 @@ def _add(inputs: list[Imatrix], name: str, chunk_size: int) -> tuple[Sums, Any]:
     size, rows = parts[0][0][0], next((len(counts) for _, counts in parts if len(counts) > 1), 1)
     for imatrix, ((other, _), counts) in zip(inputs, parts):
         if other != size or len(counts) not in (1, rows):
-            raise BadPlan("entries of different sizes", path=imatrix.path, object=name,
-                          found=f"{other} sums, {len(counts)} counts",
-                          expected=f"{size} sums, {rows} counts, as in {inputs[0].path}")
+            raise BadPlan(
+                "entries of different sizes",
+                path=imatrix.path,
+                object=name,
+                found=f"{other} sums, {len(counts)} counts",
+                expected=f"{size} sums, {rows} counts, as in {inputs[0].path}",
+            )
 
     def pieces():
         for several in zip(*(pieces() for (_, pieces), _ in parts), strict=True):
@@ -105,8 +126,13 @@ def _finite(values: Any, name: str, path: str) -> Any:
     return values
 
 
-def convert(path: str | os.PathLike[str], output: str | os.PathLike[str], *, chunk_size: int | None = None,
-            overwrite: bool = False) -> None:
+def convert(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    chunk_size: int | None = None,
+    overwrite: bool = False,
+) -> None:
     """Writes the GGUF form of a legacy file (or of a GGUF one), or the legacy form if the output's name ends in ".dat".
 
     chunk_size: tokens of a chunk, a legacy file's default is llama-imatrix's 512. The importance stays the same, bit
@@ -121,8 +147,9 @@ def convert(path: str | os.PathLike[str], output: str | os.PathLike[str], *, chu
             _write_legacy(imatrix, output, size, overwrite)
             return
         if imatrix.format == "gguf" and size != imatrix.chunk_size:
-            raise BadPlan("the chunk size of a GGUF file is known", object=CHUNK_SIZE_KEY, found=size,
-                          expected=imatrix.chunk_size)
+            raise BadPlan(
+                "the chunk size of a GGUF file is known", object=CHUNK_SIZE_KEY, found=size, expected=imatrix.chunk_size
+            )
         entries = {name: _raw(imatrix, name, size) for name in imatrix.entries}
         chunks = imatrix.chunk_count
         if imatrix.format == "legacy":
@@ -167,8 +194,14 @@ def _write_legacy(imatrix: Imatrix, output: str | os.PathLike[str], chunk_size: 
         sink.write_at(at, trailer)
 
 
-def slice(path: str | os.PathLike[str], output: str | os.PathLike[str], kept: Mapping[int, Iterable[int]], *,
-          experts: int | None = None, overwrite: bool = False) -> list[int]:
+def slice(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    kept: Mapping[int, Iterable[int]],
+    *,
+    experts: int | None = None,
+    overwrite: bool = False,
+) -> list[int]:
     """Writes a copy for a model that keeps only some experts. Returns the layers of `kept` that have no entry.
 
     kept: layer -> ids of the experts to keep. experts: how many there were, for a file with one count for all of them
@@ -184,8 +217,12 @@ def slice(path: str | os.PathLike[str], output: str | os.PathLike[str], kept: Ma
         if not layers:
             raise BadPlan("an importance matrix without experts", path=imatrix.path)
         if missing := [layer for layer in layers if layer not in kept]:
-            raise BadPlan(f"layer {missing[0]} is missing", path=imatrix.path, object="kept",
-                          expected=f"the {len(layers)} layers with experts")
+            raise BadPlan(
+                f"layer {missing[0]} is missing",
+                path=imatrix.path,
+                object="kept",
+                expected=f"the {len(layers)} layers with experts",
+            )
         chunk_size = imatrix.chunk_size or CHUNK_SIZE
         entries = {}
         for name, entry in imatrix.entries.items():
@@ -194,18 +231,33 @@ def slice(path: str | os.PathLike[str], output: str | os.PathLike[str], kept: Ma
             if match and int(match[1]) in layers:
                 number = experts or layers[int(match[1])]
                 if number == 1 and experts is None:
-                    raise BadPlan("one count for all experts: it does not say how many there are", path=imatrix.path,
-                                  object=name, hint="experts= (--experts N)")
+                    raise BadPlan(
+                        "one count for all experts: it does not say how many there are",
+                        path=imatrix.path,
+                        object=name,
+                        hint="experts= (--experts N)",
+                    )
                 ids = _check_ids(name, kept[int(match[1])], number)
                 if _CHUNK_EXPERTS.fullmatch(name):
                     ids, number = _chunk_ids(name, ids, number, len(counts)), len(counts)
                 if entry.size % number or len(counts) not in (1, number):
-                    raise BadPlan("another number of experts", path=imatrix.path, object=name,
-                                  found=f"{entry.size} sums, {len(counts)} counts", expected=number)
+                    raise BadPlan(
+                        "another number of experts",
+                        path=imatrix.path,
+                        object=name,
+                        found=f"{entry.size} sums, {len(counts)} counts",
+                        expected=number,
+                    )
                 sums, counts = _cut(sums, counts, ids, number)
             entries[name] = sums, counts
-        write(output, entries, datasets=imatrix.datasets, chunk_count=imatrix.chunk_count, chunk_size=chunk_size,
-              overwrite=overwrite)
+        write(
+            output,
+            entries,
+            datasets=imatrix.datasets,
+            chunk_count=imatrix.chunk_count,
+            chunk_size=chunk_size,
+            overwrite=overwrite,
+        )
     return [layer for layer in kept if layer not in layers]
 
 
@@ -224,8 +276,9 @@ def _check_ids(name: str, ids: Iterable[int], experts: int) -> list[int]:
         raise BadPlan("no expert is kept", object=name)
     for i, expert in enumerate(ids):
         if not 0 <= expert < experts:
-            raise BadPlan(f"expert {expert} out of range", object=name, found=f"{experts} experts",
-                          expected=f"0..{experts - 1}")
+            raise BadPlan(
+                f"expert {expert} out of range", object=name, found=f"{experts} experts", expected=f"0..{experts - 1}"
+            )
         if i and ids[i - 1] == expert:
             raise BadPlan(f"expert {expert} named twice", object=name)
     return ids
@@ -234,8 +287,9 @@ def _check_ids(name: str, ids: Iterable[int], experts: int) -> list[int]:
 def _chunk_ids(name: str, ids: list[int], experts: int, chunks: int) -> list[int]:
     """The chunk experts of the kept ones: those of a chunk stay or go together."""
     if experts % chunks:
-        raise BadPlan("experts do not divide into chunks", object=name, found=chunks,
-                      expected=f"a divisor of {experts}")
+        raise BadPlan(
+            "experts do not divide into chunks", object=name, found=chunks, expected=f"a divisor of {experts}"
+        )
     size, have = experts // chunks, set(ids)
     chosen = [c for c in range(chunks) if c * size in have]
     if have != {c * size + i for c in chosen for i in range(size)}:
@@ -254,7 +308,7 @@ def _cut(sums: Sums, counts: Any, ids: list[int], experts: int) -> tuple[Sums, A
         for piece in pieces():  # a piece may begin and end inside an expert
             for expert in range(at // part, -(-(at + piece.size) // part)):
                 if expert in wanted:
-                    yield piece[max(0, expert * part - at):(expert + 1) * part - at]
+                    yield piece[max(0, expert * part - at) : (expert + 1) * part - at]
             at += piece.size
 
     return (part * len(ids), cut), counts if len(counts) == 1 else counts[ids]
@@ -270,16 +324,41 @@ def coverage(imatrix: Imatrix) -> dict[str, Any]:
     for layer, experts in sorted(_experts(imatrix).items()):
         if experts == 1:
             continue
-        counts = [e.counts for name, e in imatrix.entries.items()
-                  if (match := _EXPERTS.fullmatch(name)) and int(match[1]) == layer and len(e.counts) == experts]
+        counts = [
+            e.counts
+            for name, e in imatrix.entries.items()
+            if (match := _EXPERTS.fullmatch(name)) and int(match[1]) == layer and len(e.counts) == experts
+        ]
         tokens = [min(int(c[i]) for c in counts) for i in range(experts)]
         never = [i for i, n in enumerate(tokens) if n == 0]
-        layers.append({"layer": layer, "experts": experts, "seen": experts - len(never),
-                       "least": min(tokens), "most": max(int(c.max()) for c in counts), "never": never,
-                       "tokens": tokens})
-    entries = [{"name": e.name, "size": e.size, "rows": len(e.counts),
-                "least": None if e.legacy else int(e.counts.min()),
-                "most": None if e.legacy else int(e.counts.max())} for e in imatrix.entries.values()]
-    return {"path": imatrix.path, "format": imatrix.format, "datasets": list(imatrix.datasets),
-            "chunk_count": imatrix.chunk_count, "chunk_size": imatrix.chunk_size, "entries": entries,
-            "layers": layers, "warnings": list(imatrix.warnings)}
+        layers.append(
+            {
+                "layer": layer,
+                "experts": experts,
+                "seen": experts - len(never),
+                "least": min(tokens),
+                "most": max(int(c.max()) for c in counts),
+                "never": never,
+                "tokens": tokens,
+            }
+        )
+    entries = [
+        {
+            "name": e.name,
+            "size": e.size,
+            "rows": len(e.counts),
+            "least": None if e.legacy else int(e.counts.min()),
+            "most": None if e.legacy else int(e.counts.max()),
+        }
+        for e in imatrix.entries.values()
+    ]
+    return {
+        "path": imatrix.path,
+        "format": imatrix.format,
+        "datasets": list(imatrix.datasets),
+        "chunk_count": imatrix.chunk_count,
+        "chunk_size": imatrix.chunk_size,
+        "entries": entries,
+        "layers": layers,
+        "warnings": list(imatrix.warnings),
+    }

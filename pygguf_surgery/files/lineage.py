@@ -12,7 +12,7 @@ from ..architecture.names import layer_of
 from ..plan_data.expressions import PAD
 from .model import Model, Tensor
 
-KEPT = "pgs.layers.kept"        # u32[]: the source's number of each block
+KEPT = "pgs.layers.kept"  # u32[]: the source's number of each block
 OF_EXPERTS = re.compile(r"pgs\.experts\.([0-9]+)\.(\w+)")
 
 _IDS = ("general.uuid", "general.doi", "general.source.uuid", "general.source.doi")  # of the original, not of this file
@@ -20,6 +20,7 @@ _BASE_MODEL = ("name", "author", "version", "organization", "description", "url"
 
 
 # --- what the result says of its source ------------------------------------------------------------------------------
+
 
 def claim_source(model: Model, metadata: dict[str, Value]) -> bool:
     """Writes down which source this was cut from; True if an earlier edit of the plan did. What the source says of its
@@ -44,8 +45,11 @@ def drop_size_label(metadata: dict[str, Value], warnings: list[str]) -> None:
 def _add_base_model(model: Model, metadata: dict[str, Value]) -> None:
     """Appends the source to the base models, with what it says about itself."""
     source = model.metadata
-    known = {word: source[key] for word in _BASE_MODEL
-             if isinstance(source.get(key := f"general.{word}"), str) and source[key]}
+    known = {
+        word: source[key]
+        for word in _BASE_MODEL
+        if isinstance(source.get(key := f"general.{word}"), str) and source[key]
+    }
     if not known:
         return
     key = "general.base_model.count"
@@ -70,6 +74,7 @@ def set_size_label(metadata: dict[str, Value], old: int, new: int, warnings: lis
 
 
 # --- where the rows of a result come from --------------------------------------------------------------------------
+
 
 def kept_experts(result: Model, source: Model) -> dict[int, tuple[int, ...]]:
     """The lists that pruning left in the result's metadata (`pgs.experts.LAYER.kept`). Empty when there are none, or
@@ -107,7 +112,11 @@ def is_repaired(tensor: Tensor, model: Model, source: Model) -> bool:
 def merged_slices(tensor: Tensor, model: Model, source: Model) -> set[int]:
     """The experts of this tensor that were made of several of the source's."""
     key = f"pgs.experts.{layer_of(tensor.name)}.merged"
-    if not re.search(r"_exps\.(weight|bias)$", tensor.name) or key not in model.metadata or key in source.metadata \
-            or not model.metadata.value(key).type.endswith("[]"):
+    if (
+        not re.search(r"_exps\.(weight|bias)$", tensor.name)
+        or key not in model.metadata
+        or key in source.metadata
+        or not model.metadata.value(key).type.endswith("[]")
+    ):
         return set()
     return {expert for expert, n in Counter(model.metadata[key]).items() if n > 1}

@@ -172,7 +172,9 @@ class Model:
         self.file_bytes: int = sum(source.size for source in sources)
         self.warnings: list[str] = [
             text if len(sources) == 1 else f"{os.path.basename(path)}: {text}"
-            for path, header in zip(self.paths, headers) for text in header.warnings]
+            for path, header in zip(self.paths, headers)
+            for text in header.warnings
+        ]
         items = dict(headers[0].metadata)
         if len(sources) > 1:
             items = {key: value for key, value in items.items() if not key.startswith("split.")}
@@ -184,8 +186,12 @@ class Model:
             for info in header.tensors:
                 if info.name in self.tensors:
                     first = self.tensors[info.name].source
-                    raise BadFile("duplicate tensor", path=self.paths[i], object=info.name,
-                                  hint=f"it is also in {os.path.basename(self.paths[first])}")
+                    raise BadFile(
+                        "duplicate tensor",
+                        path=self.paths[i],
+                        object=info.name,
+                        hint=f"it is also in {os.path.basename(self.paths[first])}",
+                    )
                 self.tensors[info.name] = Tensor(self, info, i, header.data_offset)
         self._header_sha256: str | None = None
         self._lock = threading.Lock()

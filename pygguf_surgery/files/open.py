@@ -60,17 +60,33 @@ def _shard_paths(path: str, count: int) -> list[str]:
     folder, name = os.path.split(path)
     match = _SHARD.match(name)
     if match is None:
-        raise BadFile("a shard of a split model with an unusual name", path=path, object="split.count", found=count,
-                      expected="NAME-00001-of-00004.gguf", hint="rename the shards: the name says where the others are")
+        raise BadFile(
+            "a shard of a split model with an unusual name",
+            path=path,
+            object="split.count",
+            found=count,
+            expected="NAME-00001-of-00004.gguf",
+            hint="rename the shards: the name says where the others are",
+        )
     if int(match["count"]) != count:
-        raise BadFile("the number of shards in the name and in the file differ", path=path, object="split.count",
-                      found=count, expected=int(match["count"]))
+        raise BadFile(
+            "the number of shards in the name and in the file differ",
+            path=path,
+            object="split.count",
+            found=count,
+            expected=int(match["count"]),
+        )
     paths = [os.path.join(folder, f"{match['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
     missing = [shard for shard in paths if not os.path.exists(shard)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise BadFile(f"missing shard {os.path.basename(missing[0])}{more}", path=path, object="split.count",
-                      found=count - len(missing), expected=count)
+        raise BadFile(
+            f"missing shard {os.path.basename(missing[0])}{more}",
+            path=path,
+            object="split.count",
+            found=count - len(missing),
+            expected=count,
+        )
     return paths
 
 
@@ -82,11 +98,17 @@ def _check_shards(paths: list[str], headers: list[Header]) -> None:
         for key, expected in (("split.no", number), ("split.count", len(paths)), ("split.tensors.count", total)):
             found = _whole(items, key, path)
             if found != expected:
-                raise BadFile("shards that do not belong together", path=path, object=key, found=found,
-                              expected=expected)
+                raise BadFile(
+                    "shards that do not belong together", path=path, object=key, found=found, expected=expected
+                )
         name = _text(items, "general.architecture", path)
         if number == 0:
             architecture = name
         elif name and name != architecture:
-            raise BadFile("shards of different architectures", path=path, object="general.architecture", found=name,
-                          expected=architecture)
+            raise BadFile(
+                "shards of different architectures",
+                path=path,
+                object="general.architecture",
+                found=name,
+                expected=architecture,
+            )

@@ -14,8 +14,12 @@ def check_output(inputs: Iterable[Any], output: str | os.PathLike[str], overwrit
     """Before anything is read: an output that is one of the inputs, whatever `overwrite` says, or that exists; a folder
     where no file can be made. inputs: paths; anything else among them is passed over."""
     for path in inputs:
-        if isinstance(path, (str, os.PathLike)) and os.path.exists(output) and os.path.exists(path) \
-                and os.path.samefile(path, output):
+        if (
+            isinstance(path, (str, os.PathLike))
+            and os.path.exists(output)
+            and os.path.exists(path)
+            and os.path.samefile(path, output)
+        ):
             raise BadPlan("the output is one of the inputs", path=os.fsdecode(output), hint="write to another file")
     if os.path.lexists(output) and not overwrite:
         raise FileExistsError(errno.EEXIST, "exists already", os.fsdecode(output))

@@ -35,9 +35,14 @@ class Repair:
         header = read_header(source)
         metadata = {key: value.value for key, value in header.metadata}
         if metadata.get("general.type") != "expert_repair" or metadata.get(PREFIX + "format") != FORMAT:
-            raise BadFile("not a repair of experts", path=self.path, object="general.type",
-                          found=metadata.get("general.type"), expected="expert_repair",
-                          hint="gguf-surgery repair makes them")
+            raise BadFile(
+                "not a repair of experts",
+                path=self.path,
+                object="general.type",
+                found=metadata.get("general.type"),
+                expected="expert_repair",
+                hint="gguf-surgery repair makes them",
+            )
         layers = metadata.get(PREFIX + "layers")
         if not _whole_numbers(layers):
             raise BadFile("missing metadata", path=self.path, object=PREFIX + "layers")
@@ -50,8 +55,12 @@ class Repair:
         self.metric = str(metadata.get(PREFIX + "metric", "given"))
         self.header_sha256 = str(metadata.get(PREFIX + "model.header_sha256", ""))
         names = {facts["id"]: facts["name"] for facts in core_types()}
-        self.tensors = {info.name: RepairedTensor(names[info.type], tuple(reversed(info.ne)), header.data_offset + info.offset,
-                                            info.nbytes) for info in header.tensors}
+        self.tensors = {
+            info.name: RepairedTensor(
+                names[info.type], tuple(reversed(info.ne)), header.data_offset + info.offset, info.nbytes
+            )
+            for info in header.tensors
+        }
         self.errors: dict[int, tuple[float, float]] = {}
         errors = self.tensors.pop("errors", None)
         repaired = [layer for layer in self.kept if f"blk.{layer}.ffn_down_exps.weight" in self.tensors]
@@ -71,8 +80,11 @@ class Repair:
         return Keep(self.kept, self.metric)
 
     def summary(self) -> str:
-        lines = ["repaired down projections: squared error of a layer's output, as a share of its squares, on tokens held "
-                 "back", f"{'layer':>5} {'cut':>8} {'repaired':>8}"]
+        lines = [
+            "repaired down projections: squared error of a layer's output, as a share of its squares, on tokens held "
+            "back",
+            f"{'layer':>5} {'cut':>8} {'repaired':>8}",
+        ]
         lines += [f"{layer:>5} {before:>8.4f} {after:>8.4f}" for layer, (before, after) in self.errors.items()]
         return "\n".join(lines)
 

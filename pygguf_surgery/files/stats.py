@@ -50,14 +50,18 @@ class LayerStats:
         return cls(*(np.zeros(experts) for _ in range(6)), *(np.zeros((experts, experts)) for _ in range(2)))
 
     def arrays(self) -> dict[str, NDArray[np.float64]]:
-        return {f.name: array for f in fields(self) if f.name != "tokens" and (array := getattr(self, f.name)) is not None}
+        return {
+            f.name: array for f in fields(self) if f.name != "tokens" and (array := getattr(self, f.name)) is not None
+        }
 
     def plus(self, other: LayerStats) -> LayerStats:
         import numpy as np
 
         mine, theirs = self.arrays(), other.arrays()
-        joined = {name: (np.maximum if name == "max_activation" else np.add)(mine[name], theirs[name])
-                  for name in mine.keys() & theirs.keys()}
+        joined = {
+            name: (np.maximum if name == "max_activation" else np.add)(mine[name], theirs[name])
+            for name in mine.keys() & theirs.keys()
+        }
         return LayerStats(**joined, tokens=self.tokens + other.tokens)
 
 
@@ -78,7 +82,7 @@ class Stats:
 
     header_sha256: str
     architecture: str
-    name: str                   # general.name of the model
+    name: str  # general.name of the model
     experts: int
     n_ctx: int
     layers: dict[int, LayerStats]
@@ -89,8 +93,10 @@ class Stats:
     parse_special: bool = False
 
     def __repr__(self) -> str:
-        return (f"<Stats of {self.experts} experts in {len(self.layers)} layers over {self.tokens} tokens of "
-                f"{len(self.texts)} texts>")
+        return (
+            f"<Stats of {self.experts} experts in {len(self.layers)} layers over {self.tokens} tokens of "
+            f"{len(self.texts)} texts>"
+        )
 
     @property
     def tokens(self) -> int:
@@ -106,39 +112,71 @@ class Stats:
 
     def unseen(self) -> dict[int, list[int]]:
         """layer -> the experts that no token was routed to; layers without such are left out."""
-        return {layer: ids for layer, stats in self.layers.items()
-                if (ids := [i for i, n in enumerate(stats.count.tolist()) if n == 0])}
+        return {
+            layer: ids
+            for layer, stats in self.layers.items()
+            if (ids := [i for i, n in enumerate(stats.count.tolist()) if n == 0])
+        }
 
     def summary(self) -> str:
-        lines = [f"{self.name or 'a model'} ({self.architecture}): {self.experts} experts in {len(self.layers)} layers, "
-                 f"{self.tokens} tokens in windows of {self.n_ctx}"]
+        lines = [
+            f"{self.name or 'a model'} ({self.architecture}): {self.experts} experts in {len(self.layers)} layers, "
+            f"{self.tokens} tokens in windows of {self.n_ctx}"
+        ]
         if (value := self.perplexity()) is not None:
             lines.append(f"perplexity of the text: {value[0]:.4f} +/- {value[1]:.4f}")
         if not self.complete:
-            lines.append(f"not complete: {sum(t.done for t in self.texts)} of {sum(t.windows for t in self.texts)} windows")
-        lines.append(f"{'layer':>5} {'tokens':>9} {'unseen':>6} {'least':>8} {'median':>8} {'most':>8}  tokens per expert")
+            lines.append(
+                f"not complete: {sum(t.done for t in self.texts)} of {sum(t.windows for t in self.texts)} windows"
+            )
+        lines.append(
+            f"{'layer':>5} {'tokens':>9} {'unseen':>6} {'least':>8} {'median':>8} {'most':>8}  tokens per expert"
+        )
         unseen = self.unseen()
         for layer, stats in self.layers.items():
             counts = sorted(stats.count.tolist())
-            lines.append(f"{layer:>5} {stats.tokens:>9} {len(unseen.get(layer, ())):>6} {counts[0]:>8.0f} "
-                         f"{counts[len(counts) // 2]:>8.0f} {counts[-1]:>8.0f}")
+            lines.append(
+                f"{layer:>5} {stats.tokens:>9} {len(unseen.get(layer, ())):>6} {counts[0]:>8.0f} "
+                f"{counts[len(counts) // 2]:>8.0f} {counts[-1]:>8.0f}"
+            )
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         value = self.perplexity()
-        return {"architecture": self.architecture, "name": self.name, "header_sha256": self.header_sha256,
-                "experts": self.experts, "n_ctx": self.n_ctx, "tokens": self.tokens, "complete": self.complete,
-                "perplexity": value[0] if value else None, "perplexity_error": value[1] if value else None,
-                "texts": [vars(text) for text in self.texts],
-                "layers": {str(layer): {"tokens": stats.tokens, "count": stats.count.tolist()}
-                           for layer, stats in self.layers.items()}}
+        return {
+            "architecture": self.architecture,
+            "name": self.name,
+            "header_sha256": self.header_sha256,
+            "experts": self.experts,
+            "n_ctx": self.n_ctx,
+            "tokens": self.tokens,
+            "complete": self.complete,
+            "perplexity": value[0] if value else None,
+            "perplexity_error": value[1] if value else None,
+            "texts": [vars(text) for text in self.texts],
+            "layers": {
+                str(layer): {"tokens": stats.tokens, "count": stats.count.tolist()}
+                for layer, stats in self.layers.items()
+            },
+        }
 
     # --- several ----------------------------------------------------------------------------------------------------
 
     def merge(self, *others: Stats) -> Stats:
         """The statistics of all texts together. BadPlan for another model, another window, or a text that is in two."""
-        joined = Stats(self.header_sha256, self.architecture, self.name, self.experts, self.n_ctx, dict(self.layers),
-                       list(self.texts), self.nll, self.nll_squares, self.predictions, self.parse_special)
+        joined = Stats(
+            self.header_sha256,
+            self.architecture,
+            self.name,
+            self.experts,
+            self.n_ctx,
+            dict(self.layers),
+            list(self.texts),
+            self.nll,
+            self.nll_squares,
+            self.predictions,
+            self.parse_special,
+        )
         for other in others:
             for what in ("header_sha256", "architecture", "experts", "n_ctx", "parse_special"):
                 mine, theirs = getattr(joined, what), getattr(other, what)
@@ -164,19 +202,28 @@ class Stats:
 
         keys = {"general.type": Value("expert_stats", "str"), _PREFIX + "format": Value(FORMAT, "u32")}
         for name, value, kind in (
-                ("model.header_sha256", self.header_sha256, "str"), ("model.architecture", self.architecture, "str"),
-                ("model.name", self.name, "str"), ("experts", self.experts, "u32"), ("n_ctx", self.n_ctx, "u32"),
-                ("layers", list(self.layers), "u32[]"), ("tokens", [s.tokens for s in self.layers.values()], "u64[]"),
-                ("parse_special", self.parse_special, "bool"),
-                ("text.sha256", [t.sha256 for t in self.texts], "str[]"),
-                ("text.tokens", [t.tokens for t in self.texts], "u64[]"),
-                ("text.windows", [t.windows for t in self.texts], "u32[]"),
-                ("text.done", [t.done for t in self.texts], "u32[]"),
-                ("nll", self.nll, "f64"), ("nll_squares", self.nll_squares, "f64"),
-                ("predictions", self.predictions, "u64")):
+            ("model.header_sha256", self.header_sha256, "str"),
+            ("model.architecture", self.architecture, "str"),
+            ("model.name", self.name, "str"),
+            ("experts", self.experts, "u32"),
+            ("n_ctx", self.n_ctx, "u32"),
+            ("layers", list(self.layers), "u32[]"),
+            ("tokens", [s.tokens for s in self.layers.values()], "u64[]"),
+            ("parse_special", self.parse_special, "bool"),
+            ("text.sha256", [t.sha256 for t in self.texts], "str[]"),
+            ("text.tokens", [t.tokens for t in self.texts], "u64[]"),
+            ("text.windows", [t.windows for t in self.texts], "u32[]"),
+            ("text.done", [t.done for t in self.texts], "u32[]"),
+            ("nll", self.nll, "f64"),
+            ("nll_squares", self.nll_squares, "f64"),
+            ("predictions", self.predictions, "u64"),
+        ):
             keys[_PREFIX + name] = Value(value, kind)
-        tensors = {f"blk.{layer}.{name}": np.ascontiguousarray(array, np.float64)
-                   for layer, stats in self.layers.items() for name, array in stats.arrays().items()}
+        tensors = {
+            f"blk.{layer}.{name}": np.ascontiguousarray(array, np.float64)
+            for layer, stats in self.layers.items()
+            for name, array in stats.arrays().items()
+        }
         write_gguf(path, keys, tensors, overwrite=overwrite)
 
 
@@ -196,9 +243,13 @@ def _read(metadata: Mapping[str, Value], tensors: Mapping[str, Any]) -> Stats:
     def get(name: str, kind: type) -> Any:
         value = metadata.get(_PREFIX + name)
         if value is None or not isinstance(value.value, kind):
-            raise BadFile("not statistics of experts", object=_PREFIX + name,
-                          found=None if value is None else f"{value.value!r:.80}", expected=f"a {kind.__name__}",
-                          hint="gguf-surgery calibrate makes them")
+            raise BadFile(
+                "not statistics of experts",
+                object=_PREFIX + name,
+                found=None if value is None else f"{value.value!r:.80}",
+                expected=f"a {kind.__name__}",
+                hint="gguf-surgery calibrate makes them",
+            )
         return value.value
 
     version = get("format", int)
@@ -206,14 +257,25 @@ def _read(metadata: Mapping[str, Value], tensors: Mapping[str, Any]) -> Stats:
         raise BadFile("statistics of another version", object=_PREFIX + "format", found=version, expected=FORMAT)
     experts, layers, tokens = get("experts", int), get("layers", list), get("tokens", list)
     columns = [get(f"text.{name}", list) for name in ("sha256", "tokens", "windows", "done")]
-    if not all(type(x) is int for column in (layers, tokens, *columns[1:]) for x in column) \
-            or not all(isinstance(x, str) for x in columns[0]):
+    if not all(type(x) is int for column in (layers, tokens, *columns[1:]) for x in column) or not all(
+        isinstance(x, str) for x in columns[0]
+    ):
         raise BadFile("lists of another type", object=_PREFIX + "text")
     if len({len(column) for column in columns}) != 1 or len(layers) != len(tokens):
         raise BadFile("lists of different lengths", object=_PREFIX + "text")
-    stats = Stats(get("model.header_sha256", str), get("model.architecture", str), get("model.name", str), experts,
-                  get("n_ctx", int), {}, [Text(*row) for row in zip(*columns)], get("nll", float),
-                  get("nll_squares", float), get("predictions", int), get("parse_special", bool))
+    stats = Stats(
+        get("model.header_sha256", str),
+        get("model.architecture", str),
+        get("model.name", str),
+        experts,
+        get("n_ctx", int),
+        {},
+        [Text(*row) for row in zip(*columns)],
+        get("nll", float),
+        get("nll_squares", float),
+        get("predictions", int),
+        get("parse_special", bool),
+    )
     for layer, seen in zip(layers, tokens):
         arrays: dict[str, Any] = {}
         for item in fields(LayerStats):
@@ -222,11 +284,18 @@ def _read(metadata: Mapping[str, Value], tensors: Mapping[str, Any]) -> Stats:
             if item.name == "tokens" or array is None and item.name == "gated_sum":
                 continue
             shape = (experts,) * (2 if item.name in ("coactivation", "logit_gram") else 1)
-            if array is None or array.dtype != np.float64 or array.shape[:len(shape)] != shape \
-                    or array.ndim != len(shape) + (item.name == "gated_sum"):
-                raise BadFile("statistics that are missing or of another shape", object=name,
-                              found=None if array is None else f"{array.dtype} {list(array.shape)}",
-                              expected=f"float64 {list(shape)}")
+            if (
+                array is None
+                or array.dtype != np.float64
+                or array.shape[: len(shape)] != shape
+                or array.ndim != len(shape) + (item.name == "gated_sum")
+            ):
+                raise BadFile(
+                    "statistics that are missing or of another shape",
+                    object=name,
+                    found=None if array is None else f"{array.dtype} {list(array.shape)}",
+                    expected=f"float64 {list(shape)}",
+                )
             if not np.isfinite(array).all() or item.name not in ("logit_gram", "gated_sum") and (array < 0).any():
                 raise BadFile("statistics that are no sums", object=name)
             arrays[item.name] = array

@@ -51,8 +51,10 @@ FIXED_BYTES = 24 << 20
 
 # --- the check -------------------------------------------------------------------------------------------------------
 
-def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: int = 0,
-          io: str = "auto") -> CheckedPlan:
+
+def check(
+    model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: int = 0, io: str = "auto"
+) -> CheckedPlan:
     """Everything about the output, before a byte of it exists. What cannot be done is in .blockers."""
     from ..architecture.names import role_of
 
@@ -61,8 +63,9 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
     warnings = [f"input: {text}" for text in model.warnings]
     before = model.metadata.exact()
     metadata = dict(before)
-    tensors = [OutputTensor(t.name, t.shape, t.type, t.type, Copy(t.name), role_of(t.name))
-               for t in model.tensors.values()]
+    tensors = [
+        OutputTensor(t.name, t.shape, t.type, t.type, Copy(t.name), role_of(t.name)) for t in model.tensors.values()
+    ]
     if model.metadata_only and tensors:
         blockers.append(BadPlan("opened for its metadata only", path=model.path, hint="open it without metadata_only"))
 
@@ -96,8 +99,9 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
     imatrix, notes = None, []
     if quantize is not None:
         imatrix = _open_imatrix(quantize.imatrix, blockers)
-        quantized = quantize_edit.apply(model, tensors, metadata, quantize, imatrix=imatrix,
-                                 file_order=split is not None and split.keep)
+        quantized = quantize_edit.apply(
+            model, tensors, metadata, quantize, imatrix=imatrix, file_order=split is not None and split.keep
+        )
         tensors, metadata = quantized.tensors, quantized.metadata
         blockers += quantized.blockers
         warnings += quantized.warnings
@@ -107,20 +111,43 @@ def check(model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: 
     blockers += _check_tensors(model, tensors, weighed=quantize is not None)
     blockers += _check_metadata(model.architecture, before, metadata)
     embedding = next((t.shape for t in tensors if t.name == "token_embd.weight"), ())
-    blockers += [error for error in check_embedding(model.architecture, metadata, embedding)
-                 if before.get(error.object) != metadata.get(error.object)]
+    blockers += [
+        error
+        for error in check_embedding(model.architecture, metadata, embedding)
+        if before.get(error.object) != metadata.get(error.object)
+    ]
 
     checked = CheckedPlan(
-        data=data, tensors=tensors, nbytes=[target_bytes(t) for t in tensors], offsets=[], metadata=metadata,
-        alignment=alignment, files=[], split=False, file_bytes=0, peak_memory_bytes=0, blockers=blockers,
-        warnings=warnings, notes=notes,
-        source_bytes=sum(t.nbytes for t in model.tensors.values()), architecture=model.architecture,
-        experts=(_count(before, model.architecture), _count(metadata, model.architecture)), imatrix=imatrix,
-        repair=repair)
+        data=data,
+        tensors=tensors,
+        nbytes=[target_bytes(t) for t in tensors],
+        offsets=[],
+        metadata=metadata,
+        alignment=alignment,
+        files=[],
+        split=False,
+        file_bytes=0,
+        peak_memory_bytes=0,
+        blockers=blockers,
+        warnings=warnings,
+        notes=notes,
+        source_bytes=sum(t.nbytes for t in model.tensors.values()),
+        architecture=model.architecture,
+        experts=(_count(before, model.architecture), _count(metadata, model.architecture)),
+        imatrix=imatrix,
+        repair=repair,
+    )
     lay_out(model, checked, split)
     if quantize is not None and quantize.max_bytes is not None and checked.file_bytes > quantize.max_bytes:
-        blockers.append(BadPlan("the output is too large", object="max_size", found=human(checked.file_bytes),
-                                expected=f"at most {human(quantize.max_bytes)}", hint="the recipe allows no more"))
+        blockers.append(
+            BadPlan(
+                "the output is too large",
+                object="max_size",
+                found=human(checked.file_bytes),
+                expected=f"at most {human(quantize.max_bytes)}",
+                hint="the recipe allows no more",
+            )
+        )
     _budget(model, checked, budget, threads, io)
     return checked
 
@@ -155,24 +182,37 @@ def _open_companion(use: Any, open: Callable[[str], Any], what: str, blockers: l
             raise SourceChanged(f"the {what} is not the one that the plan was made with", path=use.path)
         return opened
     except (OSError, ValueError) as error:  # ValueError: a path from JSON that is none
-        blockers.append(BadFile(f"the {what} cannot be read", path=use.path,
-                                found=getattr(error, "strerror", None) or error))
+        blockers.append(
+            BadFile(f"the {what} cannot be read", path=use.path, found=getattr(error, "strerror", None) or error)
+        )
     except SurgeryError as error:
         blockers.append(error)
     return None
 
 
-def _edit_metadata(architecture: str, metadata: dict[str, Value], edits: Sequence[SetMetadata | RemoveMetadata],
-                   own: bool, blockers: list[SurgeryError], dropped: Collection[str] = ()) -> dict[str, Value]:
+def _edit_metadata(
+    architecture: str,
+    metadata: dict[str, Value],
+    edits: Sequence[SetMetadata | RemoveMetadata],
+    own: bool,
+    blockers: list[SurgeryError],
+    dropped: Collection[str] = (),
+) -> dict[str, Value]:
     """The edits of the architecture's own keys, or of all others. dropped: keys that are gone already."""
     prefix = f"{architecture}."
     for edit in edits:
         if isinstance(edit, SetMetadata):
             part: SetMetadata | RemoveMetadata = SetMetadata(
-                tuple(item for item in edit.items if item[0].startswith(prefix) == own))
+                tuple(item for item in edit.items if item[0].startswith(prefix) == own)
+            )
         else:
-            part = RemoveMetadata(tuple(key for key in edit.keys if key.startswith(prefix) == own
-                                        and not (key in dropped and key not in metadata)))
+            part = RemoveMetadata(
+                tuple(
+                    key
+                    for key in edit.keys
+                    if key.startswith(prefix) == own and not (key in dropped and key not in metadata)
+                )
+            )
         metadata = metadata_rules.apply(architecture, metadata, part, blockers)
     return metadata
 
@@ -202,19 +242,43 @@ def _check_tensors(model: Model, tensors: list[OutputTensor], weighed: bool) -> 
         seen.add(tensor.name)
         nbytes = len(tensor.name.encode("utf-8", "surrogateescape"))
         if nbytes == 0 or nbytes > NAME_BYTES:
-            found.append(BadPlan("a tensor name that llama.cpp cannot load", object=tensor.name,
-                                 found=f"{nbytes} bytes", expected=f"1..{NAME_BYTES}"))
+            found.append(
+                BadPlan(
+                    "a tensor name that llama.cpp cannot load",
+                    object=tensor.name,
+                    found=f"{nbytes} bytes",
+                    expected=f"1..{NAME_BYTES}",
+                )
+            )
         row = tensor.shape[-1] if tensor.shape else 1
         if row % facts[tensor.type]["block"]:
-            found.append(BadPlan("a row is no multiple of the block", object=tensor.name, found=f"{row} elements",
-                                 expected=f"a multiple of {facts[tensor.type]['block']} ({tensor.type})"))
+            found.append(
+                BadPlan(
+                    "a row is no multiple of the block",
+                    object=tensor.name,
+                    found=f"{row} elements",
+                    expected=f"a multiple of {facts[tensor.type]['block']} ({tensor.type})",
+                )
+            )
         if tensor.encoded:
             if facts[tensor.type]["needs_importance"] and not weighed:
-                found.append(Unsupported("this type needs an importance matrix", object=tensor.name, found=tensor.type,
-                                         hint="quantize() gives it one, or another type"))
+                found.append(
+                    Unsupported(
+                        "this type needs an importance matrix",
+                        object=tensor.name,
+                        found=tensor.type,
+                        hint="quantize() gives it one, or another type",
+                    )
+                )
             if not facts[tensor.source_type]["decodes"]:
-                found.append(Unsupported("ggml cannot decode this type", object=tensor.name, found=tensor.source_type,
-                                         hint='override it with "copy"'))
+                found.append(
+                    Unsupported(
+                        "ggml cannot decode this type",
+                        object=tensor.name,
+                        found=tensor.source_type,
+                        hint='override it with "copy"',
+                    )
+                )
             if not facts[tensor.type]["encodes"]:
                 found.append(Unsupported("ggml cannot encode this type", object=tensor.name, found=tensor.type))
     return found

@@ -37,26 +37,28 @@ class CheckedPlan:
 
     data: PlanData
     tensors: list[OutputTensor]
-    nbytes: list[int]           # of each tensor, without padding
-    offsets: list[int]          # of each tensor, from the start of its file; empty if no header can be made
+    nbytes: list[int]  # of each tensor, without padding
+    offsets: list[int]  # of each tensor, from the start of its file; empty if no header can be made
     metadata: dict[str, Value]
     alignment: int
-    files: list[OutputFile]     # one, or the shards
-    split: bool                 # shards, whatever their number: their names say so
-    file_bytes: int             # of all files
-    peak_memory_bytes: int      # over the interpreter's own: buffers, header, lists
+    files: list[OutputFile]  # one, or the shards
+    split: bool  # shards, whatever their number: their names say so
+    file_bytes: int  # of all files
+    peak_memory_bytes: int  # over the interpreter's own: buffers, header, lists
     blockers: list[SurgeryError]
     warnings: list[str]
-    notes: list[str]            # what is as it should be, counted: overrides, importance
-    source_bytes: int           # of the input's tensors
+    notes: list[str]  # what is as it should be, counted: overrides, importance
+    source_bytes: int  # of the input's tensors
     architecture: str
     experts: tuple[int | None, int | None]  # before, after
-    imatrix: Imatrix | None     # open, as the run reads its rows
-    repair: Repair | None       # the same
+    imatrix: Imatrix | None  # open, as the run reads its rows
+    repair: Repair | None  # the same
 
     def __repr__(self) -> str:
-        return (f"<CheckedPlan of {len(self.tensors)} tensors, {human(self.file_bytes)}, {len(self.blockers)} blockers, "
-                f"{len(self.warnings)} warnings>")
+        return (
+            f"<CheckedPlan of {len(self.tensors)} tensors, {human(self.file_bytes)}, {len(self.blockers)} blockers, "
+            f"{len(self.warnings)} warnings>"
+        )
 
     def extra_sources(self) -> list[Source]:
         """What a run reads beside the model, in the order of their numbers."""
@@ -72,15 +74,21 @@ class CheckedPlan:
 
     def summary(self) -> str:
         """The plan in words: sizes by role, types, bits per weight, experts, peak memory, warnings, blockers."""
-        lines = [f"{self.data.source}",
-                 f"{self.architecture or 'no architecture'}: {len(self.tensors)} tensors, "
-                 f"{human(self.source_bytes)} -> {human(sum(self.nbytes))} ({human(self.file_bytes)} file)"]
+        lines = [
+            f"{self.data.source}",
+            f"{self.architecture or 'no architecture'}: {len(self.tensors)} tensors, "
+            f"{human(self.source_bytes)} -> {human(sum(self.nbytes))} ({human(self.file_bytes)} file)",
+        ]
         if self.experts[0] is not None:
-            lines.append(f"experts: {self.experts[0]} -> {self.experts[1]}"
-                         if self.experts[0] != self.experts[1] else f"experts: {self.experts[0]}")
+            lines.append(
+                f"experts: {self.experts[0]} -> {self.experts[1]}"
+                if self.experts[0] != self.experts[1]
+                else f"experts: {self.experts[0]}"
+            )
         if self.elements:
-            lines.append(f"{self.elements / 1e9:.3f} billion weights, "
-                         f"{8 * sum(self.nbytes) / self.elements:.3f} bits per weight")
+            lines.append(
+                f"{self.elements / 1e9:.3f} billion weights, {8 * sum(self.nbytes) / self.elements:.3f} bits per weight"
+            )
         if self.split:
             lines.append(f"shards: {len(self.files)}, the largest {human(max(f.file_bytes for f in self.files))}")
         lines.append("tensors: " + ", ".join(f"{count} {name}" for name, count in sorted(self.actions().items())))
@@ -93,8 +101,10 @@ class CheckedPlan:
         for role, indices in sorted(by_role.items(), key=lambda item: -sum(self.nbytes[i] for i in item[1])):
             size = sum(self.nbytes[i] for i in indices)
             types = Counter(self.tensors[i].type for i in indices)
-            lines.append(f"{role:<14} {len(indices):>7} {human(size):>11} {100 * size / total:>5.1f}%  "
-                         + ", ".join(f"{type} x{count}" for type, count in types.most_common()))
+            lines.append(
+                f"{role:<14} {len(indices):>7} {human(size):>11} {100 * size / total:>5.1f}%  "
+                + ", ".join(f"{type} x{count}" for type, count in types.most_common())
+            )
         if self.notes:
             lines += ["", "notes:"] + [f"  {text}" for text in self.notes]
         if self.warnings:
@@ -109,16 +119,27 @@ class CheckedPlan:
         shorten = (lambda x: x) if full else abbreviate
         return {
             "tensors": [
-                {"name": t.name, "role": t.role, "type": t.type, "shape": list(t.shape), "nbytes": n,
-                 "action": action(t), "source_type": t.source_type,
-                 "expression": shorten(expression_to_json(t.expression)),
-                 **({"importance": t.importance.ref} if t.importance else {}),
-                 **({"notes": t.notes} if t.notes else {})}
-                for t, n in zip(self.tensors, self.nbytes)],
+                {
+                    "name": t.name,
+                    "role": t.role,
+                    "type": t.type,
+                    "shape": list(t.shape),
+                    "nbytes": n,
+                    "action": action(t),
+                    "source_type": t.source_type,
+                    "expression": shorten(expression_to_json(t.expression)),
+                    **({"importance": t.importance.ref} if t.importance else {}),
+                    **({"notes": t.notes} if t.notes else {}),
+                }
+                for t, n in zip(self.tensors, self.nbytes)
+            ],
             "metadata": {key: value_for_json(value, full) for key, value in self.metadata.items()},
             "file_bytes": self.file_bytes,
-            **({"shards": [{"tensors": len(f.tensors), "file_bytes": f.file_bytes} for f in self.files]}
-               if self.split else {}),
+            **(
+                {"shards": [{"tensors": len(f.tensors), "file_bytes": f.file_bytes} for f in self.files]}
+                if self.split
+                else {}
+            ),
             "peak_memory_bytes": self.peak_memory_bytes,
             "blockers": [error_for_json(error) for error in self.blockers],
             "warnings": list(self.warnings),
@@ -131,8 +152,9 @@ def _without_groups(plan: dict[str, Any]) -> dict[str, Any]:
     """Groups of experts only counted: the orders of their neurons are megabytes."""
     for edit in plan["edits"]:
         if edit["edit"] == "merge_experts":
-            edit["groups"] = {layer: {"type": "group", "length": len(groups), "head": []}
-                              for layer, groups in edit["groups"].items()}
+            edit["groups"] = {
+                layer: {"type": "group", "length": len(groups), "head": []} for layer, groups in edit["groups"].items()
+            }
     return plan
 
 

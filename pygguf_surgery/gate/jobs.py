@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # --- jobs: the checked plan as the engine takes it ------------------------------------------------------------------
 
+
 def build_jobs(model: Model, checked: CheckedPlan) -> list[Job]:
     """One job per tensor that has bytes. BadPlan where an expression does not give the bytes that its shape needs."""
     jobs = []
@@ -44,15 +45,31 @@ def build_jobs(model: Model, checked: CheckedPlan) -> list[Job]:
         if isinstance(tensor.expression, Merge):
             merge = _merge(tensor)
         elif int(runs[:, 2].sum()) != expected:
-            raise BadPlan("an expression of another size than its shape", object=tensor.name,
-                          found=f"{int(runs[:, 2].sum())} bytes", expected=f"{expected}")
+            raise BadPlan(
+                "an expression of another size than its shape",
+                object=tensor.name,
+                found=f"{int(runs[:, 2].sum())} bytes",
+                expected=f"{expected}",
+            )
         remap = None
         if isinstance(tensor.expression, Remap):
             remap = (tensor.expression.table, tensor.expression.substitutes, row)
-        jobs.append(Job(
-            tensor.name, source_type=facts[tensor.source_type]["id"], target_type=facts[tensor.type]["id"],
-            row_elements=row, rows=elements // row, target_offset=offset, runs=runs, remap=remap, merge=merge,
-            file=file_of[i], best=tensor.best, **_importance(tensor, checked.imatrix, len(model.sources))))
+        jobs.append(
+            Job(
+                tensor.name,
+                source_type=facts[tensor.source_type]["id"],
+                target_type=facts[tensor.type]["id"],
+                row_elements=row,
+                rows=elements // row,
+                target_offset=offset,
+                runs=runs,
+                remap=remap,
+                merge=merge,
+                file=file_of[i],
+                best=tensor.best,
+                **_importance(tensor, checked.imatrix, len(model.sources)),
+            )
+        )
     return jobs
 
 
@@ -71,7 +88,9 @@ def _merge(tensor: OutputTensor) -> tuple[Any, ...]:
             if order and expression.axis != "none":
                 place = len(orders)
                 neurons = np.frombuffer(order, "<u2").astype(np.uint32)
-                orders.append(np.concatenate([neurons, neurons + len(neurons)]) if "half" in expression.axis else neurons)
+                orders.append(
+                    np.concatenate([neurons, neurons + len(neurons)]) if "half" in expression.axis else neurons
+                )
             parts.append((member, place, weight))
         groups.append(parts)
     return rows, columns, orders, groups
@@ -113,17 +132,23 @@ def _importance(tensor: OutputTensor, imatrix: Imatrix | None, source: int) -> d
             continue
         if number not in held:
             held[number] = len(inline)
-            inline.append({ONES: lambda: np.ones(row, np.float32),
-                           MEAN: lambda: imatrix.mean_row(entry.name, row)}[number]())
+            inline.append(
+                {ONES: lambda: np.ones(row, np.float32), MEAN: lambda: imatrix.mean_row(entry.name, row)}[number]()
+            )
         rows.append((IN_MEMORY, held[number]))
         divisors.append(1.0)
     more = {"importance_parts": _importance_parts(tensor, entry)} if isinstance(tensor.expression, Merge) else {}
-    return {**more, "importance": np.array(inline, np.float32).reshape(-1, row),
-            "importance_rows": np.array(rows, np.uint64), "importance_divisors": np.array(divisors, np.float32)}
+    return {
+        **more,
+        "importance": np.array(inline, np.float32).reshape(-1, row),
+        "importance_rows": np.array(rows, np.uint64),
+        "importance_divisors": np.array(divisors, np.float32),
+    }
 
 
-def source_runs(model: Model, tensor: OutputTensor, repair: Repair | None = None,
-                repair_source: int = 0) -> NDArray[np.uint64]:
+def source_runs(
+    model: Model, tensor: OutputTensor, repair: Repair | None = None, repair_source: int = 0
+) -> NDArray[np.uint64]:
     """[n, 3]: source, byte offset, bytes. Neighbouring slices that are kept are one run. repair_source: the number of
     the repair among the run's sources."""
     import numpy as np
@@ -139,8 +164,10 @@ def source_runs(model: Model, tensor: OutputTensor, repair: Repair | None = None
         if not real or not ref.shape or min(real) < 0 or max(real) >= ref.shape[0]:
             raise BadPlan("slices out of range", object=tensor.name, expected=f"within {list(ref.shape)}")
         step = ref.nbytes // ref.shape[0]
-        runs = [(ref.source if source is None else source, ref.offset + first * step, n * step)
-                for first, n in merge_adjacent(real)]
+        runs = [
+            (ref.source if source is None else source, ref.offset + first * step, n * step)
+            for first, n in merge_adjacent(real)
+        ]
         if len(real) < len(indices):  # the pads come last
             fill = getattr(expression, "fill", 0.0)
             runs.append((FILL, int.from_bytes(struct.pack("<f", fill), "little"), (len(indices) - len(real)) * step))

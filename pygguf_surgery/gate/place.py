@@ -29,19 +29,31 @@ def lay_out(model: Model, checked: CheckedPlan, split: Split | None) -> None:
 
     parts = [list(range(len(checked.tensors)))]
     if split is not None:
-        partition = split_edit.partition(split, checked.nbytes, [_shard_of(model, t) for t in checked.tensors],
-                                     checked.alignment, source_count=len(model.sources),
-                                     names=[t.name for t in checked.tensors])
+        partition = split_edit.partition(
+            split,
+            checked.nbytes,
+            [_shard_of(model, t) for t in checked.tensors],
+            checked.alignment,
+            source_count=len(model.sources),
+            names=[t.name for t in checked.tensors],
+        )
         parts, checked.split = partition.shards, not partition.single
         checked.warnings += partition.warnings
         checked.blockers += partition.blockers
     offsets = [0] * len(checked.tensors)
     try:
         for number, part in enumerate(parts):
-            metadata = checked.metadata if not checked.split else split_edit.shard_metadata(
-                checked.metadata, number, len(parts), len(checked.tensors), checked.alignment)
-            infos = [TensorInfo(t.name, t.shape[::-1], type_facts()[t.type]["id"])
-                     for t in (checked.tensors[i] for i in part)]
+            metadata = (
+                checked.metadata
+                if not checked.split
+                else split_edit.shard_metadata(
+                    checked.metadata, number, len(parts), len(checked.tensors), checked.alignment
+                )
+            )
+            infos = [
+                TensorInfo(t.name, t.shape[::-1], type_facts()[t.type]["id"])
+                for t in (checked.tensors[i] for i in part)
+            ]
             header, at, file_bytes = encode_header(list(metadata.items()), infos, checked.alignment)
             for i, offset in zip(part, at):
                 offsets[i] = offset

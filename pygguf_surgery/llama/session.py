@@ -16,18 +16,28 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-_BATCH = 512          # tokens per llama_decode: the logits of all of them are in memory at once
-_SCORE_ROWS = 32      # rows of logits as float64 at a time
+_BATCH = 512  # tokens per llama_decode: the logits of all of them are in memory at once
+_SCORE_ROWS = 32  # rows of logits as float64 at a time
 _NUMPY_TYPES = {0: "<f4", 26: "<i4"}  # GGML_TYPE_F32, GGML_TYPE_I32
 
 
 class _Tensor(ctypes.Structure):
     """struct ggml_tensor, up to its name (ggml.h; Session checks that the installed one still agrees)."""
 
-    _fields_ = [("type", ctypes.c_int32), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4),
-                ("nb", ctypes.c_size_t * 4), ("op", ctypes.c_int32), ("op_params", ctypes.c_int32 * 16),
-                ("flags", ctypes.c_int32), ("src", ctypes.c_void_p * 10), ("view_src", ctypes.c_void_p),
-                ("view_offs", ctypes.c_size_t), ("data", ctypes.c_void_p), ("name", ctypes.c_char * 64)]
+    _fields_ = [
+        ("type", ctypes.c_int32),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int32),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+    ]
 
 
 def load() -> Any:
@@ -35,7 +45,9 @@ def load() -> Any:
     try:
         from llama_cpp import llama_cpp
     except ImportError as error:
-        raise Unsupported("this needs llama-cpp-python", found=error, hint="pip install 'pygguf-surgery[llama]'") from None
+        raise Unsupported(
+            "this needs llama-cpp-python", found=error, hint="pip install 'pygguf-surgery[llama]'"
+        ) from None
     except (OSError, RuntimeError) as error:
         raise Unsupported("llama-cpp-python does not load", found=error) from None
     return llama_cpp
@@ -56,8 +68,11 @@ class Session:
         self._error: BaseException | None = None
         self._previous_log: Any = None
         self._said: list[str] = []
-        self._log = self.llama.llama_log_callback(lambda _level, text, _data: self._said.append(
-            text.decode(errors="replace")) if len(self._said) < 2000 else None)
+        self._log = self.llama.llama_log_callback(
+            lambda _level, text, _data: (
+                self._said.append(text.decode(errors="replace")) if len(self._said) < 2000 else None
+            )
+        )
         self._callback = self.llama.ggml_backend_sched_eval_callback(self._evaluated)
         try:
             self._open(thread_count(parse_threads(threads)), gpu_layers)
@@ -98,7 +113,9 @@ class Session:
         self._batch = llama.llama_batch_init(min(self.n_ctx, _BATCH), 0, 1)
 
     def _last_words(self) -> str | None:
-        errors = [line for line in "".join(self._said).splitlines() if "error" in line.lower() or "fail" in line.lower()]
+        errors = [
+            line for line in "".join(self._said).splitlines() if "error" in line.lower() or "fail" in line.lower()
+        ]
         return errors[0].strip() if errors else None
 
     def _check_layout(self) -> None:
@@ -116,8 +133,9 @@ class Session:
         lib.ggml_init.argtypes, lib.ggml_free.argtypes = [Params], [ctypes.c_void_p]
         context = lib.ggml_init(Params(4 * lib.ggml_tensor_overhead(), None, True))
         try:
-            tensor = lib.ggml_new_tensor_3d(*(ctypes.c_void_p(context), ctypes.c_int(26), ctypes.c_int64(5),
-                                              ctypes.c_int64(7), ctypes.c_int64(11)))
+            tensor = lib.ggml_new_tensor_3d(
+                *(ctypes.c_void_p(context), ctypes.c_int(26), ctypes.c_int64(5), ctypes.c_int64(7), ctypes.c_int64(11))
+            )
             lib.ggml_set_name(ctypes.c_void_p(tensor), b"probe")
             seen = _Tensor.from_address(tensor)
             if (seen.type, *seen.ne, *seen.nb, seen.name) != (26, 5, 7, 11, 1, 4, 20, 140, 1540, b"probe"):
@@ -168,17 +186,22 @@ class Session:
         batch, first = self._batch, len(tokens) // 2
         nll, squares, count = 0.0, 0.0, 0
         for start in range(0, len(tokens), _BATCH):
-            part = tokens[start:start + _BATCH]
+            part = tokens[start : start + _BATCH]
             batch.n_tokens = len(part)
             for i, token in enumerate(part.tolist()):
                 batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = (
-                    token, start + i, 1, 0, 1)
+                    token,
+                    start + i,
+                    1,
+                    0,
+                    1,
+                )
             self._decode(batch)
             # Logits at position p predict token p + 1.
             begin, end = max(start, first), min(start + len(part), len(tokens) - 1)
             if begin < end:
                 logits = np.ctypeslib.as_array(llama.llama_get_logits(self._context), (len(part), self.n_vocab))
-                losses = _losses(logits[begin - start:end - start], tokens[begin + 1:end + 1])
+                losses = _losses(logits[begin - start : end - start], tokens[begin + 1 : end + 1])
                 nll, squares, count = nll + losses.sum(), squares + (losses * losses).sum(), count + len(losses)
         return float(nll), float(squares), count
 
@@ -214,18 +237,23 @@ class Session:
 
         kind = _NUMPY_TYPES.get(tensor.type)
         if kind is None:
-            raise Unsupported("a tensor of the graph of an unexpected type", object=tensor.name.decode(errors="replace"),
-                              found=f"ggml type {tensor.type}")
+            raise Unsupported(
+                "a tensor of the graph of an unexpected type",
+                object=tensor.name.decode(errors="replace"),
+                found=f"ggml type {tensor.type}",
+            )
         shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
         nbytes = 4 + sum((n - 1) * step for n, step in zip(shape, strides))  # as ggml_nbytes
         raw = np.empty(nbytes, np.uint8)
         self.llama._lib.ggml_backend_tensor_get(address, raw.ctypes.data, 0, nbytes)
-        view = np.lib.stride_tricks.as_strided(raw[:4].view(kind), shape, strides, writeable=False) \
-            if math.prod(shape) else np.empty(shape, kind)
+        view = (
+            np.lib.stride_tricks.as_strided(raw[:4].view(kind), shape, strides, writeable=False)
+            if math.prod(shape)
+            else np.empty(shape, kind)
+        )
         while view.ndim > 1 and view.shape[0] == 1:
             view = view[0]
         return view
-
 
     def _replace(self, address: int, tensor: _Tensor, values: NDArray[Any]) -> None:
         import numpy as np
@@ -243,7 +271,7 @@ def _losses(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[
 
     parts = []
     for first in range(0, len(logits), _SCORE_ROWS):
-        z = logits[first:first + _SCORE_ROWS].astype(np.float64)
+        z = logits[first : first + _SCORE_ROWS].astype(np.float64)
         z -= z.max(axis=1, keepdims=True)
-        parts.append(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), targets[first:first + _SCORE_ROWS]])
+        parts.append(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), targets[first : first + _SCORE_ROWS]])
     return np.concatenate(parts)

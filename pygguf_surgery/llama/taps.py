@@ -23,8 +23,18 @@ _STEPS: Mapping[str, tuple[str, ...]] = {
     "ids": ("ffn_moe_topk",),
     "gates": ("ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_norm", "ffn_moe_weights_scaled"),
     "outputs": ("ffn_moe_down", "ffn_moe_down_scaled", "ffn_moe_down_biased"),
-    "hidden": ("ffn_moe_swiglu", "ffn_moe_silu", "ffn_moe_geglu", "ffn_moe_gelu", "ffn_moe_swiglu_oai", "ffn_moe_reglu",
-               "ffn_moe_relu", "ffn_moe_relu_sqr", "ffn_moe_situ", "ffn_moe_swiglu_limited"),
+    "hidden": (
+        "ffn_moe_swiglu",
+        "ffn_moe_silu",
+        "ffn_moe_geglu",
+        "ffn_moe_gelu",
+        "ffn_moe_swiglu_oai",
+        "ffn_moe_reglu",
+        "ffn_moe_relu",
+        "ffn_moe_relu_sqr",
+        "ffn_moe_situ",
+        "ffn_moe_swiglu_limited",
+    ),
     "probs_biased": ("ffn_moe_probs_biased",),
     "sum": ("ffn_moe_out",),
 }
@@ -60,10 +70,14 @@ class Taps:
                     continue
                 if not found or len(set(found)) != len(found):
                     raise Unsupported(
-                        "llama.cpp does not compute this tensor for this architecture" if not found else
-                        "llama.cpp computes this tensor twice in a layer for this architecture",
-                        path=session.path, object=f"{_STEPS[kind][0]}-{layer}", found=self._architecture,
-                        hint="its experts cannot be calibrated; rank by router-norm, aimer or an importance matrix")
+                        "llama.cpp does not compute this tensor for this architecture"
+                        if not found
+                        else "llama.cpp computes this tensor twice in a layer for this architecture",
+                        path=session.path,
+                        object=f"{_STEPS[kind][0]}-{layer}",
+                        found=self._architecture,
+                        hint="its experts cannot be calibrated; rank by router-norm, aimer or an importance matrix",
+                    )
                 self.names[found[-1]] = (kind, layer)
 
 

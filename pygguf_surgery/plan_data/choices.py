@@ -31,8 +31,15 @@ class Keep(dict[int, tuple[int, ...]]):
     scores: layer -> E scores; empty where the user named the experts.
     """
 
-    def __init__(self, kept: Mapping[int, tuple[int, ...]], metric: str, order: Mapping[int, tuple[int, ...]] = {},
-                 scores: Mapping[int, Any] = {}, seen: Seen = Seen(), everywhere: Mapping[int, int] = {}):
+    def __init__(
+        self,
+        kept: Mapping[int, tuple[int, ...]],
+        metric: str,
+        order: Mapping[int, tuple[int, ...]] = {},
+        scores: Mapping[int, Any] = {},
+        seen: Seen = Seen(),
+        everywhere: Mapping[int, int] = {},
+    ):
         super().__init__(kept)
         self.metric = metric
         self.order = dict(order)
@@ -58,29 +65,42 @@ class Keep(dict[int, tuple[int, ...]]):
     def summary(self) -> str:
         """Per layer: how many experts stay, their share of the saliency, those never seen, ties, and how many a budget
         over all layers together would keep."""
-        lines = [f"experts kept by {self.metric}", f"{'layer':>5} {'kept':>9} {'mass':>7} {'unseen':>13} {'ties':>5}"
-                 + (f" {'global budget':>14}" if self._everywhere else "")]
+        lines = [
+            f"experts kept by {self.metric}",
+            f"{'layer':>5} {'kept':>9} {'mass':>7} {'unseen':>13} {'ties':>5}"
+            + (f" {'global budget':>14}" if self._everywhere else ""),
+        ]
         for layer, ids in self.items():
             mass, unseen = self.mass(layer), (self.seen.unseen or {}).get(layer, ())
             experts = len(self.scores[layer]) if layer in self.scores else None
             kept_unseen = len(set(unseen) & set(ids))
             seen = f"{len(unseen)}, kept {kept_unseen}" if unseen else "" if self.seen.unseen is None else "0"
-            row = (f"{layer:>5} {f'{len(ids)}/{experts}' if experts else len(ids):>9} "
-                   f"{'' if mass is None else f'{100 * mass:.1f}%':>7} {seen:>13} {self.ties(layer) or '':>5} "
-                   f"{self._everywhere.get(layer, ''):>14}")
+            row = (
+                f"{layer:>5} {f'{len(ids)}/{experts}' if experts else len(ids):>9} "
+                f"{'' if mass is None else f'{100 * mass:.1f}%':>7} {seen:>13} {self.ties(layer) or '':>5} "
+                f"{self._everywhere.get(layer, ''):>14}"
+            )
             lines.append(row.rstrip())
         supers = self.seen.supers or {}
         for layer, ids in supers.items():
             if gone := sorted(set(ids) - set(self.get(layer, ids))):
-                lines.append(f"dropped in layer {layer} in spite of massive activations: {', '.join(map(str, gone))} "
-                             "(super_experts=True keeps them)")
+                lines.append(
+                    f"dropped in layer {layer} in spite of massive activations: {', '.join(map(str, gone))} "
+                    "(super_experts=True keeps them)"
+                )
         lines += [f"note: {text}" for text in self.seen.notes]
         return "\n".join(lines)
 
     def to_json(self) -> str:
         """The decision, as text that `rank(model, by=FILE)` takes back."""
-        return json.dumps({"metric": self.metric, "kept": {str(k): list(v) for k, v in self.items()},
-                           **({"scores": scores_to_json(self.scores)} if self.scores else {})}, allow_nan=False)
+        return json.dumps(
+            {
+                "metric": self.metric,
+                "kept": {str(k): list(v) for k, v in self.items()},
+                **({"scores": scores_to_json(self.scores)} if self.scores else {}),
+            },
+            allow_nan=False,
+        )
 
 
 def scores_to_json(scores: Mapping[int, Any]) -> dict[str, list[float]]:
@@ -95,9 +115,15 @@ def expert_ids(layer: int, values: list[Any], experts: int, path: str | None, ki
         except TypeError:
             i = -1
         if not 0 <= i < experts:
-            raise BadPlan(f"expert {x!r:.80} out of range" if isinstance(x, int) and not isinstance(x, bool)
-                          else "not an expert id", path=path, object=where, found=repr(x)[:80],
-                          expected=f"0..{experts - 1}")
+            raise BadPlan(
+                f"expert {x!r:.80} out of range"
+                if isinstance(x, int) and not isinstance(x, bool)
+                else "not an expert id",
+                path=path,
+                object=where,
+                found=repr(x)[:80],
+                expected=f"0..{experts - 1}",
+            )
         if i in ids:
             raise BadPlan(f"expert {i} named twice", path=path, object=where)
         ids.add(i)
@@ -113,8 +139,10 @@ class Groups(dict[int, tuple[Group, ...]]):
         self.metric, self.notes = metric, tuple(notes)
 
     def summary(self) -> str:
-        lines = [f"experts merged by {self.metric}",
-                 f"{'layer':>5} {'experts':>12} {'singletons':>10} {'largest group':>13}"]
+        lines = [
+            f"experts merged by {self.metric}",
+            f"{'layer':>5} {'experts':>12} {'singletons':>10} {'largest group':>13}",
+        ]
         for layer, groups in self.items():
             sizes = [len(group.members) for group in groups]
             lines.append(f"{layer:>5} {f'{sum(sizes)} -> {len(sizes)}':>12} {sizes.count(1):>10} {max(sizes):>13}")

@@ -33,6 +33,7 @@ FORMAT = 1
 
 # --- JSON, both ways -----------------------------------------------------------------------------------------------
 
+
 def value_to_json(value: Value) -> dict[str, Any]:
     """Lossless: numbers and clean text as JSON, all else (NaN, bytes that are no UTF-8) as hex of the encoding."""
     plain = value.value
@@ -62,36 +63,58 @@ def _per_layer(numbers: dict[int, tuple[Any, ...]]) -> dict[str, list[Any]]:
 
 
 def _group_to_json(group: Group) -> dict[str, Any]:
-    return {"members": list(group.members), "weights": list(group.weights),
-            "orders": [base64.b64encode(order).decode() for order in group.orders]}
+    return {
+        "members": list(group.members),
+        "weights": list(group.weights),
+        "orders": [base64.b64encode(order).decode() for order in group.orders],
+    }
 
 
 def _group_from_json(data: Any) -> Group:
-    return Group(_numbers(data["members"]), tuple(float(x) for x in _typed(data["weights"], list, "a list")),
-                 tuple(base64.b64decode(order, validate=True) for order in _texts(data["orders"])))
+    return Group(
+        _numbers(data["members"]),
+        tuple(float(x) for x in _typed(data["weights"], list, "a list")),
+        tuple(base64.b64decode(order, validate=True) for order in _texts(data["orders"])),
+    )
 
 
 def edit_to_json(edit: Edit) -> dict[str, Any]:
     match edit:
         case KeepExperts():
-            return {"edit": "keep_experts", "kept": _per_layer(edit.kept), "metric": edit.metric, "mtp": edit.mtp,
-                    "order": _per_layer(edit.order), "scores": _per_layer(edit.scores),
-                    "repair": None if edit.repair is None else asdict(edit.repair)}
+            return {
+                "edit": "keep_experts",
+                "kept": _per_layer(edit.kept),
+                "metric": edit.metric,
+                "mtp": edit.mtp,
+                "order": _per_layer(edit.order),
+                "scores": _per_layer(edit.scores),
+                "repair": None if edit.repair is None else asdict(edit.repair),
+            }
         case MergeExperts():
-            return {"edit": "merge_experts", "groups": {str(layer): [_group_to_json(g) for g in groups]
-                                                        for layer, groups in edit.groups.items()},
-                    "metric": edit.metric, "mtp": edit.mtp}
+            return {
+                "edit": "merge_experts",
+                "groups": {str(layer): [_group_to_json(g) for g in groups] for layer, groups in edit.groups.items()},
+                "metric": edit.metric,
+                "mtp": edit.mtp,
+            }
         case SetMetadata(items):
             return {"edit": "set_metadata", "items": [[k, value_to_json(v)] for k, v in items]}
         case RemoveMetadata(keys):
             return {"edit": "remove_metadata", "keys": list(keys)}
         case Quantize():
-            return {"edit": "quantize", "type": edit.type, "pure": edit.pure,
-                    "overrides": [list(o) for o in edit.overrides], "allow_requantize": edit.allow_requantize,
-                    "output_type": edit.output_type, "token_embedding_type": edit.token_embedding_type,
-                    "leave_output": edit.leave_output,
-                    "imatrix": None if edit.imatrix is None else asdict(edit.imatrix), "max_bytes": edit.max_bytes,
-                    "quality": edit.quality}
+            return {
+                "edit": "quantize",
+                "type": edit.type,
+                "pure": edit.pure,
+                "overrides": [list(o) for o in edit.overrides],
+                "allow_requantize": edit.allow_requantize,
+                "output_type": edit.output_type,
+                "token_embedding_type": edit.token_embedding_type,
+                "leave_output": edit.leave_output,
+                "imatrix": None if edit.imatrix is None else asdict(edit.imatrix),
+                "max_bytes": edit.max_bytes,
+                "quality": edit.quality,
+            }
         case PruneLayers(layers):
             return {"edit": "prune_layers", "layers": list(layers)}
         case Split():
@@ -131,35 +154,62 @@ def _maybe(read: Callable[[Any], Any], x: Any) -> Any:
 
 
 def _imatrix_from_json(data: dict[str, Any]) -> UseImatrix:
-    return UseImatrix(_text(data["path"]), _text(data["digest"]), _text(data["missing"]), _texts(data["include"]),
-                      _texts(data["exclude"]))
+    return UseImatrix(
+        _text(data["path"]),
+        _text(data["digest"]),
+        _text(data["missing"]),
+        _texts(data["include"]),
+        _texts(data["exclude"]),
+    )
 
 
 def edit_from_json(data: dict[str, Any]) -> Edit:
     match data["edit"]:
         case "keep_experts":
-            return KeepExperts({int(k): _numbers(v) for k, v in data["kept"].items()}, _text(data["metric"]),
-                               _text(data["mtp"]), {int(k): _numbers(v) for k, v in data.get("order", {}).items()},
-                               {int(k): tuple(float(x) for x in v) for k, v in data.get("scores", {}).items()},
-                               _maybe(lambda r: UseRepair(_text(r["path"]), _text(r["digest"])), data.get("repair")))
+            return KeepExperts(
+                {int(k): _numbers(v) for k, v in data["kept"].items()},
+                _text(data["metric"]),
+                _text(data["mtp"]),
+                {int(k): _numbers(v) for k, v in data.get("order", {}).items()},
+                {int(k): tuple(float(x) for x in v) for k, v in data.get("scores", {}).items()},
+                _maybe(lambda r: UseRepair(_text(r["path"]), _text(r["digest"])), data.get("repair")),
+            )
         case "set_metadata":
             return SetMetadata(tuple((_text(k), value_from_json(v)) for k, v in _typed(data["items"], list, "a list")))
         case "remove_metadata":
             return RemoveMetadata(_texts(data["keys"]))
         case "quantize":  # .get: plans of the time when an edit had no more than the first four
             overrides = tuple((_text(p), _text(t)) for p, t in _typed(data["overrides"], list, "a list"))
-            return Quantize(_text(data["type"]), _flag(data["pure"]), overrides, _flag(data["allow_requantize"]),
-                            _maybe(_text, data.get("output_type")), _maybe(_text, data.get("token_embedding_type")),
-                            _flag(data.get("leave_output", False)), _maybe(_imatrix_from_json, data.get("imatrix")),
-                            _maybe(_number, data.get("max_bytes")), _text(data.get("quality", "default")))
+            return Quantize(
+                _text(data["type"]),
+                _flag(data["pure"]),
+                overrides,
+                _flag(data["allow_requantize"]),
+                _maybe(_text, data.get("output_type")),
+                _maybe(_text, data.get("token_embedding_type")),
+                _flag(data.get("leave_output", False)),
+                _maybe(_imatrix_from_json, data.get("imatrix")),
+                _maybe(_number, data.get("max_bytes")),
+                _text(data.get("quality", "default")),
+            )
         case "merge_experts":
-            return MergeExperts({int(k): tuple(_group_from_json(g) for g in _typed(v, list, "a list"))
-                                 for k, v in data["groups"].items()}, _text(data["metric"]), _text(data["mtp"]))
+            return MergeExperts(
+                {
+                    int(k): tuple(_group_from_json(g) for g in _typed(v, list, "a list"))
+                    for k, v in data["groups"].items()
+                },
+                _text(data["metric"]),
+                _text(data["mtp"]),
+            )
         case "prune_layers":
             return PruneLayers(_numbers(data["layers"]))
         case "split":
-            return Split(_maybe(_number, data["max_bytes"]), _maybe(_number, data["max_tensors"]), _flag(data["keep"]),
-                         _flag(data["first_empty"]))
+            return Split(
+                _maybe(_number, data["max_bytes"]),
+                _maybe(_number, data["max_tensors"]),
+                _flag(data["keep"]),
+                _flag(data["first_empty"]),
+            )
     raise BadPlan("unknown edit", object=str(data["edit"]))
 
 
@@ -172,8 +222,13 @@ def expression_to_json(expression: Expression) -> dict[str, Any]:
         case Stack(refs):
             return {"expression": "stack", "refs": list(refs)}
         case Merge(ref, groups, axis):  # the orders are in the plan's edit
-            return {"expression": "merge", "ref": ref, "axis": axis, "groups": [list(g.members) for g in groups],
-                    "weights": [list(g.weights) for g in groups]}
+            return {
+                "expression": "merge",
+                "ref": ref,
+                "axis": axis,
+                "groups": [list(g.members) for g in groups],
+                "weights": [list(g.weights) for g in groups],
+            }
         case FromRepair(ref, rows, indices):
             return {"expression": "repair", "ref": ref, "rows": list(rows), "indices": list(indices)}
         case Remap(ref, table, substitutes):
@@ -182,8 +237,12 @@ def expression_to_json(expression: Expression) -> dict[str, Any]:
 
 
 def plan_to_json(plan: PlanData) -> dict[str, Any]:
-    return {"format": FORMAT, "source": plan.source, "header_sha256": plan.header_sha256,
-            "edits": [edit_to_json(e) for e in plan.edits]}
+    return {
+        "format": FORMAT,
+        "source": plan.source,
+        "header_sha256": plan.header_sha256,
+        "edits": [edit_to_json(e) for e in plan.edits],
+    }
 
 
 def plan_from_json(data: dict[str, Any]) -> PlanData:
@@ -191,7 +250,10 @@ def plan_from_json(data: dict[str, Any]) -> PlanData:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise BadPlan("not a plan of this version", object="format", found=found, expected=FORMAT)
     try:
-        return PlanData(_text(data["source"]), _text(data["header_sha256"]),
-                        tuple(edit_from_json(e) for e in _typed(data["edits"], list, "a list")))
+        return PlanData(
+            _text(data["source"]),
+            _text(data["header_sha256"]),
+            tuple(edit_from_json(e) for e in _typed(data["edits"], list, "a list")),
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadPlan(f"not a plan: {error!r}") from None

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # --- edits: what was asked, with all its numbers -------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class KeepExperts:
     """Keep these experts. kept: layer -> ascending ids, the same count in every layer. mtp: "keep" (cut the MTP blocks
@@ -113,6 +114,6 @@ Edit = KeepExperts | MergeExperts | PruneLayers | SetMetadata | RemoveMetadata |
 class PlanData:
     """Everything that determines the output, bar the source's bytes."""
 
-    source: str             # path of the (first) file
-    header_sha256: str      # of the header bytes of all its shards
+    source: str  # path of the (first) file
+    header_sha256: str  # of the header bytes of all its shards
     edits: tuple[Edit, ...] = ()

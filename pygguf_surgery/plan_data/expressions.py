@@ -74,8 +74,8 @@ class Merge:
 
 Expression = Copy | Take | Stack | Remap | FromRepair | Merge
 
-ONES = -1   # a row of ones in place of a row of an importance matrix
-MEAN = -2   # the mean of the entry's rows, weighted by their counts
+ONES = -1  # a row of ones in place of a row of an importance matrix
+MEAN = -2  # the mean of the entry's rows, weighted by their counts
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 QUALITIES = ("default", "best")  # llama-quantize's bytes; less error, for the types that have such an encoder
 
 
-def quantize(array: NDArray[np.float32], type: Any, imatrix: NDArray[np.float32] | None = None, *,
-             threads: int = 0, quality: str = "default") -> NDArray[np.uint8]:
+def quantize(
+    array: NDArray[np.float32],
+    type: Any,
+    imatrix: NDArray[np.float32] | None = None,
+    *,
+    threads: int = 0,
+    quality: str = "default",
+) -> NDArray[np.uint8]:
     """Rows of numbers, shape [..., k], as ggml encodes them, shape [..., bytes of a row].
 
     type: a ggml type name ("Q4_K", any case), id, or gguf.GGMLQuantizationType. imatrix: the importance of each column,
@@ -38,8 +44,12 @@ def quantize(array: NDArray[np.float32], type: Any, imatrix: NDArray[np.float32]
         raise BadPlan("not rows of float32", object="array", found=f"{array.dtype} {list(array.shape)}")
     k = array.shape[-1]
     if k % facts["block"]:
-        raise BadPlan("a row is no multiple of the block", object=facts["name"], found=f"{k} elements",
-                      expected=f"a multiple of {facts['block']}")
+        raise BadPlan(
+            "a row is no multiple of the block",
+            object=facts["name"],
+            found=f"{k} elements",
+            expected=f"a multiple of {facts['block']}",
+        )
     importance = None if imatrix is None else _importance(np.asarray(imatrix), array.shape)
     best = parse_quality(quality) == "best" and facts["has_best"]
     if not (best or facts["uses_importance"]):
@@ -51,8 +61,7 @@ def quantize(array: NDArray[np.float32], type: Any, imatrix: NDArray[np.float32]
         return np.zeros((*array.shape[:-1], nbytes), np.uint8)
     with np.errstate(over="ignore"):  # infinity is the core's to refuse
         rows = np.ascontiguousarray(array, dtype=np.float32).reshape(-1, k)
-    return encode(rows, facts["id"], importance, parse_threads(threads), best).reshape(
-        *array.shape[:-1], nbytes)
+    return encode(rows, facts["id"], importance, parse_threads(threads), best).reshape(*array.shape[:-1], nbytes)
 
 
 def parse_quality(quality: str) -> str:
@@ -73,8 +82,12 @@ def dequantize(array: NDArray[np.uint8], type: Any, *, threads: int = 0) -> NDAr
         raise BadPlan("not encoded rows", object="array", found=f"{array.dtype} {list(array.shape)}", expected="uint8")
     nbytes = array.shape[-1]
     if nbytes % facts["block_bytes"]:
-        raise BadPlan("a row is no multiple of the block", object=facts["name"], found=f"{nbytes} bytes",
-                      expected=f"a multiple of {facts['block_bytes']}")
+        raise BadPlan(
+            "a row is no multiple of the block",
+            object=facts["name"],
+            found=f"{nbytes} bytes",
+            expected=f"a multiple of {facts['block_bytes']}",
+        )
     k = nbytes // facts["block_bytes"] * facts["block"]
     if array.size == 0:
         return np.zeros((*array.shape[:-1], k), np.float32)

@@ -55,7 +55,8 @@ class ImportanceOutcome:
 def used(name: str, use: UseImatrix) -> bool:
     """Is the entry of this name used? As llama-quantize's --include-weights and --exclude-weights: parts of names."""
     return (not use.include or any(part in name for part in use.include)) and not any(
-        part in name for part in use.exclude)
+        part in name for part in use.exclude
+    )
 
 
 def used_entries(imatrix: Imatrix, use: UseImatrix) -> int:
@@ -75,15 +76,19 @@ def resolve(imatrix: Imatrix, use: UseImatrix, model: Model, tensors: Sequence[O
     """
     out = ImportanceOutcome()
     if use.missing not in POLICIES:
-        out.blockers.append(BadPlan("unknown policy", object="imatrix_missing", found=use.missing,
-                                    expected=", ".join(POLICIES)))
+        out.blockers.append(
+            BadPlan("unknown policy", object="imatrix_missing", found=use.missing, expected=", ".join(POLICIES))
+        )
     if use.include and use.exclude:
         out.blockers.append(BadPlan("include_weights and exclude_weights exclude each other", object="imatrix"))
     if out.blockers:
         return out
     for option, parts in (("include_weights", use.include), ("exclude_weights", use.exclude)):
-        out.warnings += [f"{option} {part}: no entry of the importance matrix has it in its name" for part in parts
-                         if not any(part in name for name in imatrix.entries)]
+        out.warnings += [
+            f"{option} {part}: no entry of the importance matrix has it in its name"
+            for part in parts
+            if not any(part in name for name in imatrix.entries)
+        ]
     _Resolver(imatrix, use, model, out).run(tensors)
     return out
 
@@ -146,8 +151,9 @@ class _Resolver:
             exempt = ref in (*OUTPUT, *TOKEN_EMBEDDING)
             if self.policy == "fail" and not (exempt and not needed):
                 raise BadPlan("no entry in the importance matrix", path=self.imatrix.path, object=ref, hint=_hint(twin))
-            self.notes.append("no entry in the importance matrix"
-                              + (f" ({twin[0].name} has the same inputs)" if twin else ""))
+            self.notes.append(
+                "no entry in the importance matrix" + (f" ({twin[0].name} has the same inputs)" if twin else "")
+            )
             return None
         if twin is None:
             self.counts["filled"] += 1
@@ -173,8 +179,10 @@ class _Resolver:
             self.refuse("importance is all zero", every, zero, entry)
         # Of a merged expert what its members saw together; one that saw nothing adds nothing.
         useless = {*unseen, *zero}
-        numbers = [(tuple(n for n in number if n not in useless) or number[0]) if isinstance(number, tuple) else number
-                   for number in numbers]
+        numbers = [
+            (tuple(n for n in number if n not in useless) or number[0]) if isinstance(number, tuple) else number
+            for number in numbers
+        ]
         what = "expert" if len(numbers) > 1 else "row"
         for problem, some in (("never seen", set(unseen)), ("of zeros", set(zero))):
             if n := sum(number in some for number in numbers):
@@ -228,8 +236,14 @@ class _Resolver:
             return range(slices)
         if entry.name != ref and rows == 1:  # a twin of one row, the same inputs for all slices
             return [0] * slices
-        raise BadPlan("importance of another size", path=self.imatrix.path, object=entry.name, found=entry.size,
-                      expected=row * here, hint=f"exclude_weights= (--exclude-weights) {entry.name} leaves it out")
+        raise BadPlan(
+            "importance of another size",
+            path=self.imatrix.path,
+            object=entry.name,
+            found=entry.size,
+            expected=row * here,
+            hint=f"exclude_weights= (--exclude-weights) {entry.name} leaves it out",
+        )
 
     def twins(self, ref: str, tensor: OutputTensor) -> Iterator[tuple[Entry, int | None]]:
         """Entries of other tensors with the same inputs that fit."""

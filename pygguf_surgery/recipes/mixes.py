@@ -18,6 +18,7 @@ from ..base.errors import BadPlan, SurgeryError, Unsupported
 
 # --- the names ------------------------------------------------------------------------------------------------------
 
+# fmt: off
 # llama-quantize's names -> (file-type number, default type of the tensors). The first name of a number stands for it.
 FILE_TYPES: dict[str, tuple[int, str]] = {
     "F32": (0, "F32"), "F16": (1, "F16"), "BF16": (32, "BF16"),
@@ -32,6 +33,7 @@ FILE_TYPES: dict[str, tuple[int, str]] = {
     "IQ3_XXS": (23, "IQ3_XXS"), "IQ3_XS": (22, "IQ3_S"), "IQ3_S": (26, "IQ3_S"), "IQ3_M": (27, "IQ3_S"),
     "IQ4_NL": (25, "IQ4_NL"), "IQ4_XS": (30, "IQ4_XS"), "TQ1_0": (36, "TQ1_0"), "TQ2_0": (37, "TQ2_0"),
 }
+# fmt: on
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 # Not llama-quantize's: MXFP4_MOE with NVFP4. ggml has the type and the number, llama-quantize no name for it.
 OUR_FILE_TYPES: dict[str, tuple[int, str]] = {"NVFP4_MOE": (39, "NVFP4")}
@@ -72,8 +74,11 @@ def file_type(name: str, pure: bool) -> FileType:
         number, type = _ALL_FILE_TYPES[name]
         return FileType(name, type, number, None if pure else ALIASES.get(name, name), name in OUR_FILE_TYPES)
     if name in _PLAIN_NUMBERS:
-        raise Unsupported("a ggml type, not a file type", object=name,
-                          hint=f"pure=True (--pure) gives it, or the file type {name}_MOE")
+        raise Unsupported(
+            "a ggml type, not a file type",
+            object=name,
+            hint=f"pure=True (--pure) gives it, or the file type {name}_MOE",
+        )
     if name in facts:
         raise Unsupported("ggml does not quantize to this type", object=name)
     raise Unsupported("unknown file type", object=name, hint=nearest(name, [*_ALL_FILE_TYPES, *_PLAIN_NUMBERS, "COPY"]))
@@ -88,6 +93,7 @@ def nearest(name: str, names: list[str]) -> str:
 
 # --- which tensors --------------------------------------------------------------------------------------------------
 
+# fmt: off
 # Tensors that llama-quantize never touches: a part of the name, or the whole.
 NEVER_WITH = (
     "_norm.weight",
@@ -103,7 +109,9 @@ NEVER_WITH = (
     ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd", ".patch_merger",
     "a.rvq.codebook", "mm.a.code_embd",
 )
+# fmt: on
 NEVER_NAMED = ("position_embd.weight", "token_types.weight")
+# fmt: off
 NEVER_WITH_IN = {
     "glm5-next": (
         "hc_", "indexer.attn_q_b", "indexer.attn_k", "indexer.proj", "indexer_compressor_gate",
@@ -111,6 +119,7 @@ NEVER_WITH_IN = {
         "ssm_beta.weight",
         "attn_kv_a_mqa.weight", "attn_k_b.weight", "attn_v_b.weight"),
 }
+# fmt: on
 OUTPUT = ("output.weight",)
 TOKEN_EMBEDDING = ("token_embd.weight", "per_layer_token_embd.weight")
 
@@ -125,13 +134,18 @@ def dims(shape: tuple[int, ...]) -> int:
 
 def allows(architecture: str, name: str, shape: tuple[int, ...], leave_output: bool = False) -> bool:
     """Would llama-quantize quantize this tensor? leave_output: its --leave-output-tensor."""
-    return (dims(shape) >= 2 and name.endswith("weight") and name not in NEVER_NAMED
-            and not (leave_output and name in OUTPUT)
-            and not any(part in name for part in NEVER_WITH)
-            and not any(part in name for part in NEVER_WITH_IN.get(architecture, ())))
+    return (
+        dims(shape) >= 2
+        and name.endswith("weight")
+        and name not in NEVER_NAMED
+        and not (leave_output and name in OUTPUT)
+        and not any(part in name for part in NEVER_WITH)
+        and not any(part in name for part in NEVER_WITH_IN.get(architecture, ()))
+    )
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -152,6 +166,7 @@ BLOCKS_OF_70B = {"llama": 80, "llama-embed": 80, "qwen2": 80, "deci": 80, "olmo"
 def model_facts(architecture: str, get: Callable[[str], Any]) -> ModelFacts:
     """get: a full metadata key -> its plain value, or None. What is missing counts as 0, as in llama.cpp; BadFile for a
     value that is no count."""
+
     def count(key: str, default: int = 0) -> int:
         return read_count(get, f"{architecture}.{key}", default)
 
@@ -188,6 +203,7 @@ def _layer(name: str) -> int | None:
 def loader_order(names: Iterable[str]) -> list[str]:
     """The order in which llama.cpp keeps the tensors of a model: by layer number, those without one first, then by the
     bytes of the name."""
+
     def key(name: str) -> tuple[int, bytes]:
         layer = _layer(name)
         return -1 if layer is None else layer, name.encode("utf-8", "surrogateescape")
@@ -197,12 +213,14 @@ def loader_order(names: Iterable[str]) -> list[str]:
 
 # --- the rules ------------------------------------------------------------------------------------------------------
 
+# fmt: off
 # The first part that a name contains gives its category. attn_qkv and attn_kv_b count as attention values.
 CATEGORIES = (
     ("attn_qkv.weight", "attn_v"), ("attn_kv_b.weight", "attn_v"), ("attn_v.weight", "attn_v"),
     ("attn_k.weight", "attn_k"), ("attn_q.weight", "attn_q"), ("attn_output.weight", "attn_output"),
     ("ffn_up", "ffn_up"), ("ffn_gate", "ffn_gate"), ("ffn_down", "ffn_down"),
 )
+# fmt: on
 
 # Three groups of file types that share rules.
 _IQ2_S = ("IQ2_S", "IQ2_M")
@@ -225,6 +243,7 @@ Rules = Sequence[tuple[str, Mapping[str, str]]]
 _FFN_GATE_UP: Rules = (("middle", {"IQ3_XS": "IQ3_XXS"}),)
 _VERY_LOW_BIT_OUTPUT = _each((_IQ1, "IQ2_XXS"), (_IQ2_S, "IQ3_S"))
 
+# fmt: off
 RULES: dict[str, Rules] = {
     "output": (
         ("always", _each((_ANY, "Q6_K"), (VERY_LOW_BIT, "Q5_K"), (("IQ3_XXS",), "Q5_K"), (("Q8_0",), "Q8_0"))),
@@ -273,7 +292,9 @@ RULES: dict[str, Rules] = {
     "ffn_gate": _FFN_GATE_UP,
     "ffn_up": _FFN_GATE_UP,
 }
+# fmt: on
 
+# fmt: off
 FALCON_RULES: dict[str, Rules] = {
     "output": (("always", _each((_ANY, "Q8_0"))),),
     "attn_output": (
@@ -288,6 +309,7 @@ FALCON_RULES: dict[str, Rules] = {
         ("first_16th", {"Q3_K_M": "Q5_K", "Q4_K_M": "Q6_K"}),
     ),
 }
+# fmt: on
 RULES_IN = {"falcon": RULES | FALCON_RULES}
 
 # Not below Q8_0 in a mixture.
@@ -306,8 +328,15 @@ def category(name: str) -> str:
 class _Walk:
     """One walk over a model's tensors, with the counts of attention values and FFN tensors seen so far."""
 
-    def __init__(self, mixture: str, default: str, model: ModelFacts, names: Iterable[str], has_imatrix: bool,
-                 output_type: str | None):
+    def __init__(
+        self,
+        mixture: str,
+        default: str,
+        model: ModelFacts,
+        names: Iterable[str],
+        has_imatrix: bool,
+        output_type: str | None,
+    ):
         self.mixture, self.default, self.model, self.output_type = mixture, default, model, output_type
         self.categories = {name: category(name) for name in names}
         self.tied = "output" not in self.categories.values()
@@ -315,8 +344,11 @@ class _Walk:
         self.seen: Counter[str] = Counter()
         self.block = {t["name"]: t["block"] for t in _core_types()}[default]
         self.rules = RULES_IN.get(model.architecture, RULES)
-        self.true = {"always", "imatrix" if has_imatrix else "no_imatrix",
-                     "experts=8" if model.experts == 8 else "experts!=8"}
+        self.true = {
+            "always",
+            "imatrix" if has_imatrix else "no_imatrix",
+            "experts=8" if model.experts == 8 else "experts!=8",
+        }
         if model.gqa >= 4:
             self.true.add("gqa>=4")
         if model.experts >= 4:
@@ -350,8 +382,11 @@ class _Walk:
             expert = role_of(name) == "expert" and dims(shape) == 3
         else:
             # Whatever has three dimensions, MLA projections included, but in bailingmoe3.
-            expert = len(shape) >= 3 and shape[-3] > 1 and (
-                self.model.architecture != "bailingmoe3" or category in ("ffn_up", "ffn_gate", "ffn_down"))
+            expert = (
+                len(shape) >= 3
+                and shape[-3] > 1
+                and (self.model.architecture != "bailingmoe3" or category in ("ffn_up", "ffn_gate", "ffn_down"))
+            )
         return self.default if expert and category != "output" else "Q8_0"
 
     def _place(self, name: str, category: str) -> set[str]:
@@ -363,21 +398,37 @@ class _Walk:
             if self.model.experts > 1 and self.mixture not in VERY_LOW_BIT:  # experts come in no reliable order
                 layer = _layer(name)
                 if layer is None or not 0 <= layer < n:
-                    raise BadPlan("llama-quantize finds no layer of the model in this name", object=name, found=layer,
-                                  expected=f"blk.N. with N from 0 to {n - 1}")
+                    raise BadPlan(
+                        "llama-quantize finds no layer of the model in this name",
+                        object=name,
+                        found=layer,
+                        expected=f"blk.N. with N from 0 to {n - 1}",
+                    )
                 i = layer
         else:
             return set()
         self.seen[category] += 1
-        place = {"first_2": i < 2, "first_4": i < 4, "first_8th": i < n // 8, "first_16th": i < n // 16,
-                 "middle": n // 8 <= i < 7 * n // 8,
-                 "more_bits": i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2}
+        place = {
+            "first_2": i < 2,
+            "first_4": i < 4,
+            "first_8th": i < n // 8,
+            "first_16th": i < n // 16,
+            "middle": n // 8 <= i < 7 * n // 8,
+            "more_bits": i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2,
+        }
         return {condition for condition, holds in place.items() if holds}
 
 
-def choose_types(file_type: FileType, model: ModelFacts, tensors: Sequence[tuple[str, tuple[int, ...]]], *,
-                 decided: Collection[str] = (), has_imatrix: bool = False, output_type: str | None = None,
-                 leave_output: bool = False) -> tuple[dict[str, str], list[SurgeryError]]:
+def choose_types(
+    file_type: FileType,
+    model: ModelFacts,
+    tensors: Sequence[tuple[str, tuple[int, ...]]],
+    *,
+    decided: Collection[str] = (),
+    has_imatrix: bool = False,
+    output_type: str | None = None,
+    leave_output: bool = False,
+) -> tuple[dict[str, str], list[SurgeryError]]:
     """The type of every tensor that llama-quantize would quantize, before fallback(), and what it refuses.
 
     tensors: all of the model's, (name, shape outermost first), in the order in which llama-quantize visits them:
@@ -408,6 +459,7 @@ def choose_types(file_type: FileType, model: ModelFacts, tensors: Sequence[tuple
 
 # --- afterwards -----------------------------------------------------------------------------------------------------
 
+# fmt: off
 # Where a row is no multiple of the left type's block, the right one is used. A block of up to 32 needs no entry: F16.
 FALLBACKS = {
     "IQ1_S": "IQ4_NL", "IQ1_M": "IQ4_NL", "IQ2_XXS": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_S": "IQ4_NL",
@@ -415,6 +467,7 @@ FALLBACKS = {
     "Q2_0": "Q4_0", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
     "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
 }
+# fmt: on
 # Types that llama-quantize refuses to make without an importance matrix, token embedding and output apart; some of them
 # ggml itself cannot make (_core.types: needs_importance).
 WANT_IMPORTANCE = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")

@@ -77,8 +77,11 @@ def parse_overrides(overrides: Iterable[Sequence[str]]) -> tuple[tuple[str, str]
         if name.lower() == "copy":
             parsed.append((pattern, "copy"))
         elif name.upper() not in facts:
-            raise Unsupported("unknown type", object=name, hint=mixes.nearest(
-                name.upper(), [known for known, t in facts.items() if t["encodes"]]))
+            raise Unsupported(
+                "unknown type",
+                object=name,
+                hint=mixes.nearest(name.upper(), [known for known, t in facts.items() if t["encodes"]]),
+            )
         elif not facts[name.upper()]["encodes"]:
             raise Unsupported("ggml does not quantize to this type", object=name)
         else:
@@ -90,7 +93,7 @@ def parse_type(type: Any, what: str) -> str | None:
     """The ggml type of an option such as output_type, as ggml writes it; None for None."""
     if type is None:
         return None
-    (_, name), = parse_overrides([(what, type)])
+    ((_, name),) = parse_overrides([(what, type)])
     if name == "copy":
         raise BadPlan("a ggml type is needed", object=what, found=name)
     return name
@@ -102,8 +105,8 @@ class Overrides:
     def __init__(self, pairs: Sequence[tuple[str, str]]):
         self.pairs = [(pattern, compile_pattern(pattern), type) for pattern, type in pairs]
         self.matched = [0] * len(pairs)  # tensors whose name the pattern finds
-        self.first = [0] * len(pairs)    # of these, the ones that no earlier pattern took
-        self.left = [0] * len(pairs)     # of these, the ones that llama-quantize would not quantize
+        self.first = [0] * len(pairs)  # of these, the ones that no earlier pattern took
+        self.left = [0] * len(pairs)  # of these, the ones that llama-quantize would not quantize
 
     def names(self, name: str) -> bool:
         return any(regex.search(name) for _, regex, _ in self.pairs)
@@ -129,8 +132,14 @@ class Overrides:
             self.left[i] += 1
             return "copy"
         if type not in _FLOATS:
-            blockers.append(BadPlan("this tensor can only become F32, F16 or BF16", object=tensor.name, found=type,
-                                    hint="llama.cpp keeps norms, routers, convolutions and vectors unquantized"))
+            blockers.append(
+                BadPlan(
+                    "this tensor can only become F32, F16 or BF16",
+                    object=tensor.name,
+                    found=type,
+                    hint="llama.cpp keeps norms, routers, convolutions and vectors unquantized",
+                )
+            )
             return "copy"
         return type
 
@@ -141,8 +150,13 @@ class Overrides:
                 out.warnings.append(f"override {pattern}={type}: no tensor, the plan drops the {gone} that it matches")
                 continue
             if matched == 0:
-                out.blockers.append(BadPlan("an override that matches no tensor", object=pattern,
-                                            hint="patterns are Python's re.search and case-sensitive"))
+                out.blockers.append(
+                    BadPlan(
+                        "an override that matches no tensor",
+                        object=pattern,
+                        hint="patterns are Python's re.search and case-sensitive",
+                    )
+                )
                 continue
             text = f"override {pattern}={type}: {tensors_text(first)}"
             if first == matched and not left:

@@ -63,19 +63,37 @@ class Recipe:
 
 
 _KEYS: dict[str, type] = {
-    "description": str, "type": str, "pure": bool, "output_type": str, "token_embedding_type": str,
-    "leave_output": bool, "allow_requantize": bool, "quality": str, "max_size": str, "override": list}
+    "description": str,
+    "type": str,
+    "pure": bool,
+    "output_type": str,
+    "token_embedding_type": str,
+    "leave_output": bool,
+    "allow_requantize": bool,
+    "quality": str,
+    "max_size": str,
+    "override": list,
+}
 _OVERRIDE_KEYS: dict[str, type] = {"pattern": str, "type": str, "reason": str, "optional": bool}
-_WORDS = {str: "text", bool: "true or false", list: "[[override]] tables", dict: "a table", int: "a number",
-          float: "a number"}
+_WORDS = {
+    str: "text",
+    bool: "true or false",
+    list: "[[override]] tables",
+    dict: "a table",
+    int: "a number",
+    float: "a number",
+}
 
 
 def shipped() -> list[str]:
     """The names of the recipes that come with this package."""
     from importlib.resources import files
 
-    return sorted(file.name.removesuffix(".toml") for file in files(__package__).joinpath("shipped").iterdir()
-                  if file.name.endswith(".toml"))
+    return sorted(
+        file.name.removesuffix(".toml")
+        for file in files(__package__).joinpath("shipped").iterdir()
+        if file.name.endswith(".toml")
+    )
 
 
 def load(name_or_path: str | os.PathLike[str]) -> Recipe:
@@ -95,8 +113,12 @@ def load(name_or_path: str | os.PathLike[str]) -> Recipe:
     from importlib.resources import files
 
     if name not in shipped():
-        raise BadPlan("no such recipe", object=name, expected=", ".join(shipped()),
-                      hint="a file is named by a path with a / in it or that ends in .toml")
+        raise BadPlan(
+            "no such recipe",
+            object=name,
+            expected=", ".join(shipped()),
+            hint="a file is named by a path with a / in it or that ends in .toml",
+        )
     file = files(__package__).joinpath("shipped", f"{name}.toml")
     return parse(file.read_bytes(), name, str(file))
 
@@ -119,11 +141,18 @@ def parse(data: bytes, name: str, path: str) -> Recipe:
     if max_bytes == 0:
         raise BadPlan("no file is that small", path=path, object="max_size", found=size)
     return Recipe(
-        name=name, description=table.get("description", ""), type=type, pure=pure, overrides=tuple(overrides),
+        name=name,
+        description=table.get("description", ""),
+        type=type,
+        pure=pure,
+        overrides=tuple(overrides),
         output_type=_ggml_type(table.get("output_type"), path, "output_type"),
         token_embedding_type=_ggml_type(table.get("token_embedding_type"), path, "token_embedding_type"),
-        leave_output=table.get("leave_output", False), allow_requantize=table.get("allow_requantize", False),
-        quality=_named("quality", path, lambda: parse_quality(table.get("quality", "default"))), max_bytes=max_bytes)
+        leave_output=table.get("leave_output", False),
+        allow_requantize=table.get("allow_requantize", False),
+        quality=_named("quality", path, lambda: parse_quality(table.get("quality", "default"))),
+        max_bytes=max_bytes,
+    )
 
 
 def _toml(data: bytes, path: str) -> dict[str, Any]:
@@ -151,8 +180,12 @@ def _check_keys(table: dict[str, Any], keys: dict[str, type], path: str, where: 
         if key not in keys:
             raise BadPlan("unknown key", path=path, object=f"{where}{key}", hint=mixes.nearest(key, list(keys)))
         if type(value) is not keys[key]:
-            raise BadPlan(f"not {_WORDS[keys[key]]}", path=path, object=f"{where}{key}",
-                          found=_WORDS.get(type(value), type(value).__name__))
+            raise BadPlan(
+                f"not {_WORDS[keys[key]]}",
+                path=path,
+                object=f"{where}{key}",
+                found=_WORDS.get(type(value), type(value).__name__),
+            )
 
 
 def _override(table: Any, path: str, where: str) -> Override:
@@ -165,8 +198,9 @@ def _override(table: Any, path: str, where: str) -> Override:
     try:
         compile_pattern(table["pattern"])
     except re.error as error:
-        raise BadPlan(f"not a regular expression: {error}", path=path, object=f"{where}: pattern",
-                      found=table["pattern"]) from None
+        raise BadPlan(
+            f"not a regular expression: {error}", path=path, object=f"{where}: pattern", found=table["pattern"]
+        ) from None
     copy = table["type"].lower() == "copy"
     type = "copy" if copy else _ggml_type(table["type"], path, f"{where}: type")
     return Override(table["pattern"], type, table.get("reason", ""), table.get("optional", False))
@@ -178,8 +212,13 @@ def _ggml_type(name: str | None, path: str, key: str) -> str | None:
     encodes = {t["name"]: t["encodes"] for t in _core_types()}
     if not encodes.get(name.upper()):
         problem = "ggml does not quantize to this type" if name.upper() in encodes else "unknown type"
-        raise BadPlan(problem, path=path, object=key, found=name,
-                      hint=mixes.nearest(name.upper(), [other for other, possible in encodes.items() if possible]))
+        raise BadPlan(
+            problem,
+            path=path,
+            object=key,
+            found=name,
+            hint=mixes.nearest(name.upper(), [other for other, possible in encodes.items() if possible]),
+        )
     return name.upper()
 
 
@@ -188,18 +227,35 @@ def _named(key: str, path: str, read: Any) -> Any:
     try:
         return read()
     except SurgeryError as error:
-        raise BadPlan(error.problem, path=path, object=key, found=error.found or error.object, expected=error.expected,
-                      hint=error.hint) from None
+        raise BadPlan(
+            error.problem,
+            path=path,
+            object=key,
+            found=error.found or error.object,
+            expected=error.expected,
+            hint=error.hint,
+        ) from None
 
 
-def options_of(loaded: Recipe, names: Collection[str], type: str | None, overrides: Iterable[Sequence[str]],
-               options: dict[str, Any]) -> dict[str, Any]:
+def options_of(
+    loaded: Recipe,
+    names: Collection[str],
+    type: str | None,
+    overrides: Iterable[Sequence[str]],
+    options: dict[str, Any],
+) -> dict[str, Any]:
     """The arguments of Plan.quantize for a recipe; what the caller gives comes first. names: of the model's tensors,
     for the recipe's overrides that may match none."""
-    own = [(o.pattern, o.type) for o in loaded.overrides
-           if not o.optional or any(re.search(o.pattern, name) for name in names)]
-    defaults = {name: value for name in ("pure", "output_type", "token_embedding_type", "leave_output",
-                                         "allow_requantize", "quality") if (value := getattr(loaded, name))}
+    own = [
+        (o.pattern, o.type)
+        for o in loaded.overrides
+        if not o.optional or any(re.search(o.pattern, name) for name in names)
+    ]
+    defaults = {
+        name: value
+        for name in ("pure", "output_type", "token_embedding_type", "leave_output", "allow_requantize", "quality")
+        if (value := getattr(loaded, name))
+    }
     base = type if type is not None else loaded.type
     if base is None:
         raise BadPlan("the recipe names no base type", object=loaded.name, hint="give one")

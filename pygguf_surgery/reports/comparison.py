@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # --- the numbers ---------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Sums:
     """Of source x and result y, in float64."""
@@ -29,8 +30,8 @@ class Sums:
     xy: float = 0.0
     xx: float = 0.0
     yy: float = 0.0
-    difference: float = 0.0   # sum of (x - y)^2
-    largest: float = 0.0      # max |x - y|
+    difference: float = 0.0  # sum of (x - y)^2
+    largest: float = 0.0  # max |x - y|
 
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
         # Products and pairwise sums, not x @ y: BLAS would start threads that wait for each other on a busy machine.
@@ -102,7 +103,7 @@ class _Role:
     count: int = 0
     nbytes: int = 0
     source_nbytes: int = 0
-    types: Counter[str] = field(default_factory=Counter)         # type -> bytes
+    types: Counter[str] = field(default_factory=Counter)  # type -> bytes
     source_types: Counter[str] = field(default_factory=Counter)
     sums: Sums = field(default_factory=Sums)
 
@@ -118,6 +119,12 @@ class _Role:
         return ROLES.index(self.role)
 
     def to_json(self) -> dict[str, Any]:
-        return {"role": self.role, "tensors": self.count, "source_nbytes": self.source_nbytes, "nbytes": self.nbytes,
-                "source_types": [t for t, _ in self.source_types.most_common()],
-                "types": [t for t, _ in self.types.most_common()], **self.sums.to_json()}
+        return {
+            "role": self.role,
+            "tensors": self.count,
+            "source_nbytes": self.source_nbytes,
+            "nbytes": self.nbytes,
+            "source_types": [t for t, _ in self.source_types.most_common()],
+            "types": [t for t, _ in self.types.most_common()],
+            **self.sums.to_json(),
+        }

@@ -21,7 +21,7 @@ from ..quant.types import row_bytes
 CHUNK = 1 << 16  # elements in work at a time: their float64 copies stay in the cache
 
 Kept = Mapping[int, tuple[int, ...]]  # layer -> old expert ids, in the order of the result
-Layers = Sequence[int] | None           # old number of each block; None: the same as the new one
+Layers = Sequence[int] | None  # old number of each block; None: the same as the new one
 
 
 def source_name(name: str, layers: Layers) -> str:
@@ -38,9 +38,9 @@ class Origin:
 
     model: Model
     tensor: Tensor
-    runs: list[tuple[int, int, int]]                   # source file, offset, bytes
-    slices: tuple[int, ...] | None = None              # old ids of the slices along the slowest axis; None: all of them
-    starts: list[int] = field(default_factory=list)    # where each run begins in the whole
+    runs: list[tuple[int, int, int]]  # source file, offset, bytes
+    slices: tuple[int, ...] | None = None  # old ids of the slices along the slowest axis; None: all of them
+    starts: list[int] = field(default_factory=list)  # where each run begins in the whole
     nbytes: int = 0
 
     def __post_init__(self):
@@ -59,9 +59,9 @@ class Origin:
             n = min(size - skip, nbytes - done)
             if file == FILL:
                 pattern = np.frombuffer(offset.to_bytes(4, "little"), np.uint8)
-                out[done:done + n] = np.resize(np.roll(pattern, -(skip % 4)), n)
+                out[done : done + n] = np.resize(np.roll(pattern, -(skip % 4)), n)
             else:
-                out[done:done + n] = self.model.sources[file].read(offset + skip, n)
+                out[done : done + n] = self.model.sources[file].read(offset + skip, n)
             done += n
             k += 1
         return out

@@ -19,7 +19,9 @@ def importance(keep: Keep) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise Unsupported("pictures need matplotlib", found=error, hint="pip install 'pygguf-surgery[report]'") from None
+        raise Unsupported(
+            "pictures need matplotlib", found=error, hint="pip install 'pygguf-surgery[report]'"
+        ) from None
     import numpy as np
 
     layers = [layer for layer in keep if layer in keep.scores]
@@ -35,15 +37,26 @@ def importance(keep: Keep) -> bytes:
     FigureCanvasAgg(figure)
     heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(5, 1))
     image = heat.imshow(place, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
-    heat.imshow(np.ma.masked_where(kept, np.ones(kept.shape)), aspect="auto", interpolation="nearest", cmap="gray", vmin=0,
-                vmax=1, alpha=0.75)
-    heat.set(title=f"experts by {keep.metric}, dropped ones dimmed", xlabel="expert", ylabel="layer",
-             yticks=_ticks(layers), yticklabels=[str(layers[i]) for i in _ticks(layers)])
+    heat.imshow(
+        np.ma.masked_where(kept, np.ones(kept.shape)),
+        aspect="auto",
+        interpolation="nearest",
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        alpha=0.75,
+    )
+    heat.set(
+        title=f"experts by {keep.metric}, dropped ones dimmed",
+        xlabel="expert",
+        ylabel="layer",
+        yticks=_ticks(layers),
+        yticklabels=[str(layers[i]) for i in _ticks(layers)],
+    )
     figure.colorbar(image, ax=heat, label="place in its layer")
     masses = [keep.mass(layer) for layer in layers]
     bars.barh(range(len(layers)), [100 * (m or 0) for m in masses], color="tab:blue")
-    bars.set(title="% kept" if any(m is not None for m in masses) else "no shares",
-             xlim=(0, 100))
+    bars.set(title="% kept" if any(m is not None for m in masses) else "no shares", xlim=(0, 100))
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
     return out.getvalue()

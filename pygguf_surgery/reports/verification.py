@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 CHUNK_BYTES = 16 << 20
-SAMPLE_ROWS = 64          # of a re-encoded tensor, spread over it
+SAMPLE_ROWS = 64  # of a re-encoded tensor, spread over it
 TRUNK_KEYS = ("attention.indexer.types",)  # arrays that leave the MTP blocks out
-LEAST_COSINE = 0.5        # below, a re-encoded tensor is not a coarse copy of its source but another tensor
+LEAST_COSINE = 0.5  # below, a re-encoded tensor is not a coarse copy of its source but another tensor
 
 
 @dataclass
@@ -40,11 +40,11 @@ class Report:
     compared: bool = False
     tensors: int = 0
     bytes_checked: int = 0
-    equal_tensors: int = 0                                      # byte-equal to the source, whole or by slices
-    equal_experts: int = 0                                      # slices among them
-    repaired: list[str] = field(default_factory=list)           # tensors that differ from the source on purpose
-    merged: list[str] = field(default_factory=list)             # those with experts made of several
-    removed: list[str] = field(default_factory=list)            # tensors that only the source has
+    equal_tensors: int = 0  # byte-equal to the source, whole or by slices
+    equal_experts: int = 0  # slices among them
+    repaired: list[str] = field(default_factory=list)  # tensors that differ from the source on purpose
+    merged: list[str] = field(default_factory=list)  # those with experts made of several
+    removed: list[str] = field(default_factory=list)  # tensors that only the source has
     encoded: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -58,8 +58,10 @@ class Report:
         parts = [f"{self.tensors} tensors", f"{self.bytes_checked} bytes of numbers checked"]
         if self.compared:
             parts.append(f"{self.equal_tensors} byte-equal to the source ({self.equal_experts} expert slices)")
-            parts.append(f"{len(self.encoded)} re-encoded, "
-                         f"{sum(e['reproduced'] for e in self.encoded)} of them reproduced in a sample")
+            parts.append(
+                f"{len(self.encoded)} re-encoded, "
+                f"{sum(e['reproduced'] for e in self.encoded)} of them reproduced in a sample"
+            )
             if self.repaired:
                 parts.append(f"{len(self.repaired)} repaired, not compared")
             if self.merged:
@@ -71,10 +73,17 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "path": self.path, "good": self.good, "problems": [str(p) for p in self.problems],
-            "warnings": self.warnings, "tensors": self.tensors, "bytes_checked": self.bytes_checked,
-            "equal_tensors": self.equal_tensors, "equal_experts": self.equal_experts,
-            "repaired": self.repaired, "merged": self.merged, "removed": self.removed,
+            "path": self.path,
+            "good": self.good,
+            "problems": [str(p) for p in self.problems],
+            "warnings": self.warnings,
+            "tensors": self.tensors,
+            "bytes_checked": self.bytes_checked,
+            "equal_tensors": self.equal_tensors,
+            "equal_experts": self.equal_experts,
+            "repaired": self.repaired,
+            "merged": self.merged,
+            "removed": self.removed,
             "encoded": self.encoded,
         }
 
@@ -111,6 +120,7 @@ def verify(path: str | os.PathLike[str], against: str | os.PathLike[str] | None 
 
 # --- the file as bytes ---------------------------------------------------------------------------------------------
 
+
 def _check_layout(model: Model, report: Report) -> None:
     if model.alignment < 32:
         report.problem("alignment below 32: llama.cpp aborts on it", object="general.alignment", found=model.alignment)
@@ -122,16 +132,18 @@ def _check_layout(model: Model, report: Report) -> None:
         if end is not None:
             expected = _aligned(end, model.alignment)
             if tensor.offset != expected:
-                report.problem("not where the tensor before it ends", object=tensor.name, found=tensor.offset,
-                               expected=expected)
+                report.problem(
+                    "not where the tensor before it ends", object=tensor.name, found=tensor.offset, expected=expected
+                )
             else:
                 _check_padding(model, tensor.source, end, expected, f"padding before {tensor.name}", report)
         ends[tensor.source] = tensor.offset + tensor.nbytes
     for number, end in ends.items():
         size, expected = model.sources[number].size, _aligned(end, model.alignment)
         if size != expected:
-            report.problem("the file does not end with its last tensor", object=model.paths[number], found=size,
-                           expected=expected)
+            report.problem(
+                "the file does not end with its last tensor", object=model.paths[number], found=size, expected=expected
+            )
         elif end != size:
             _check_padding(model, number, end, size, "padding at the end", report)
 
@@ -146,6 +158,7 @@ def _check_padding(model: Model, source: int, begin: int, end: int, what: str, r
 
 
 # --- what llama.cpp's loader asks (llama-model.cpp load_hparams, llama-model-loader.cpp check_tensor_dims) ----------
+
 
 def _check_loader(model: Model, report: Report) -> None:
     if not model.architecture:
@@ -193,8 +206,12 @@ def _check_blocks(model: Model, report: Report) -> None:
         for layer in sorted(missing):
             report.problem(f"no tensor of block {layer}, which it counts", object=key, found=blocks)
     if nextn is not None and nextn > blocks:
-        report.problem("more prediction blocks than blocks", object=f"{model.architecture}.nextn_predict_layers",
-                       found=nextn, expected=f"at most {blocks}")
+        report.problem(
+            "more prediction blocks than blocks",
+            object=f"{model.architecture}.nextn_predict_layers",
+            found=nextn,
+            expected=f"at most {blocks}",
+        )
     for suffix in sorted(PER_LAYER_KEYS):
         key = f"{model.architecture}.{suffix}"
         if key in model.metadata and model.metadata.value(key).type.endswith("[]"):
@@ -242,17 +259,23 @@ def _check_layer(model: Model, block: str, report: Report) -> None:
     for name, tensor in parts.items():
         expected = down.ne[0] * (2 if name == "gate_up" else 1)
         if tensor is not None and tensor.ne[1:2] != (expected,):
-            report.problem("its rows do not match the columns of ffn_down_exps", object=tensor.name,
-                           found=list(tensor.shape), expected=f"{expected} rows per expert")
+            report.problem(
+                "its rows do not match the columns of ffn_down_exps",
+                object=tensor.name,
+                found=list(tensor.shape),
+                expected=f"{expected} rows per expert",
+            )
     width = model.get("embedding_length")
     if router is None:
         report.problem("missing router", object=block + "ffn_gate_inp.weight")
     elif isinstance(width, int) and router.ne[0] != width:
-        report.problem("its rows do not have embedding_length elements", object=router.name, found=router.ne[0],
-                       expected=width)
+        report.problem(
+            "its rows do not have embedding_length elements", object=router.name, found=router.ne[0], expected=width
+        )
 
 
 # --- the numbers (ggml-quants.c ggml_validate_row_data) -------------------------------------------------------------
+
 
 def _check_data(model: Model, tensor: Tensor, report: Report) -> None:
     block = type_facts()[tensor.type]["block_bytes"]
@@ -264,26 +287,33 @@ def _check_data(model: Model, tensor: Tensor, report: Report) -> None:
         bad = first_invalid_block(raw, tensor.type_id)
         if bad is not None:
             number = begin // block + bad
-            word, what = ("block", "invalid scale") if type_facts()[tensor.type]["block"] > 1 else (
-                "element", "NaN or infinity")
+            word, what = (
+                ("block", "invalid scale") if type_facts()[tensor.type]["block"] > 1 else ("element", "NaN or infinity")
+            )
             report.problem(f"{what} in {word} {number}", object=tensor.name, offset=tensor.offset + number * block)
             return
 
 
 # --- the result against its source ---------------------------------------------------------------------------------
 
+
 def _check_against(model: Model, source: Model, report: Report) -> None:
     from ..files.lineage import kept_experts, kept_layers
     from .origin import origin_of, source_name
 
     if source.architecture != model.architecture:
-        report.problem("another architecture than its source", object="general.architecture", found=model.architecture,
-                       expected=source.architecture)
+        report.problem(
+            "another architecture than its source",
+            object="general.architecture",
+            found=model.architecture,
+            expected=source.architecture,
+        )
     key = "pgs.source.header_sha256"
     claimed = model.metadata.get(key)
     if claimed not in (None, source.header_sha256, source.metadata.get(key)):  # the last: of an earlier cut
-        report.problem("made from another file, by its own account", object=key, found=claimed,
-                       expected=source.header_sha256)
+        report.problem(
+            "made from another file, by its own account", object=key, found=claimed, expected=source.header_sha256
+        )
     kept, layers = kept_experts(model, source), kept_layers(model, source)
     for tensor in model.tensors.values():
         origin = origin_of(tensor, source, kept, layers)
@@ -327,8 +357,11 @@ def _check_singles(model: Model, tensor: Tensor, origin: Origin, merged: set[int
             continue
         here = model.sources[tensor.source].read(tensor.offset + expert * size, size)
         if (here != origin.read(expert * size, size)).any():
-            report.problem(f"expert {expert} differs from expert {number} of the source", object=tensor.name,
-                           offset=tensor.offset + expert * size)
+            report.problem(
+                f"expert {expert} differs from expert {number} of the source",
+                object=tensor.name,
+                offset=tensor.offset + expert * size,
+            )
             return
         report.equal_experts += 1
 
@@ -379,8 +412,12 @@ def _check_encoded(model: Model, tensor: Tensor, origin: Origin, report: Report)
     from .comparison import Sums
     from .origin import decode_rows, whole
 
-    entry: dict[str, Any] = {"name": tensor.name, "type": tensor.type, "source_type": origin.tensor.type,
-                             "reproduced": False}
+    entry: dict[str, Any] = {
+        "name": tensor.name,
+        "type": tensor.type,
+        "source_type": origin.tensor.type,
+        "reproduced": False,
+    }
     report.encoded.append(entry)
     facts = type_facts()
     if not (facts[tensor.type]["decodes"] and facts[origin.tensor.type]["decodes"]):

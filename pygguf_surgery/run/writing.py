@@ -26,9 +26,9 @@ class Receipt:
 
     path: str
     paths: list[str]
-    file_bytes: int        # of all files
+    file_bytes: int  # of all files
     seconds: float
-    buffer_bytes: int      # the most that the run's buffers held
+    buffer_bytes: int  # the most that the run's buffers held
     bytes_read: int
     elements_encoded: int
     threads: int
@@ -40,9 +40,17 @@ class Receipt:
         return asdict(self)
 
 
-def write(model: Model, checked: CheckedPlan, path: str | os.PathLike[str], *, overwrite: bool = False,
-          memory: int | str = MEMORY, threads: int = 0, io: str = "auto",
-          progress: bool | Progress | None = False) -> Receipt:
+def write(
+    model: Model,
+    checked: CheckedPlan,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    memory: int | str = MEMORY,
+    threads: int = 0,
+    io: str = "auto",
+    progress: bool | Progress | None = False,
+) -> Receipt:
     """Writes the file at `path` (of a split plan the shards that it names), whole or not at all. Raises the first
     blocker.
 
@@ -57,17 +65,31 @@ def write(model: Model, checked: CheckedPlan, path: str | os.PathLike[str], *, o
     sources = [*model.sources, *checked.extra_sources()]
     try:
         stats = run_jobs(
-            sources, [(name, file.header, file.file_bytes) for name, file in zip(paths, checked.files)],
-            build_jobs(model, checked), memory=parse_memory(memory), threads=threads, io=io, overwrite=overwrite,
-            progress=bar or progress or None)
+            sources,
+            [(name, file.header, file.file_bytes) for name, file in zip(paths, checked.files)],
+            build_jobs(model, checked),
+            memory=parse_memory(memory),
+            threads=threads,
+            io=io,
+            overwrite=overwrite,
+            progress=bar or progress or None,
+        )
     finally:
         if bar is not None:
             bar.close()
     return Receipt(
-        path=paths[0], paths=paths, file_bytes=checked.file_bytes, seconds=time.monotonic() - start,
-        buffer_bytes=stats["buffer_bytes"], bytes_read=stats["bytes_read"],
-        elements_encoded=stats["elements_encoded"], threads=stats["threads"], actions=checked.actions(),
-        warnings=list(checked.warnings), notes=list(checked.notes))
+        path=paths[0],
+        paths=paths,
+        file_bytes=checked.file_bytes,
+        seconds=time.monotonic() - start,
+        buffer_bytes=stats["buffer_bytes"],
+        bytes_read=stats["bytes_read"],
+        elements_encoded=stats["elements_encoded"],
+        threads=stats["threads"],
+        actions=checked.actions(),
+        warnings=list(checked.warnings),
+        notes=list(checked.notes),
+    )
 
 
 def output_paths(checked: CheckedPlan, path: str | os.PathLike[str]) -> list[str]:

@@ -44,15 +44,30 @@ class _Recorder(Taps):
         if len(parts) == 4:
             del self._waiting[layer]
             try:
-                fold(self._stats[layer], parts["ids"], parts["gates"], parts["outputs"], parts["logits"],
-                     gate_in_input=self._gate_in_input, merge_stats=self._merge_stats)
+                fold(
+                    self._stats[layer],
+                    parts["ids"],
+                    parts["gates"],
+                    parts["outputs"],
+                    parts["logits"],
+                    gate_in_input=self._gate_in_input,
+                    merge_stats=self._merge_stats,
+                )
             except BadFile as error:
                 error.object = f"blk.{layer}"
                 raise
 
 
-def fold(stats: LayerStats, ids: NDArray[np.int32], gates: NDArray[np.float32], outputs: NDArray[np.float32],
-         logits: NDArray[np.float32], *, gate_in_input: bool = False, merge_stats: bool = False) -> None:
+def fold(
+    stats: LayerStats,
+    ids: NDArray[np.int32],
+    gates: NDArray[np.float32],
+    outputs: NDArray[np.float32],
+    logits: NDArray[np.float32],
+    *,
+    gate_in_input: bool = False,
+    merge_stats: bool = False,
+) -> None:
     """Adds T tokens to a layer's statistics. ids [T, used]: the experts of each token; gates [T, used]; outputs
     [T, used, width]: f, before the gate (with gate_in_input after it); logits [T, E]."""
     import numpy as np
@@ -72,9 +87,13 @@ def fold(stats: LayerStats, ids: NDArray[np.int32], gates: NDArray[np.float32], 
             raise BadFile("activations that are not finite", found=f"in expert {bad[0]}")
     norms = np.sqrt(squares)
     flat = ids.ravel()
-    for total, values in ((stats.count, None), (stats.gate_sum, gates), (stats.norm_sum, norms),
-                          (stats.norm_sq_sum, squares),
-                          (stats.gated_norm_sum, norms if gate_in_input else gates * norms)):
+    for total, values in (
+        (stats.count, None),
+        (stats.gate_sum, gates),
+        (stats.norm_sum, norms),
+        (stats.norm_sq_sum, squares),
+        (stats.gated_norm_sum, norms if gate_in_input else gates * norms),
+    ):
         total += np.bincount(flat, None if values is None else values.ravel(), experts)
     np.maximum.at(stats.max_activation, flat, np.maximum(outputs.max(axis=2), -outputs.min(axis=2)).ravel())
     routed = np.zeros((tokens, experts), np.float32)  # sums of ones are exact in float32
@@ -94,10 +113,20 @@ def fold(stats: LayerStats, ids: NDArray[np.int32], gates: NDArray[np.float32], 
         stats.gated_sum[flat[order][first]] += np.add.reduceat(gated, first, axis=0, dtype=np.float64)
 
 
-def calibrate(path: str | os.PathLike[str], texts: Sequence[TextLike],
-              out: str | os.PathLike[str] | None = None, *, n_ctx: int = 512, chunks: int | None = None,
-              merge_stats: bool = False, parse_special: bool = False, threads: int = 0, gpu_layers: int = 0,
-              overwrite: bool = False, progress: Progress | None = None) -> Stats:
+def calibrate(
+    path: str | os.PathLike[str],
+    texts: Sequence[TextLike],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    merge_stats: bool = False,
+    parse_special: bool = False,
+    threads: int = 0,
+    gpu_layers: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Stats:
     """Runs texts through a GGUF model with llama.cpp and records what each expert of each MoE layer did.
 
     The model may be quantized: the statistics also rank the experts of its 16-bit original. texts: paths, bytes of
@@ -119,9 +148,15 @@ def calibrate(path: str | os.PathLike[str], texts: Sequence[TextLike],
     texts = read_texts(texts)
     with open(path) as model:
         found, layers = moe_layout(model)
-        stats = Stats(model.header_sha256, model.architecture, str(model.metadata.get("general.name") or ""),
-                      found.experts, n_ctx, {layer: LayerStats.empty(found.experts) for layer in layers},
-                      parse_special=parse_special)
+        stats = Stats(
+            model.header_sha256,
+            model.architecture,
+            str(model.metadata.get("general.name") or ""),
+            found.experts,
+            n_ctx,
+            {layer: LayerStats.empty(found.experts) for layer in layers},
+            parse_special=parse_special,
+        )
         first = model.path
         if out is not None:
             check_output(model.paths, out, overwrite=True)
@@ -129,8 +164,9 @@ def calibrate(path: str | os.PathLike[str], texts: Sequence[TextLike],
     if out is not None and os.path.lexists(out) and not overwrite:
         earlier = stats_file.open(out)
         if earlier.complete:
-            raise FileExistsError(errno.EEXIST, "exists already and is complete; overwrite=True (--force) replaces it",
-                                  os.fsdecode(out))
+            raise FileExistsError(
+                errno.EEXIST, "exists already and is complete; overwrite=True (--force) replaces it", os.fsdecode(out)
+            )
     recorder = _Recorder(stats.architecture, stats.layers, stats.experts, merge_stats)
     with Session(first, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, watch=recorder) as session:
         windows = windows_of(session, texts, chunks, parse_special)
@@ -142,7 +178,7 @@ def calibrate(path: str | os.PathLike[str], texts: Sequence[TextLike],
         done = sum(text.done for text in stats.texts)
         saved, pause = time.monotonic(), CHECKPOINT_SECONDS
         for number, part in enumerate(windows):
-            for window in part.tokens[stats.texts[number].done:]:
+            for window in part.tokens[stats.texts[number].done :]:
                 sums = session.run(window)
                 stats.nll, stats.nll_squares = stats.nll + sums[0], stats.nll_squares + sums[1]
                 stats.predictions += sums[2]
@@ -163,8 +199,10 @@ def calibrate(path: str | os.PathLike[str], texts: Sequence[TextLike],
 
 def _resume(stats: Stats, earlier: Stats, merge_stats: bool, path: str) -> None:
     """Takes over what an earlier run of the same call has done; BadPlan if it was another call."""
-    same = all(getattr(stats, what) == getattr(earlier, what)
-               for what in ("header_sha256", "experts", "n_ctx", "parse_special"))
+    same = all(
+        getattr(stats, what) == getattr(earlier, what)
+        for what in ("header_sha256", "experts", "n_ctx", "parse_special")
+    )
     same &= [replace(t, done=0) for t in stats.texts] == [replace(t, done=0) for t in earlier.texts]
     same &= merge_stats == any(s.gated_sum is not None for s in earlier.layers.values())
     if not same or stats.layers.keys() != earlier.layers.keys():
@@ -178,5 +216,9 @@ def _check_tokens(stats: Stats) -> None:
     """Every layer, the last one too, has seen every token: it would not if logits were asked for the last token only."""
     wrong = [layer for layer, s in stats.layers.items() if s.tokens != stats.tokens]
     if wrong:
-        raise BadFile("llama.cpp did not run all tokens through a layer", object=f"blk.{wrong[0]}",
-                      found=stats.layers[wrong[0]].tokens, expected=stats.tokens)
+        raise BadFile(
+            "llama.cpp did not run all tokens through a layer",
+            object=f"blk.{wrong[0]}",
+            found=stats.layers[wrong[0]].tokens,
+            expected=stats.tokens,
+        )

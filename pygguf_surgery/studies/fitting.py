@@ -46,8 +46,8 @@ LADDERS = {
     "NVFP4": ("NVFP4", "Q8_0"),
     "Q8_0": ("Q8_0",),
 }
-SAMPLE = 1 << 17   # elements of a tensor that are measured,
-ROWS_LEAST = 32    # in at least so many rows (so that as many experts have one),
+SAMPLE = 1 << 17  # elements of a tensor that are measured,
+ROWS_LEAST = 32  # in at least so many rows (so that as many experts have one),
 SAMPLE_MOST = 1 << 18  # unless these are more elements than this
 
 
@@ -90,13 +90,24 @@ def ladder(file_type: str) -> tuple[str, ...]:
         return LADDERS["legacy"]
     if name.removesuffix("_MOE") in ("MXFP4", "NVFP4", "Q8_0"):
         return LADDERS[name.removesuffix("_MOE")]
-    raise BadPlan("no family of types to choose from", object=name,
-                  expected="a file type such as Q4_K_M, IQ3_M, Q4_0, MXFP4_MOE or Q8_0")
+    raise BadPlan(
+        "no family of types to choose from",
+        object=name,
+        expected="a file type such as Q4_K_M, IQ3_M, Q4_0, MXFP4_MOE or Q8_0",
+    )
 
 
-def fit(model: Model, data: PlanData, *, size: int | str | None = None, bpw: float | None = None,
-        memory: int | str = MEMORY, threads: int = 0, io: str = "auto",
-        progress: Callable[[int, int], object] | None = None) -> Fitted:
+def fit(
+    model: Model,
+    data: PlanData,
+    *,
+    size: int | str | None = None,
+    bpw: float | None = None,
+    memory: int | str = MEMORY,
+    threads: int = 0,
+    io: str = "auto",
+    progress: Callable[[int, int], object] | None = None,
+) -> Fitted:
     """Types for the tensors of a plan so that its output has at most `size` bytes, or at most `bpw` bits per weight.
 
     data has a Quantize edit, whose type names the family. Chosen are the types of the tensors that llama-quantize would
@@ -125,12 +136,20 @@ def fit(model: Model, data: PlanData, *, size: int | str | None = None, bpw: flo
         if solution.plan.blockers:
             raise solution.plan.blockers[0]
         if excess > 0 and not tensors:
-            raise BadPlan("nothing to choose: overrides and options decide every tensor", object=target.name,
-                          found=target.found(solution.plan), expected=target.text)
+            raise BadPlan(
+                "nothing to choose: overrides and options decide every tensor",
+                object=target.name,
+                found=target.found(solution.plan),
+                expected=target.text,
+            )
         if excess > 0:
-            raise BadPlan("even the smallest types are too large", object=target.name,
-                          found=target.found(solution.plan), expected=target.text,
-                          hint=f"the family is {', '.join(rungs)}{_needing(rungs) if base.imatrix is None else ''}")
+            raise BadPlan(
+                "even the smallest types are too large",
+                object=target.name,
+                found=target.found(solution.plan),
+                expected=target.text,
+                hint=f"the family is {', '.join(rungs)}{_needing(rungs) if base.imatrix is None else ''}",
+            )
         notes = []
         if solution.take([len(t.steps) - 1 for t in tensors]) <= 0:
             notes.append("the largest types of the family fit")
@@ -144,8 +163,10 @@ def fit(model: Model, data: PlanData, *, size: int | str | None = None, bpw: flo
     if plan.blockers:
         raise plan.blockers[0]
     by_name = {t.output.name: t for t in tensors}
-    choices = [Choice(t.name, t.role, t.type, nbytes, by_name[t.name].error(t.type) if t.name in by_name else None)
-               for t, nbytes in zip(plan.tensors, plan.nbytes)]
+    choices = [
+        Choice(t.name, t.role, t.type, nbytes, by_name[t.name].error(t.type) if t.name in by_name else None)
+        for t, nbytes in zip(plan.tensors, plan.nbytes)
+    ]
     return Fitted(solution.overrides, plan.file_bytes, _bpw(plan), choices, notes)
 
 
@@ -169,8 +190,12 @@ class _Target:
     @staticmethod
     def parse(size: int | str | None, bpw: float | None) -> _Target:
         if (size is None) == (bpw is None):
-            raise BadPlan("give a size or bits per weight", object="fit", found="neither" if size is None else "both",
-                          hint='size="22GB" or bpw=4.2')
+            raise BadPlan(
+                "give a size or bits per weight",
+                object="fit",
+                found="neither" if size is None else "both",
+                hint='size="22GB" or bpw=4.2',
+            )
         if size is not None:
             nbytes = parse_size(size)
             if nbytes <= 0:
@@ -198,6 +223,7 @@ class _Target:
 
 # --- which tensors, and which types for each -------------------------------------------------------------------------
 
+
 @dataclass
 class _Tensor:
     """A tensor whose type is to be chosen. steps: (type, bytes in the file), smallest first; after the measurement only
@@ -220,18 +246,27 @@ def _undecided(base: CheckedPlan, edit: Quantize) -> tuple[list[OutputTensor], l
     free, kept = [], []
     for tensor in base.tensors:
         output = tensor.name in mixes.OUTPUT or tied and tensor.name in mixes.TOKEN_EMBEDDING
-        decided = (any(pattern.search(tensor.name) for pattern in patterns)
-                   or output and edit.output_type is not None
-                   or tensor.name in mixes.TOKEN_EMBEDDING and edit.token_embedding_type is not None)
-        if (decided or not mixes.allows(base.architecture, tensor.name, tensor.shape, edit.leave_output)
-                or not math.prod(tensor.shape) or not isinstance(tensor.expression, (Copy, Take, FromRepair))):
+        decided = (
+            any(pattern.search(tensor.name) for pattern in patterns)
+            or output
+            and edit.output_type is not None
+            or tensor.name in mixes.TOKEN_EMBEDDING
+            and edit.token_embedding_type is not None
+        )
+        if (
+            decided
+            or not mixes.allows(base.architecture, tensor.name, tensor.shape, edit.leave_output)
+            or not math.prod(tensor.shape)
+            or not isinstance(tensor.expression, (Copy, Take, FromRepair))
+        ):
             continue
         (kept if facts[tensor.source_type]["quantized"] and not edit.allow_requantize else free).append(tensor)
     return free, kept
 
 
-def _tensors(model: Model, base: CheckedPlan, edit: Quantize, rungs: Sequence[str],
-             free: Sequence[OutputTensor]) -> list[_Tensor]:
+def _tensors(
+    model: Model, base: CheckedPlan, edit: Quantize, rungs: Sequence[str], free: Sequence[OutputTensor]
+) -> list[_Tensor]:
     """The undecided tensors that at least one type of the family can hold; all others keep the file type's choice."""
     rows: dict[str, Importance] = {}
     if base.imatrix is not None and edit.imatrix is not None:
@@ -263,6 +298,7 @@ def _fitting(rungs: Sequence[str], row: int) -> list[str]:
 
 # --- the error of each type ------------------------------------------------------------------------------------------
 
+
 def sample_rows(rows: int, elements: int) -> list[int]:
     """Rows of a tensor of `rows` rows of `elements` elements: spread over all of it, one at a scattered place in each
     of equal parts, so that a period (the first row of each expert, of each head) is not all that is seen."""
@@ -271,12 +307,19 @@ def sample_rows(rows: int, elements: int) -> list[int]:
         return list(range(rows))
     parts = [i * rows // number for i in range(number + 1)]
     # Multiples of the golden ratio, modulo 1, are spread as evenly as can be.
-    return [first + (i * 40503 % 65536) * (end - first) // 65536
-            for i, (first, end) in enumerate(zip(parts, parts[1:]))]
+    return [
+        first + (i * 40503 % 65536) * (end - first) // 65536 for i, (first, end) in enumerate(zip(parts, parts[1:]))
+    ]
 
 
-def _measure(model: Model, tensors: Sequence[_Tensor], imatrix: Imatrix | None, quality: str, threads: int,
-             progress: Callable[[int, int], object] | None) -> None:
+def _measure(
+    model: Model,
+    tensors: Sequence[_Tensor],
+    imatrix: Imatrix | None,
+    quality: str,
+    threads: int,
+    progress: Callable[[int, int], object] | None,
+) -> None:
     """Fills errors, and leaves of the steps those on the lower convex hull: each is worth its bytes more than the next.
     One tensor's sample is in memory at a time."""
     for done, tensor in enumerate(tensors):
@@ -292,8 +335,9 @@ def _measure(model: Model, tensors: Sequence[_Tensor], imatrix: Imatrix | None, 
         progress(len(tensors), len(tensors))
 
 
-def _sample(model: Model, tensor: _Tensor, imatrix: Imatrix | None, threads: int
-            ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+def _sample(
+    model: Model, tensor: _Tensor, imatrix: Imatrix | None, threads: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     """Rows and, if there is an importance matrix, the importance of their columns, both [n, k]."""
     import numpy as np
 
@@ -323,8 +367,14 @@ def _sample(model: Model, tensor: _Tensor, imatrix: Imatrix | None, threads: int
     return values, np.stack([known[number] for number in used])
 
 
-def _error(tensor: _Tensor, values: NDArray[np.float32], weights: NDArray[np.float32] | None, type: str,
-           threads: int, quality: str = "default") -> float:
+def _error(
+    tensor: _Tensor,
+    values: NDArray[np.float32],
+    weights: NDArray[np.float32] | None,
+    type: str,
+    threads: int,
+    quality: str = "default",
+) -> float:
     """The relative error of the sample in `type`; 0 for the type that the rows already have."""
     import numpy as np
 
@@ -357,6 +407,7 @@ def _sum(x: NDArray[np.float64]) -> float:
 
 def _hull(points: Sequence[tuple[int, float]]) -> list[int]:
     """Indices of the (bytes, error) points on the lower convex hull, from the smallest to the least error."""
+
     def gain(a: int, b: int) -> float:  # the error that a byte saves on the way from a to b
         return (points[a][1] - points[b][1]) / (points[b][0] - points[a][0])
 
@@ -372,11 +423,18 @@ def _hull(points: Sequence[tuple[int, float]]) -> list[int]:
 
 # --- the choice ------------------------------------------------------------------------------------------------------
 
+
 class _Solution:
     """The types taken last and the plan that they give."""
 
-    def __init__(self, base: CheckedPlan, tensors: Sequence[_Tensor], fixed: dict[str, str],
-                 checked: Callable[[Sequence[tuple[str, str]]], CheckedPlan], target: _Target):
+    def __init__(
+        self,
+        base: CheckedPlan,
+        tensors: Sequence[_Tensor],
+        fixed: dict[str, str],
+        checked: Callable[[Sequence[tuple[str, str]]], CheckedPlan],
+        target: _Target,
+    ):
         self.names = [t.name for t in base.tensors]
         self.tensors, self.fixed, self.checked, self.target = tensors, fixed, checked, target
         self.overrides: tuple[tuple[str, str], ...] = ()
@@ -414,8 +472,11 @@ def climb(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], roo
     step that saves more than all that the smaller one can do with the bytes it has left. And the error is above the
     least possible by less than the first step that did not fit would save.
     """
-    steps = sorted((-(e[i - 1] - e[i]) / (c[i] - c[i - 1]), tensor, i)
-                   for tensor, (c, e) in enumerate(zip(costs, errors)) for i in range(1, len(e)))
+    steps = sorted(
+        (-(e[i - 1] - e[i]) / (c[i] - c[i - 1]), tensor, i)
+        for tensor, (c, e) in enumerate(zip(costs, errors))
+        for i in range(1, len(e))
+    )
     chosen = [0] * len(costs)
     for _, tensor, i in steps:
         more = costs[tensor][i] - costs[tensor][i - 1]

@@ -78,6 +78,7 @@ FROM_WEIGHTS: Mapping[str, Callable[[Reduce, Sequence[int]], Scores]] = {"router
 
 # --- from an importance matrix --------------------------------------------------------------------------------------
 
+
 def _entry(imatrix: Imatrix, layer: int, experts: int) -> str | None:
     """The name of the entry of a layer's down projections; None where there is none."""
     name = f"blk.{layer}.ffn_down_exps.weight"
@@ -85,8 +86,13 @@ def _entry(imatrix: Imatrix, layer: int, experts: int) -> str | None:
     if entry is None:
         return None
     if len(entry.counts) not in (1, experts) or entry.size % experts:
-        raise BadPlan("the importance matrix is of another model", path=imatrix.path, object=name,
-                      found=f"{len(entry.counts)} counts", expected=experts)
+        raise BadPlan(
+            "the importance matrix is of another model",
+            path=imatrix.path,
+            object=name,
+            found=f"{len(entry.counts)} counts",
+            expected=experts,
+        )
     return name
 
 
@@ -95,15 +101,24 @@ def _counts(reduce: Reduce, imatrix: Imatrix, layers: Sequence[int]) -> Scores:
     import numpy as np
 
     if imatrix.format == "legacy":
-        raise Unsupported("an importance matrix in the old format has lost the counts", path=imatrix.path,
-                          object="frequency", hint="llama-imatrix writes GGUF now, which has them")
+        raise Unsupported(
+            "an importance matrix in the old format has lost the counts",
+            path=imatrix.path,
+            object="frequency",
+            hint="llama-imatrix writes GGUF now, which has them",
+        )
     scores = {}
     for layer in layers:
         if (name := _entry(imatrix, layer, reduce.layout.experts)) is not None:
             counts = imatrix.entries[name].counts
             if len(counts) != reduce.layout.experts:
-                raise BadPlan("not one count per expert", path=imatrix.path, object=name, found=len(counts),
-                              expected=reduce.layout.experts)
+                raise BadPlan(
+                    "not one count per expert",
+                    path=imatrix.path,
+                    object=name,
+                    found=len(counts),
+                    expected=reduce.layout.experts,
+                )
             scores[layer] = counts.astype(np.float64)
     return scores
 
@@ -121,8 +136,13 @@ def _imatrix_msan(reduce: Reduce, imatrix: Imatrix, layers: Sequence[int]) -> Sc
         if problem := imatrix.problem(name):
             raise problem
         if imatrix.entries[name].size != experts * tensor.ne[0]:
-            raise BadPlan("importance of another size", path=imatrix.path, object=name,
-                          found=imatrix.entries[name].size, expected=experts * tensor.ne[0])
+            raise BadPlan(
+                "importance of another size",
+                path=imatrix.path,
+                object=name,
+                found=imatrix.entries[name].size,
+                expected=experts * tensor.ne[0],
+            )
         squares = imatrix.importance(name).reshape(experts, -1).astype(np.float64)
         score = reduce.sums([tensor], squares)[0, :, 1]
         if (s := _scale_of(reduce.model, tensor)) is not None:
@@ -133,10 +153,13 @@ def _imatrix_msan(reduce: Reduce, imatrix: Imatrix, layers: Sequence[int]) -> Sc
 
 
 FROM_IMATRIX: Mapping[str, Callable[[Reduce, Any, Sequence[int]], Scores]] = {
-    "frequency": _counts, "imatrix-msan": _imatrix_msan}
+    "frequency": _counts,
+    "imatrix-msan": _imatrix_msan,
+}
 
 
 # --- from statistics of calibration ---------------------------------------------------------------------------------
+
 
 def _mean(total: NDArray[np.float64], stats: LayerStats) -> NDArray[np.float64]:
     """total / count; 0 for an expert that was never seen."""
@@ -161,8 +184,9 @@ FROM_STATS: Mapping[str, Callable[[LayerStats], Any]] = {
 METRICS = (*FROM_WEIGHTS, *FROM_IMATRIX, *(name for name in FROM_STATS if name not in FROM_IMATRIX))
 
 
-def compute(by: str, reduce: Reduce, layers: Sequence[int], stats: Stats | None,
-            imatrix: Imatrix | None) -> tuple[Scores, list[str]]:
+def compute(
+    by: str, reduce: Reduce, layers: Sequence[int], stats: Stats | None, imatrix: Imatrix | None
+) -> tuple[Scores, list[str]]:
     """Scores of these layers by one of METRICS, and what the user should know. BadPlan where what it needs is not given
     or is of another model. MTP blocks that the numbers do not reach are scored by aimer."""
     notes: list[str] = []
@@ -175,32 +199,50 @@ def compute(by: str, reduce: Reduce, layers: Sequence[int], stats: Stats | None,
     elif by in FROM_IMATRIX and imatrix is not None:
         scores = FROM_IMATRIX[by](reduce, imatrix, layers)
     else:
-        needs = [what for what, table in (("an importance matrix (imatrix=, --imatrix)", FROM_IMATRIX),
-                                          ("statistics (stats=, --stats) of gguf-surgery calibrate", FROM_STATS))
-                 if by in table]
-        raise BadPlan("this metric needs " + " or ".join(needs), object=by,
-                      hint=f"from the weights alone: {', '.join(FROM_WEIGHTS)}")
+        needs = [
+            what
+            for what, table in (
+                ("an importance matrix (imatrix=, --imatrix)", FROM_IMATRIX),
+                ("statistics (stats=, --stats) of gguf-surgery calibrate", FROM_STATS),
+            )
+            if by in table
+        ]
+        raise BadPlan(
+            "this metric needs " + " or ".join(needs),
+            object=by,
+            hint=f"from the weights alone: {', '.join(FROM_WEIGHTS)}",
+        )
     missing = [layer for layer in layers if layer not in scores]
     if wrong := [layer for layer in missing if layer not in reduce.layout.mtp]:
-        raise BadPlan("nothing is known of the experts of this layer", object=f"blk.{wrong[0]}",
-                      path=imatrix.path if imatrix is not None else None)
+        raise BadPlan(
+            "nothing is known of the experts of this layer",
+            object=f"blk.{wrong[0]}",
+            path=imatrix.path if imatrix is not None else None,
+        )
     if missing:
         scores |= _aimer(reduce, missing)
-        notes.append(f"{', '.join(f'blk.{layer}' for layer in missing)} (MTP): by aimer, as calibration does not run "
-                     "MTP blocks")
+        notes.append(
+            f"{', '.join(f'blk.{layer}' for layer in missing)} (MTP): by aimer, as calibration does not run MTP blocks"
+        )
     return {layer: scores[layer] for layer in layers}, notes
 
 
 def check_stats(stats: Stats, model: Model, layout: Layout) -> None:
     """BadPlan if these statistics cannot be of the model or of a quantized twin of it, or are not complete."""
-    for what, found, expected in (("architecture", stats.architecture, model.architecture),
-                                  ("experts", stats.experts, layout.experts),
-                                  ("layers", list(stats.layers), [n for n in layout.layers if n not in layout.mtp])):
+    for what, found, expected in (
+        ("architecture", stats.architecture, model.architecture),
+        ("experts", stats.experts, layout.experts),
+        ("layers", list(stats.layers), [n for n in layout.layers if n not in layout.mtp]),
+    ):
         if found != expected:
             raise BadPlan("the statistics are of another model", object=what, found=found, expected=expected)
     if not stats.complete:
-        raise BadPlan("the statistics are not complete", object="stats", found=f"{stats.tokens} tokens",
-                      hint="run the same calibrate command again: it goes on where it stopped")
+        raise BadPlan(
+            "the statistics are not complete",
+            object="stats",
+            found=f"{stats.tokens} tokens",
+            hint="run the same calibrate command again: it goes on where it stopped",
+        )
 
 
 def super_experts(stats: Stats) -> dict[int, tuple[int, ...]]:

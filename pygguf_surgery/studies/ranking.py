@@ -26,9 +26,17 @@ class Ranking:
     calibration says beside them.
     """
 
-    def __init__(self, metric: str, model: Layout, *, scores: Mapping[int, NDArray[np.float64]] | None = None,
-                 kept: Mapping[int, tuple[int, ...]] | None = None, tables: tuple[int, ...] = (), seen: Seen = Seen(),
-                 used: int = 1):
+    def __init__(
+        self,
+        metric: str,
+        model: Layout,
+        *,
+        scores: Mapping[int, NDArray[np.float64]] | None = None,
+        kept: Mapping[int, tuple[int, ...]] | None = None,
+        tables: tuple[int, ...] = (),
+        seen: Seen = Seen(),
+        used: int = 1,
+    ):
         self.metric = metric
         self.scores = dict(scores or {})
         self.seen = seen
@@ -40,9 +48,16 @@ class Ranking:
     def __repr__(self) -> str:
         return f"<Ranking by {self.metric} of {self._model.experts} experts in {len(self._model.layers)} layers>"
 
-    def keep(self, n: int | None = None, *, ratio: float | None = None,
-             protect: Mapping[int, Iterable[int]] | Iterable[int] = (), super_experts: bool = False,
-             per_group: bool | str = "auto", budget: str = "layer") -> Keep:
+    def keep(
+        self,
+        n: int | None = None,
+        *,
+        ratio: float | None = None,
+        protect: Mapping[int, Iterable[int]] | Iterable[int] = (),
+        super_experts: bool = False,
+        per_group: bool | str = "auto",
+        budget: str = "layer",
+    ) -> Keep:
         """The n experts with the highest scores of each layer; ties: the lower id stays.
 
         ratio: the share to keep instead, rounded to the nearest possible number. Where the router picks groups, each
@@ -61,8 +76,12 @@ class Ranking:
         if per_group not in ("auto", True, False):
             raise BadPlan("no such choice", object="per_group", found=repr(per_group), expected='"auto", True or False')
         if per_group is False and self._model.groups > 1:
-            raise Unsupported(f"the router picks {self._model.groups} groups: a different number of experts in each "
-                              "would change which expert is in which", object="per_group", hint='leave it "auto"')
+            raise Unsupported(
+                f"the router picks {self._model.groups} groups: a different number of experts in each "
+                "would change which expert is in which",
+                object="per_group",
+                hint='leave it "auto"',
+            )
         if self._kept is not None:
             for name, given in (("protect", protect), ("super_experts", super_experts)):
                 if given:
@@ -86,20 +105,26 @@ class Ranking:
         experts, step = self._model.experts, self._step()
         if ratio is not None:
             if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real) or not 0 < ratio <= 1:
-                raise BadPlan("not a share of the experts", object="ratio", found=repr(ratio),
-                              expected="above 0, at most 1")
+                raise BadPlan(
+                    "not a share of the experts", object="ratio", found=repr(ratio), expected="above 0, at most 1"
+                )
             return min(max(math.floor(ratio * experts / step + 0.5), 1) * step, experts)
         try:
             number = operator.index(n)
         except TypeError:
-            raise BadPlan("how many experts to keep?", object="keep", found=repr(n),
-                          expected="a whole number, or ratio=") from None
+            raise BadPlan(
+                "how many experts to keep?", object="keep", found=repr(n), expected="a whole number, or ratio="
+            ) from None
         if isinstance(n, bool) or not 1 <= number <= experts:
             raise BadPlan("cannot keep this number of experts", object="keep", found=n, expected=f"1..{experts}")
         if number % step:
             why = f"{step} groups" if self._model.groups > 1 else f"chunks of {step} experts"
-            raise BadPlan(f"{number} experts do not divide into {why}", object="keep", found=number,
-                          expected=nearest_multiples(number, step, experts))
+            raise BadPlan(
+                f"{number} experts do not divide into {why}",
+                object="keep",
+                found=number,
+                expected=nearest_multiples(number, step, experts),
+            )
         return number
 
     def _step(self) -> int:
@@ -115,8 +140,11 @@ class Ranking:
             fixed[layer] |= set(expert_ids(layer, list(ids), self._model.experts, None, "protect"))
         if super_experts:
             if self.seen.supers is None:
-                raise BadPlan("only calibration knows which experts have massive activations", object="super_experts",
-                              hint="give stats=, --stats")
+                raise BadPlan(
+                    "only calibration knows which experts have massive activations",
+                    object="super_experts",
+                    hint="give stats=, --stats",
+                )
             for layer, ids in self.seen.supers.items():
                 fixed[layer] |= set(ids)
         return fixed
@@ -138,7 +166,7 @@ class Ranking:
         value = np.take_along_axis(scores, best_first, axis=1)
         least = min(max(self._used, 1), n)
         value[:, :least] = np.inf
-        chosen = np.argsort(-value.ravel(), kind="stable")[:n * len(layers)]
+        chosen = np.argsort(-value.ravel(), kind="stable")[: n * len(layers)]
         counts = np.bincount(chosen // scores.shape[1], minlength=len(layers))
         return {**dict.fromkeys(self.scores, n), **dict(zip(layers, counts.tolist()))}
 
@@ -159,8 +187,11 @@ class Ranking:
         size, room = len(value) // groups, n // len(units[0]) // groups
         most = max(np.bincount(np.array(fixed, np.int64) // size, minlength=groups), default=0)
         if most > room:
-            raise BadPlan(f"{most} experts are protected" + (" in one group" if groups > 1 else ""),
-                          object=f"layer {layer}", expected=f"at most {room}, which are kept")
+            raise BadPlan(
+                f"{most} experts are protected" + (" in one group" if groups > 1 else ""),
+                object=f"layer {layer}",
+                expected=f"at most {room}, which are kept",
+            )
         best = np.argsort(-value.reshape(groups, size), axis=1, kind="stable")[:, :room]
         return [e for unit in (best + np.arange(groups)[:, None] * size).ravel() for e in units[unit]]
 
@@ -169,8 +200,12 @@ class Ranking:
             raise BadPlan("the experts are named already", object="ratio", hint="leave it out")
         for layer, ids in self._kept.items():
             if n is not None and len(ids) != n:
-                raise BadPlan("the experts are named already", object="keep", found=n,
-                              expected=f"{len(ids)}, as named for layer {layer}")
+                raise BadPlan(
+                    "the experts are named already",
+                    object="keep",
+                    found=n,
+                    expected=f"{len(ids)}, as named for layer {layer}",
+                )
         return Keep(self._kept, self.metric, scores=self.scores, seen=self.seen)
 
     def to_json(self) -> str:

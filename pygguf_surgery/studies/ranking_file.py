@@ -16,6 +16,7 @@ from .ranking import Ranking
 
 # --- from the user --------------------------------------------------------------------------------------------------
 
+
 def from_file(path: str, found: Layout, tables: tuple[int, ...]) -> Ranking:
     try:
         with open(path, encoding="utf-8") as file:
@@ -58,18 +59,23 @@ def given(data: Any, metric: str, found: Layout, tables: tuple[int, ...], path: 
     if "scores" in numbers_of:
         import numpy as np
 
-        scores = {layer: np.array(_scores(layer, values, found.experts, path), np.float64)
-                  for layer, values in numbers_of["scores"].items()}
+        scores = {
+            layer: np.array(_scores(layer, values, found.experts, path), np.float64)
+            for layer, values in numbers_of["scores"].items()
+        }
     if "kept" in numbers_of:
-        kept = {layer: expert_ids(layer, values, found.experts, path, "kept")
-                for layer, values in numbers_of["kept"].items()}
+        kept = {
+            layer: expert_ids(layer, values, found.experts, path, "kept")
+            for layer, values in numbers_of["kept"].items()
+        }
     return Ranking(name, found, scores=scores, kept=kept, tables=tables)
 
 
 def _per_layer(kind: str, layers: Any, found: Layout, path: str | None, form: str) -> dict[int, list[Any]]:
     if not isinstance(layers, Mapping):
-        raise BadPlan("not layers and their experts", path=path, object=kind, found=type(layers).__name__,
-                      expected=form)
+        raise BadPlan(
+            "not layers and their experts", path=path, object=kind, found=type(layers).__name__, expected=form
+        )
     numbers_of: dict[int, Any] = {}
     for key, values in layers.items():
         layer = _layer(key, kind, found, path)
@@ -81,8 +87,13 @@ def _per_layer(kind: str, layers: Any, found: Layout, path: str | None, form: st
     # A list without the MTP blocks is complete where the plan drops those.
     missing = [layer for layer in found.layers if layer not in numbers_of and layer not in found.mtp]
     if missing:
-        raise BadPlan(f"layer {missing[0]} is missing", path=path, object=kind, found=f"{len(numbers_of)} layers",
-                      expected=f"the {len(found.layers)} layers with experts")
+        raise BadPlan(
+            f"layer {missing[0]} is missing",
+            path=path,
+            object=kind,
+            found=f"{len(numbers_of)} layers",
+            expected=f"the {len(found.layers)} layers with experts",
+        )
     return {layer: numbers_of[layer] for layer in found.layers if layer in numbers_of}
 
 
@@ -92,8 +103,13 @@ def _layer(key: Any, kind: str, found: Layout, path: str | None) -> int:
     except TypeError:
         layer = -1
     if isinstance(key, bool) or layer not in found.layers:
-        raise BadPlan("no layer with experts", path=path, object=kind, found=repr(key)[:80],
-                      expected=f"one of {', '.join(map(str, found.layers))}"[:200])
+        raise BadPlan(
+            "no layer with experts",
+            path=path,
+            object=kind,
+            found=repr(key)[:80],
+            expected=f"one of {', '.join(map(str, found.layers))}"[:200],
+        )
     return layer
 
 

@@ -28,14 +28,25 @@ if TYPE_CHECKING:
     from ..files.model import Model, Tensor
 
 
-GROUP_SIZE = 16       # members of a group, the centroid among them
-_PROBES = 32          # random inputs that experts are compared by where no text was run
+GROUP_SIZE = 16  # members of a group, the centroid among them
+_PROBES = 32  # random inputs that experts are compared by where no text was run
 
 
-def group(model: Model, n: int | None = None, *, ratio: float | None = None, stats: str | os.PathLike[str] | Stats | None = None,
-          by: str = "reap", group_size: int = GROUP_SIZE, weights_only: bool = False, mtp: str = "keep",
-          memory: int | str = MEMORY, threads: int = 0, io: str = "auto",
-          progress: Progress | None = None) -> Groups:
+def group(
+    model: Model,
+    n: int | None = None,
+    *,
+    ratio: float | None = None,
+    stats: str | os.PathLike[str] | Stats | None = None,
+    by: str = "reap",
+    group_size: int = GROUP_SIZE,
+    weights_only: bool = False,
+    mtp: str = "keep",
+    memory: int | str = MEMORY,
+    threads: int = 0,
+    io: str = "auto",
+    progress: Progress | None = None,
+) -> Groups:
     """Groups of experts, n of them in each layer, each to become one expert; the others of a group are aligned to its
     centroid neuron by neuron.
 
@@ -84,24 +95,36 @@ def group(model: Model, n: int | None = None, *, ratio: float | None = None, sta
     finally:
         for source in work.sources:
             source.close()
-    notes = [f"{', '.join(f'blk.{i}' for i in blind)} (MTP): from the weights alone, as calibration does not run MTP blocks"
-             ] if blind and not weights_only else []
+    notes = (
+        [
+            f"{', '.join(f'blk.{i}' for i in blind)} (MTP): from the weights alone, as calibration does not run MTP blocks"
+        ]
+        if blind and not weights_only
+        else []
+    )
     return Groups(groups, name, notes)
 
 
 def _known(model: Model, found: Layout, stats: Any, by: str) -> dict[int, stats_file.LayerStats]:
     if stats is None:
-        raise BadPlan("merging needs statistics (stats=, --stats) of calibrate with merge_stats", object="stats",
-                      hint="or weights_only=True (--weights-only)")
+        raise BadPlan(
+            "merging needs statistics (stats=, --stats) of calibrate with merge_stats",
+            object="stats",
+            hint="or weights_only=True (--weights-only)",
+        )
     if not isinstance(stats, Stats):
         stats = stats_file.open(stats)
     metrics.check_stats(stats, model, found)
     if by not in metrics.FROM_STATS:
-        raise BadPlan("not a metric of statistics", object="by", found=repr(by)[:80],
-                      expected=", ".join(metrics.FROM_STATS))
+        raise BadPlan(
+            "not a metric of statistics", object="by", found=repr(by)[:80], expected=", ".join(metrics.FROM_STATS)
+        )
     if any(s.gated_sum is None for s in stats.layers.values()):
-        raise BadPlan("the statistics lack what merging needs", object="stats",
-                      hint="calibrate with merge_stats=True (--merge-stats)")
+        raise BadPlan(
+            "the statistics lack what merging needs",
+            object="stats",
+            hint="calibrate with merge_stats=True (--merge-stats)",
+        )
     return stats.layers
 
 
@@ -117,7 +140,9 @@ def _assignment() -> Callable[..., Any]:
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise Unsupported("merging experts needs scipy", found=error, hint="pip install 'pygguf-surgery[merge]'") from None
+        raise Unsupported(
+            "merging experts needs scipy", found=error, hint="pip install 'pygguf-surgery[merge]'"
+        ) from None
     return linear_sum_assignment
 
 
@@ -141,17 +166,22 @@ def _similarity(stats: stats_file.LayerStats) -> NDArray[np.float64]:
     return ((outputs + 1) / 2 + 1 - distance / (distance.max() or 1)) / 2
 
 
-def assign(saliency: NDArray[np.float64], centroids: Sequence[int], similarity: NDArray[np.float64],
-           group_size: int) -> list[list[int]]:
+def assign(
+    saliency: NDArray[np.float64], centroids: Sequence[int], similarity: NDArray[np.float64], group_size: int
+) -> list[list[int]]:
     """Members of the group of each centroid, itself first; centroids ascending. Each expert is in one group."""
     groups = {c: [c] for c in centroids}
     left = [e for e in range(len(saliency)) if e not in groups]
     if len(left) > len(groups) * (group_size - 1):
-        raise BadPlan("the groups are too small for all experts", object="group_size", found=group_size,
-                      expected=f"at least {-(-len(saliency) // len(groups))}")
+        raise BadPlan(
+            "the groups are too small for all experts",
+            object="group_size",
+            found=group_size,
+            expected=f"at least {-(-len(saliency) // len(groups))}",
+        )
     for c in sorted(groups, key=lambda e: (-saliency[e], e)):
         left.sort(key=lambda e: (-similarity[c, e], e))
-        taken, left = left[:group_size - 1], left[group_size - 1:]
+        taken, left = left[: group_size - 1], left[group_size - 1 :]
         groups[c] += sorted(taken)
     return [groups[c] for c in sorted(groups)]
 
@@ -162,8 +192,9 @@ class _Experts:
 
     def __init__(self, model: Model, sources: Sequence[Source], layer: int):
         self._sources = sources
-        tensors = {part: model.tensors.get(f"blk.{layer}.ffn_{part}_exps.weight")
-                   for part in ("gate", "up", "gate_up", "down")}
+        tensors = {
+            part: model.tensors.get(f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up", "gate_up", "down")
+        }
         down = tensors["down"]
         self.count, self.width, self.neurons = down.shape
         # tensor, whether transposed, first row and number of rows of a slice
@@ -171,12 +202,18 @@ class _Experts:
         if tensors["gate_up"] is not None:
             self.parts += [(tensors["gate_up"], False, first, self.neurons) for first in (0, self.neurons)]
         else:
-            self.parts += [(tensors[part], False, 0, self.neurons) for part in ("gate", "up") if tensors[part] is not None]
+            self.parts += [
+                (tensors[part], False, 0, self.neurons) for part in ("gate", "up") if tensors[part] is not None
+            ]
         for tensor, transposed, _, _ in self.parts:
             expected = (self.width, self.neurons) if transposed else (tensor.shape[1], self.width)
             if tensor.shape != (self.count, *expected):
-                raise BadPlan("expert matrices that do not fit each other", object=tensor.name,
-                              found=list(tensor.shape), expected=[self.count, *expected])
+                raise BadPlan(
+                    "expert matrices that do not fit each other",
+                    object=tensor.name,
+                    found=list(tensor.shape),
+                    expected=[self.count, *expected],
+                )
 
     def read(self, part: int, expert: int) -> NDArray[np.float32]:
         tensor, transposed, first, rows = self.parts[part]
@@ -198,8 +235,12 @@ class _Work:
 
     def _map(self, function: Callable[[Any], Any], items: Sequence[Any], each: int) -> list[Any]:
         if each > self._memory:
-            raise BadPlan("two experts and the costs of matching them do not fit", object="memory",
-                          found=human(self._memory), expected=f"at least {human(each)}")
+            raise BadPlan(
+                "two experts and the costs of matching them do not fit",
+                object="memory",
+                found=human(self._memory),
+                expected=f"at least {human(each)}",
+            )
         workers = max(1, min(self._threads, self._memory // each))
         out = []
         with ThreadPoolExecutor(workers) as pool:
@@ -214,8 +255,9 @@ class _Work:
                 raise
         return out
 
-    def align(self, experts: _Experts, members: Sequence[Sequence[int]], saliency: NDArray[np.float64]
-              ) -> tuple[Group, ...]:
+    def align(
+        self, experts: _Experts, members: Sequence[Sequence[int]], saliency: NDArray[np.float64]
+    ) -> tuple[Group, ...]:
         # A matrix of either, the one that was read, and the costs: float32, as float64, and a copy that scipy makes.
         each = 4 * experts.neurons * (3 * experts.width + 5 * experts.neurons)
         pairs = [(group[0], member) for group in members for member in group[1:]]
@@ -223,8 +265,9 @@ class _Work:
         groups = []
         for group in members:
             shares = saliency[list(group)] / saliency[list(group)].sum()
-            groups.append(Group(tuple(group), tuple(shares.tolist()),
-                                (b"", *(orders[group[0], member] for member in group[1:]))))
+            groups.append(
+                Group(tuple(group), tuple(shares.tolist()), (b"", *(orders[group[0], member] for member in group[1:])))
+            )
         return tuple(groups)
 
     def blind_similarity(self, experts: _Experts) -> NDArray[np.float64]:
@@ -236,7 +279,11 @@ class _Work:
 
         def outputs(expert: int) -> NDArray[np.float32]:
             hidden = [probes @ experts.read(part, expert).T for part in range(1, len(experts.parts))]
-            act = hidden[0] / (1 + np.exp(-hidden[0])) * hidden[1] if len(hidden) > 1 else np.square(np.maximum(hidden[0], 0))
+            act = (
+                hidden[0] / (1 + np.exp(-hidden[0])) * hidden[1]
+                if len(hidden) > 1
+                else np.square(np.maximum(hidden[0], 0))
+            )
             given = (act @ experts.read(0, expert)).ravel()
             return given / (np.linalg.norm(given) or 1)
 
@@ -263,7 +310,9 @@ def match(experts: _Experts, centroid: int, member: int) -> bytes:
     scale = np.sqrt(np.outer(*squares))
     cosine = np.divide(products, scale, out=np.zeros_like(scale), where=scale > 0)
     if not np.isfinite(cosine).all():
-        raise BadPlan("weights that are not finite", object=experts.parts[0][0].name, found=f"expert {centroid} or {member}")
+        raise BadPlan(
+            "weights that are not finite", object=experts.parts[0][0].name, found=f"expert {centroid} or {member}"
+        )
     np.clip(2 - 2 * cosine, 0, None, out=cosine)
     _, order = _assignment()(np.sqrt(cosine, out=cosine))
     return order.astype("<u2").tobytes()

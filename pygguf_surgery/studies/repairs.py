@@ -37,8 +37,8 @@ MEMORY_DEFAULT = "4GiB"  # of tokens and weights; as the command line says
 # One sweep over the experts with each, from a strong pull to the old weights to a weak one; relative to the mean of the
 # Gram matrices' diagonals. It ends where the tokens that were held back are predicted worse.
 RIDGES = (1e-1, 1e-2, 1e-2, 1e-3, 1e-3, 1e-3)
-HELD_BACK = 10        # one in so many windows decides which sweep was the best
-_DROPPED = -1e30      # router logit of an expert that the cut has not
+HELD_BACK = 10  # one in so many windows decides which sweep was the best
+_DROPPED = -1e30  # router logit of an expert that the cut has not
 
 
 class _Replay(Taps):
@@ -47,8 +47,12 @@ class _Replay(Taps):
     every layer sees the inputs that it had before the cut."""
 
     def __init__(self, architecture: str, layers: Sequence[int], experts: int, kept: Mapping[int, Sequence[int]]):
-        super().__init__(architecture, layers, ("logits", "probs_biased", "ids", "gates", "hidden", "sum"),
-                         optional=("probs_biased",))
+        super().__init__(
+            architecture,
+            layers,
+            ("logits", "probs_biased", "ids", "gates", "hidden", "sum"),
+            optional=("probs_biased",),
+        )
         self._dropped = {layer: sorted(set(range(experts)) - set(ids)) for layer, ids in kept.items()}
         self.masked: dict[int, Samples] = {}
         self._recorded: dict[int, list[NDArray[np.float32]]] = {}
@@ -90,8 +94,16 @@ class Samples:
     """The tokens of one layer. ids [T, used]: places in `kept`; inputs [T, used, F]: g h, what the down projection is
     multiplied with; outputs [T, width]: what the layer gave before the cut."""
 
-    def __init__(self, tokens: int, kept: Sequence[int], experts: int, *, gate_in_input: bool,
-                 scales: NDArray[np.float32] | None, biases: NDArray[np.float32] | None):
+    def __init__(
+        self,
+        tokens: int,
+        kept: Sequence[int],
+        experts: int,
+        *,
+        gate_in_input: bool,
+        scales: NDArray[np.float32] | None,
+        biases: NDArray[np.float32] | None,
+    ):
         import numpy as np
 
         self.tokens, self.done = tokens, 0
@@ -100,8 +112,13 @@ class Samples:
         self._gate_in_input, self._scales, self._biases = gate_in_input, scales, biases
         self.ids = self.inputs = self.outputs = np.empty(0)
 
-    def add(self, ids: NDArray[np.int32], gates: NDArray[np.float32], hidden: NDArray[np.float32],
-            output: NDArray[np.float32]) -> None:
+    def add(
+        self,
+        ids: NDArray[np.int32],
+        gates: NDArray[np.float32],
+        hidden: NDArray[np.float32],
+        output: NDArray[np.float32],
+    ) -> None:
         import numpy as np
 
         used = ids.shape[-1]
@@ -137,11 +154,11 @@ def fit(old: NDArray[np.float32], samples: Samples, held_back: int) -> tuple[NDA
     import numpy as np
 
     n, _, features = old.shape
-    inputs, rest = samples.inputs[:samples.done], samples.outputs[:samples.done].copy()
+    inputs, rest = samples.inputs[: samples.done], samples.outputs[: samples.done].copy()
     train = len(rest) - held_back
     start = old.transpose(0, 2, 1)  # [n, F, width]
     weights = start.copy()
-    where = [np.nonzero(samples.ids[:samples.done] == e) for e in range(n)]
+    where = [np.nonzero(samples.ids[: samples.done] == e) for e in range(n)]
     total = float(np.square(rest[train:], dtype=np.float64).sum()) or 1.0
     scale = sum(float(np.square(inputs[t[t < train], u[t < train]]).sum(dtype=np.float64)) for t, u in where)
     for e, (t, u) in enumerate(where):
@@ -173,10 +190,22 @@ def fit(old: NDArray[np.float32], samples: Samples, held_back: int) -> tuple[NDA
     return chosen.transpose(0, 2, 1), (before, best)
 
 
-def repair(model: Model, keep: Keep | Mapping[int, Sequence[int]], texts: Sequence[TextLike], out: str | os.PathLike[str],
-           *, run: str | os.PathLike[str] | None = None, n_ctx: int = 512, chunks: int | None = None,
-           parse_special: bool = False, memory: int | str = MEMORY_DEFAULT, threads: int = 0, gpu_layers: int = 0,
-           overwrite: bool = False, progress: Progress | None = None) -> dict[int, tuple[float, float]]:
+def repair(
+    model: Model,
+    keep: Keep | Mapping[int, Sequence[int]],
+    texts: Sequence[TextLike],
+    out: str | os.PathLike[str],
+    *,
+    run: str | os.PathLike[str] | None = None,
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    parse_special: bool = False,
+    memory: int | str = MEMORY_DEFAULT,
+    threads: int = 0,
+    gpu_layers: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[int, tuple[float, float]]:
     """Computes new down projections for the experts that `keep` names and writes them to a GGUF file, which
     Plan.keep_experts(keep, repair=out) takes. Returns {layer: (error before, error after)}, the squared error of the
     layer's output as a share of its squares, on tokens that were held back.
@@ -205,8 +234,13 @@ def repair(model: Model, keep: Keep | Mapping[int, Sequence[int]], texts: Sequen
     if run is not None:
         _check_twin(model, run, found.experts, layers)
     replay = _Replay(model.architecture, layers, found.experts, {layer: kept[layer] for layer in layers})
-    with Session(os.fsdecode(run) if run is not None else model.path, n_ctx=n_ctx, threads=threads,
-                 gpu_layers=gpu_layers, watch=replay) as session:
+    with Session(
+        os.fsdecode(run) if run is not None else model.path,
+        n_ctx=n_ctx,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        watch=replay,
+    ) as session:
         windows = windows_of(session, texts, chunks, parse_special)
         replay.learn(session, windows[0].tokens[0])
         work = _Work(model, session, replay, windows, kept, layers, budget, progress)
@@ -219,8 +253,11 @@ def _check_twin(model: Model, path: str | os.PathLike[str], experts: int, layers
 
     with open(path) as other:
         found, others = moe_layout(other)
-        for what, a, b in (("architecture", other.architecture, model.architecture), ("experts", found.experts, experts),
-                           ("layers", others, list(layers))):
+        for what, a, b in (
+            ("architecture", other.architecture, model.architecture),
+            ("experts", found.experts, experts),
+            ("layers", others, list(layers)),
+        ):
             if a != b:
                 raise BadPlan("not the same model", path=other.path, object=what, found=a, expected=b)
 
@@ -229,8 +266,17 @@ class _Work:
     """The passes over the text, each for as many layers as fit the memory. Layers are solved when the file that is being
     written comes to them, so that no more than those are held."""
 
-    def __init__(self, model: Model, session: Session, replay: _Replay, windows: Sequence[Windows],
-                 kept: Mapping[int, tuple[int, ...]], layers: Sequence[int], budget: int, progress: Progress | None):
+    def __init__(
+        self,
+        model: Model,
+        session: Session,
+        replay: _Replay,
+        windows: Sequence[Windows],
+        kept: Mapping[int, tuple[int, ...]],
+        layers: Sequence[int],
+        budget: int,
+        progress: Progress | None,
+    ):
         self.model, self.session, self.replay, self.windows = model, session, replay, windows
         self.kept, self.layers, self.progress = kept, list(layers), progress
         self.tokens = sum(w.tokens.size for w in windows)
@@ -250,9 +296,13 @@ class _Work:
         samples = self.tokens * 4 * (used * (features + 1) + width)
         working = 4 * self.tokens * width + 3 * 4 * len(self.kept[self.layers[0]]) * features * width
         if samples + working > budget:
-            raise BadPlan("the tokens of one layer do not fit", object="memory", found=human(budget),
-                          expected=f"at least {human(samples + working)} for {self.tokens} tokens",
-                          hint="or fewer windows (chunks=, --chunks)")
+            raise BadPlan(
+                "the tokens of one layer do not fit",
+                object="memory",
+                found=human(budget),
+                expected=f"at least {human(samples + working)} for {self.tokens} tokens",
+                hint="or fewer windows (chunks=, --chunks)",
+            )
         return (budget - working) // samples
 
     def pass_over(self, layers: Sequence[int]) -> None:
@@ -262,9 +312,16 @@ class _Work:
 
         experts = self.down(layers[0]).shape[0]
         self._ready = self.replay.masked = {
-            layer: Samples(self.tokens, self.kept[layer], experts,
-                           gate_in_input=self.model.architecture in GATE_IN_INPUT, scales=extra(layer, "scale"),
-                           biases=extra(layer, "bias")) for layer in layers}
+            layer: Samples(
+                self.tokens,
+                self.kept[layer],
+                experts,
+                gate_in_input=self.model.architecture in GATE_IN_INPUT,
+                scales=extra(layer, "scale"),
+                biases=extra(layer, "bias"),
+            )
+            for layer in layers
+        }
         passes = -(-len(self.layers) // self._step)
         total = passes * sum(len(w.tokens) for w in self.windows)
         for window in self.order:
@@ -278,8 +335,12 @@ class _Work:
         many tokens are held back."""
         every = [window for part in self.windows for window in part.tokens]
         if len(every) < HELD_BACK:
-            raise BadPlan("the text is too short for a repair", object="texts", found=f"{len(every)} windows",
-                          expected=f"at least {HELD_BACK}, and better thousands")
+            raise BadPlan(
+                "the text is too short for a repair",
+                object="texts",
+                found=f"{len(every)} windows",
+                expected=f"at least {HELD_BACK}, and better thousands",
+            )
         back = range(HELD_BACK // 2, len(every), HELD_BACK)
         order = [w for i, w in enumerate(every) if i not in back] + [every[i] for i in back]
         return order, len(back) * self.session.n_ctx
@@ -289,7 +350,7 @@ class _Work:
 
         if layer not in self._ready:
             first = self.layers.index(layer)
-            self.pass_over(self.layers[first:first + self._step])
+            self.pass_over(self.layers[first : first + self._step])
         samples = self._ready.pop(layer)
         old = self.down(layer).dequantize(experts=list(self.kept[layer]))
         new, self.errors[layer] = fit(old, samples, self.held_back)
@@ -301,21 +362,30 @@ class _Work:
 
         model, texts = self.model, [w.text for w in self.windows]
         metadata = {
-            "general.type": Value("expert_repair", "str"), PREFIX + "format": Value(FORMAT, "u32"),
+            "general.type": Value("expert_repair", "str"),
+            PREFIX + "format": Value(FORMAT, "u32"),
             PREFIX + "model.header_sha256": Value(model.header_sha256, "str"),
             PREFIX + "metric": Value(str(getattr(keep, "metric", "given")), "str"),
             PREFIX + "text.sha256": Value([t.sha256 for t in texts], "str[]"),
-            PREFIX + "tokens": Value(self.tokens, "u64"), PREFIX + "n_ctx": Value(self.session.n_ctx, "u32"),
+            PREFIX + "tokens": Value(self.tokens, "u64"),
+            PREFIX + "n_ctx": Value(self.session.n_ctx, "u32"),
             PREFIX + "parse_special": Value(parse_special, "bool"),
             PREFIX + "layers": Value(list(self.kept), "u32[]"),
-            **{f"{PREFIX}{layer}.kept": Value(list(ids), "u32[]") for layer, ids in self.kept.items()}}
+            **{f"{PREFIX}{layer}.kept": Value(list(ids), "u32[]") for layer, ids in self.kept.items()},
+        }
         tensors: dict[str, Any] = {}
         for layer in self.layers:
             tensor = self.down(layer)
             type = tensor.type if tensor.type in ("F32", "F16", "BF16") else "F32"
-            tensors[tensor.name] = (lambda layer=layer, type=type: self.solve(layer, type), type,
-                                    (len(self.kept[layer]), *tensor.shape[1:]))
+            tensors[tensor.name] = (
+                lambda layer=layer, type=type: self.solve(layer, type),
+                type,
+                (len(self.kept[layer]), *tensor.shape[1:]),
+            )
         # Last, so that all layers are solved when it is asked for.
-        tensors["errors"] = (lambda: [np.array([self.errors[layer] for layer in self.layers])], "F64",
-                             (len(self.layers), 2))
+        tensors["errors"] = (
+            lambda: [np.array([self.errors[layer] for layer in self.layers])],
+            "F64",
+            (len(self.layers), 2),
+        )
         write_gguf(path, metadata, tensors, overwrite=overwrite)

@@ -25,10 +25,18 @@ if TYPE_CHECKING:
     from ..files.model import Model
 
 
-def rank(model: Model, by: str | os.PathLike[str] | Mapping[str, Any] = "router-norm", *,
-         stats: str | os.PathLike[str] | Stats | None = None, imatrix: str | os.PathLike[str] | Imatrix | None = None,
-         mtp: str = "keep", memory: int | str = MEMORY, threads: int = 0, io: str = "auto",
-         progress: Progress | None = None) -> Ranking:
+def rank(
+    model: Model,
+    by: str | os.PathLike[str] | Mapping[str, Any] = "router-norm",
+    *,
+    stats: str | os.PathLike[str] | Stats | None = None,
+    imatrix: str | os.PathLike[str] | Imatrix | None = None,
+    mtp: str = "keep",
+    memory: int | str = MEMORY,
+    threads: int = 0,
+    io: str = "auto",
+    progress: Progress | None = None,
+) -> Ranking:
     """Scores every expert of every MoE block, MTP blocks included unless mtp="drop".
 
     by: one of `metrics.METRICS`, below, with the sums over the tokens t routed to expert e, g its gate and f its output
@@ -58,8 +66,9 @@ def rank(model: Model, by: str | os.PathLike[str] | Mapping[str, Any] = "router-
     for name, tensor in model.tensors.items():
         if error := check_shape(name, tensor.shape, found):
             raise error
-    tables = tuple(sorted({layer_of(name) for name in model.tensors
-                           if (rule := expert_rule(name)) and rule.axis == "values"}))
+    tables = tuple(
+        sorted({layer_of(name) for name in model.tensors if (rule := expert_rule(name)) and rule.axis == "values"})
+    )
     if stats is not None:
         stats = stats if isinstance(stats, Stats) else stats_file.open(stats)
         metrics.check_stats(stats, model, found)
@@ -80,20 +89,30 @@ def rank(model: Model, by: str | os.PathLike[str] | Mapping[str, Any] = "router-
             seen = Seen({layer: ids for layer, ids in unseen.items() if ids}, None, tuple(notes))
         used = most_used(model.architecture, model.metadata.get)
         return _with_stats(Ranking(by, found, scores=scores, tables=tables, seen=seen, used=used), stats)
-    if isinstance(by, os.PathLike) or isinstance(by, str) and (
-            by.endswith(".json") or os.path.basename(by) != by or os.path.isfile(by)):
+    if (
+        isinstance(by, os.PathLike)
+        or isinstance(by, str)
+        and (by.endswith(".json") or os.path.basename(by) != by or os.path.isfile(by))
+    ):
         return _with_stats(from_file(os.fspath(by), found, tables), stats)
     near = difflib.get_close_matches(by, metrics.METRICS) if isinstance(by, str) else ()
-    raise BadPlan("unknown metric", object="by", found=repr(by)[:80],
-                  expected=f"{', '.join(metrics.METRICS)}, or a JSON file",
-                  hint=f"did you mean {near[0]}?" if near else None)
+    raise BadPlan(
+        "unknown metric",
+        object="by",
+        found=repr(by)[:80],
+        expected=f"{', '.join(metrics.METRICS)}, or a JSON file",
+        hint=f"did you mean {near[0]}?" if near else None,
+    )
 
 
 def _with_stats(ranking: Ranking, stats: Stats | None) -> Ranking:
     """What the statistics say beside the scores, whoever gave those."""
     if stats is not None:
-        ranking.seen = Seen({layer: tuple(ids) for layer, ids in stats.unseen().items()}, metrics.super_experts(stats),
-                            ranking.seen.notes)
+        ranking.seen = Seen(
+            {layer: tuple(ids) for layer, ids in stats.unseen().items()},
+            metrics.super_experts(stats),
+            ranking.seen.notes,
+        )
     return ranking
 
 

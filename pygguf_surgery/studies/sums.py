@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 # --- from the weights ----------------------------------------------------------------------------------------------
 
+
 class Reduce:
     """Streams tensors of one model through _core.reduce_rows, with one progress over all of them."""
 
-    def __init__(self, model: Model, found: Layout, *, memory: int | str, threads: int, io: str,
-                 progress: Progress | None):
+    def __init__(
+        self, model: Model, found: Layout, *, memory: int | str, threads: int, io: str, progress: Progress | None
+    ):
         self.model, self.layout = model, found
         self.options = {"memory": parse_memory(memory), "threads": parse_threads(threads), "io": io}
         self.progress = progress
@@ -44,17 +46,26 @@ class Reduce:
 
         first, experts = tensors[0], self.layout.experts
         rows = first.elements // first.ne[0]
-        job = Job(first.name, source_type=first.type_id, target_type=type_id("F32"),
-                        row_elements=first.ne[0], rows=rows * len(tensors), target_offset=0,
-                        runs=np.array([[t.source, t.offset, t.nbytes] for t in tensors], np.uint64))
+        job = Job(
+            first.name,
+            source_type=first.type_id,
+            target_type=type_id("F32"),
+            row_elements=first.ne[0],
+            rows=rows * len(tensors),
+            target_offset=0,
+            runs=np.array([[t.source, t.offset, t.nbytes] for t in tensors], np.uint64),
+        )
         base = self.done
         poll = None if self.progress is None else lambda done, _: self.progress(base + done, self.total)
-        sums = reduce_rows(self.model.sources, job, rows // experts, weights=columns,
-                                 progress=poll, **self.options)
+        sums = reduce_rows(self.model.sources, job, rows // experts, weights=columns, progress=poll, **self.options)
         self.done += first.nbytes * len(tensors)
         if not np.isfinite(sums).all():
             which, expert = divmod(int(np.flatnonzero(~np.isfinite(sums).all(axis=1))[0]), experts)
             tensor = tensors[which]
-            raise BadFile("weights that are not finite", path=self.model.paths[tensor.source], object=tensor.name,
-                          found=f"in expert {expert}")
+            raise BadFile(
+                "weights that are not finite",
+                path=self.model.paths[tensor.source],
+                object=tensor.name,
+                found=f"in expert {expert}",
+            )
         return sums.reshape(len(tensors), experts, 2)

@@ -56,41 +56,69 @@ def _demo(args: Namespace, folder: str) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         with pgs.open(output) as result:
-            data = {"before": _size(source), "after": _size(result), "seconds": seconds, "peak_memory_bytes": peak,
-                    "receipt": receipt.to_json(), **compare(source, result)}
+            data = {
+                "before": _size(source),
+                "after": _size(result),
+                "seconds": seconds,
+                "peak_memory_bytes": peak,
+                "receipt": receipt.to_json(),
+                **compare(source, result),
+            }
             say(_summary(source, result, type, by))
     say(_roles(data["roles"]))
-    say(f"cut and quantized in {seconds:.2f} s with {human(receipt.buffer_bytes)} of buffers; "
-        f"peak memory of the whole process {human(peak)}")
+    say(
+        f"cut and quantized in {seconds:.2f} s with {human(receipt.buffer_bytes)} of buffers; "
+        f"peak memory of the whole process {human(peak)}"
+    )
     if args.folder:
         say(f"kept in {folder}")
     return data
 
 
 def _size(model) -> dict[str, Any]:
-    return {"file_bytes": model.file_bytes, "parameters": parameters(model), "bits_per_weight": bits_per_weight(model),
-            "experts": experts(model)["count"]}
+    return {
+        "file_bytes": model.file_bytes,
+        "parameters": parameters(model),
+        "bits_per_weight": bits_per_weight(model),
+        "experts": experts(model)["count"],
+    }
 
 
 def _summary(source, result, type: str, by: str) -> str:
     def line(word, model, note):
         s = _size(model)
         layers = len(experts(model)["layers"])
-        return (word, human(s["file_bytes"]), f"{magnitude(s['parameters'])} parameters",
-                f"{s['bits_per_weight']:.2f} bits per weight", f"{s['experts']} experts x {layers} layers", note)
+        return (
+            word,
+            human(s["file_bytes"]),
+            f"{magnitude(s['parameters'])} parameters",
+            f"{s['bits_per_weight']:.2f} bits per weight",
+            f"{s['experts']} experts x {layers} layers",
+            note,
+        )
 
     before, after = source.file_bytes, result.file_bytes
     rows = [line("before", source, ""), line("after", result, f"{type}, experts by {by}")]
-    return (f"\n{table(rows, left=6)}\n"
-            f"ratio   {before / after:.2f} times smaller: {100 * after / before:.1f} % of the bytes are left\n")
+    return (
+        f"\n{table(rows, left=6)}\n"
+        f"ratio   {before / after:.2f} times smaller: {100 * after / before:.1f} % of the bytes are left\n"
+    )
 
 
 def _roles(roles: list[dict[str, Any]]) -> str:
     rows = [("role", "types", "tensors", "before", "after", "cosine", "SNR dB", "relative error")]
     for r in roles:
         before, after = "+".join(r["source_types"]), "+".join(r["types"])
-        rows.append((r["role"].replace("_", " "), before if before == after else f"{before} -> {after}",
-                     str(r["tensors"]), human(r["source_nbytes"]), human(r["nbytes"]), decimals(r["cosine"], 6),
-                     "equal" if r["relative_error"] == 0 else decimals(r["snr_db"], 1),
-                     decimals(r["relative_error"], 4)))
+        rows.append(
+            (
+                r["role"].replace("_", " "),
+                before if before == after else f"{before} -> {after}",
+                str(r["tensors"]),
+                human(r["source_nbytes"]),
+                human(r["nbytes"]),
+                decimals(r["cosine"], 6),
+                "equal" if r["relative_error"] == 0 else decimals(r["snr_db"], 1),
+                decimals(r["relative_error"], 4),
+            )
+        )
     return table(rows, left=2) + "\n"

@@ -23,11 +23,11 @@ class DemoShape:
     embedding: int = 256
     experts: int = 64
     used: int = 8
-    feed_forward: int = 256     # of an expert, and of the shared one
+    feed_forward: int = 256  # of an expert, and of the shared one
     heads: int = 4
     heads_kv: int = 2
     head: int = 64
-    state: int = 64             # SSM head size
+    state: int = 64  # SSM head size
     key_heads: int = 2
     value_heads: int = 4
     vocabulary: int = 512
@@ -38,8 +38,10 @@ def write_demo_model(path, *, seed: int = 0, shape: DemoShape = DemoShape(), ove
 
     Router rows have lognormal norms (sigma 0.6): as in trained models a few experts are far more likely than the rest.
     """
-    tensors = {name: (_data(seed, number, dims, kind), "BF16" if kind == "matrix" else "F32", dims)
-               for number, (name, dims, kind) in enumerate(_tensors(shape))}
+    tensors = {
+        name: (_data(seed, number, dims, kind), "BF16" if kind == "matrix" else "F32", dims)
+        for number, (name, dims, kind) in enumerate(_tensors(shape))
+    }
     write_gguf(path, _metadata(shape), tensors, overwrite=overwrite)
 
 
@@ -104,13 +106,25 @@ def _data(seed: int, number: int, dims: tuple[int, ...], kind: str):
 def _metadata(s: DemoShape) -> dict[str, Value]:
     tokens = _vocabulary(s.vocabulary)
     u32 = {
-        "block_count": s.layers, "context_length": 4096, "embedding_length": s.embedding,
-        "feed_forward_length": 4 * s.feed_forward, "attention.head_count": s.heads,
-        "attention.head_count_kv": s.heads_kv, "attention.key_length": s.head, "attention.value_length": s.head,
-        "rope.dimension_count": s.head // 4, "expert_count": s.experts, "expert_used_count": s.used,
-        "expert_feed_forward_length": s.feed_forward, "expert_shared_feed_forward_length": s.feed_forward,
-        "ssm.conv_kernel": 4, "ssm.inner_size": s.state * s.value_heads, "ssm.state_size": s.state,
-        "ssm.time_step_rank": s.value_heads, "ssm.group_count": s.key_heads, "full_attention_interval": 4,
+        "block_count": s.layers,
+        "context_length": 4096,
+        "embedding_length": s.embedding,
+        "feed_forward_length": 4 * s.feed_forward,
+        "attention.head_count": s.heads,
+        "attention.head_count_kv": s.heads_kv,
+        "attention.key_length": s.head,
+        "attention.value_length": s.head,
+        "rope.dimension_count": s.head // 4,
+        "expert_count": s.experts,
+        "expert_used_count": s.used,
+        "expert_feed_forward_length": s.feed_forward,
+        "expert_shared_feed_forward_length": s.feed_forward,
+        "ssm.conv_kernel": 4,
+        "ssm.inner_size": s.state * s.value_heads,
+        "ssm.state_size": s.state,
+        "ssm.time_step_rank": s.value_heads,
+        "ssm.group_count": s.key_heads,
+        "full_attention_interval": 4,
     }
     return {
         "general.architecture": Value("qwen3next", "str"),

@@ -13,6 +13,7 @@ from ...base.units import human
 from ...base.words import magnitude, table
 from .. import words
 
+# fmt: off
 # Options as in options.OPTIONS; command -> (help, positional arguments, options) as in options.COMMANDS.
 OPTIONS = {
     "--by": dict(metavar="FILE", required=True, help='the experts to keep: a JSON file {"kept": {"0": [ids]}}, or the '
@@ -23,6 +24,8 @@ OPTIONS = {
     "--json": dict(action="store_true", help="print the machine form"),
     "--full": dict(action="store_true", help="with --json: arrays of over 32 elements in full"),
 }
+# fmt: on
+# fmt: off
 COMMANDS = {
     "show": ("what an importance matrix has seen", ("IMATRIX",), ("--json", "--full")),
     "merge": ("add importance matrices of one model", ("OUT", "IMATRIX..."), ("--chunk-size", "--force")),
@@ -31,12 +34,15 @@ COMMANDS = {
     "convert": ("change the older .dat format to GGUF, or back if OUT ends in .dat", ("IMATRIX", "OUT"),
                 ("--chunk-size", "--force")),
 }
+# fmt: on
+# fmt: off
 # metavar -> (dest, help, nargs)
 POSITIONALS = {
     "IMATRIX": ("input", "an importance matrix of llama-imatrix, GGUF or .dat", None),
     "IMATRIX...": ("inputs", "importance matrices of llama-imatrix, GGUF or .dat", "+"),
     "OUT": ("output", "the importance matrix to write", None),
 }
+# fmt: on
 
 _KEPT = re.compile(r"pgs\.experts\.([0-9]{1,9})\.kept")
 _SHOWN = 16  # ids of experts in a line
@@ -97,14 +103,21 @@ def read_kept(path: str) -> dict[int, list[int]]:
         with open_model(path, metadata_only=True) as model:
             # The imatrix has the layers of the model that was cut, which may have lost some too.
             layers = _whole(path, "pgs.layers.kept", model.metadata.get("pgs.layers.kept", range(MAX_LAYERS)))
-            kept = {layers[int(match[1])]: _whole(path, key, model.metadata[key]) for key in model.metadata
-                    if (match := _KEPT.fullmatch(key)) and int(match[1]) < len(layers)}
+            kept = {
+                layers[int(match[1])]: _whole(path, key, model.metadata[key])
+                for key in model.metadata
+                if (match := _KEPT.fullmatch(key)) and int(match[1]) < len(layers)
+            }
             if any(re.fullmatch(r"pgs\.experts\.[0-9]+\.merged", key) for key in model.metadata):
-                raise BadPlan("the model's experts were merged: how their neurons were matched is not in the file",
-                              path=path, hint="quantize with the importance matrix in the run that merges")
+                raise BadPlan(
+                    "the model's experts were merged: how their neurons were matched is not in the file",
+                    path=path,
+                    hint="quantize with the importance matrix in the run that merges",
+                )
         if not kept:
-            raise BadPlan("this model does not say which experts it kept", path=path,
-                          expected="keys pgs.experts.N.kept")
+            raise BadPlan(
+                "this model does not say which experts it kept", path=path, expected="keys pgs.experts.N.kept"
+            )
         return kept
     form = '{"kept": {"0": [ids]}}'
     try:
@@ -145,10 +158,12 @@ def _describe(data: dict[str, Any], nbytes: int) -> str:
     if data["chunk_size"]:
         chunks += f" of {data['chunk_size']} tokens"
     values = sum(entry["size"] for entry in data["entries"])
-    rows = [("file", f"{os.path.basename(data['path'])}, {data['format']}, {human(nbytes)}"),
-            ("made from", ", ".join(data["datasets"]) or "(not said)"),
-            ("text", chunks),
-            ("entries", f"{len(data['entries'])} tensors, {magnitude(values)} values")]
+    rows = [
+        ("file", f"{os.path.basename(data['path'])}, {data['format']}, {human(nbytes)}"),
+        ("made from", ", ".join(data["datasets"]) or "(not said)"),
+        ("text", chunks),
+        ("entries", f"{len(data['entries'])} tensors, {magnitude(values)} values"),
+    ]
     never = [entry["name"] for entry in data["entries"] if entry["most"] == 0]
     if never:
         rows.append(("never seen", f"{len(never)} tensors: {_list(never)}"))
@@ -156,8 +171,16 @@ def _describe(data: dict[str, Any], nbytes: int) -> str:
     if data["layers"]:
         lines = [("layer", "experts seen", "least", "median", "most", "never seen")]
         for layer in data["layers"]:
-            lines.append((str(layer["layer"]), f"{layer['seen']} of {layer['experts']}", magnitude(layer["least"]),
-                          magnitude(sorted(layer["tokens"])[layer["experts"] // 2]), magnitude(layer["most"]), _list(layer["never"])))
+            lines.append(
+                (
+                    str(layer["layer"]),
+                    f"{layer['seen']} of {layer['experts']}",
+                    magnitude(layer["least"]),
+                    magnitude(sorted(layer["tokens"])[layer["experts"] // 2]),
+                    magnitude(layer["most"]),
+                    _list(layer["never"]),
+                )
+            )
         text += f"\n\ntokens of each expert:\n{table(lines, left=0)}"
     elif data["format"] == "legacy":
         text += "\n\nthis format has lost how often each expert was used"

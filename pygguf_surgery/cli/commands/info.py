@@ -46,7 +46,8 @@ def describe(model: Model) -> str:
     ]
     histogram = [("type", "tensors", "bytes", "share")] + [
         (name, str(t["tensors"]), human(t["nbytes"]), f"{100 * t['nbytes'] / max(1, model.file_bytes):.1f} %")
-        for name, t in types(model).items()]
+        for name, t in types(model).items()
+    ]
     metadata = [(key, short(model.metadata.value(key))) for key in model.metadata]
     return "\n\n".join(table(part, left) for part, left in ((rows, 2), (histogram, 1), (metadata, 2)) if part)
 

@@ -8,20 +8,26 @@ from argparse import Namespace
 from ...files.outputs import check_output
 from .. import words
 
+# fmt: off
 # As in cli/imatrix.py.
 OPTIONS = {
     "--force": dict(action="store_true", help="replace an existing output"),
     "--json": dict(action="store_true", help="print the machine form"),
 }
+# fmt: on
+# fmt: off
 COMMANDS = {
     "show": ("what calibration has seen", ("STATS",), ("--json",)),
     "merge": ("add statistics of one model over several texts", ("OUT", "STATS..."), ("--force",)),
 }
+# fmt: on
+# fmt: off
 POSITIONALS = {
     "STATS": ("input", "statistics of calibrate", None),
     "STATS...": ("inputs", "statistics of calibrate", "+"),
     "OUT": ("output", "the statistics to write", None),
 }
+# fmt: on
 
 
 def calibrate(args: Namespace) -> int:
@@ -35,9 +41,19 @@ def calibrate(args: Namespace) -> int:
     before = _identity(args.output)
     try:
         with progress("calibrating", quiet, "windows") as bar:
-            stats = run(path, texts, args.output, n_ctx=args.ctx, chunks=args.chunks, merge_stats=args.merge_stats,
-                        parse_special=args.parse_special, threads=args.threads, gpu_layers=args.gpu_layers,
-                        overwrite=args.force, progress=bar)
+            stats = run(
+                path,
+                texts,
+                args.output,
+                n_ctx=args.ctx,
+                chunks=args.chunks,
+                merge_stats=args.merge_stats,
+                parse_special=args.parse_special,
+                threads=args.threads,
+                gpu_layers=args.gpu_layers,
+                overwrite=args.force,
+                progress=bar,
+            )
     except KeyboardInterrupt:
         if _identity(args.output) in (None, before):
             raise
@@ -75,9 +91,21 @@ def repair(args: Namespace) -> int:
     with open_model(path) as model:
         keep = choose(model, args)
         with progress("repairing", args.quiet, "windows") as bar:
-            errors = run(model, keep, texts, args.output, run=args.run, n_ctx=args.ctx, chunks=args.chunks,
-                         parse_special=args.parse_special, memory=args.memory, threads=args.threads,
-                         gpu_layers=args.gpu_layers, overwrite=args.force, progress=bar)
+            errors = run(
+                model,
+                keep,
+                texts,
+                args.output,
+                run=args.run,
+                n_ctx=args.ctx,
+                chunks=args.chunks,
+                parse_special=args.parse_special,
+                memory=args.memory,
+                threads=args.threads,
+                gpu_layers=args.gpu_layers,
+                overwrite=args.force,
+                progress=bar,
+            )
     if args.json:
         words.print_json({"layers": {str(layer): {"before": a, "after": b} for layer, (a, b) in errors.items()}})
     elif not args.quiet:

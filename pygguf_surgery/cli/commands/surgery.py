@@ -15,12 +15,18 @@ if TYPE_CHECKING:
 
 
 READ_ALL = ("aimer", "imatrix-msan")  # metrics that read all weights of experts, or a third of them
-_EXCLUSIVE = (("keep", "ratio"), ("target_size", "target_bpw"), ("include_weights", "exclude_weights"),
-              ("split_max_size", "split_max_tensors"), ("keep_split", "split_max_size"),
-              ("keep_split", "split_max_tensors"))
+_EXCLUSIVE = (
+    ("keep", "ratio"),
+    ("target_size", "target_bpw"),
+    ("include_weights", "exclude_weights"),
+    ("split_max_size", "split_max_tensors"),
+    ("keep_split", "split_max_size"),
+    ("keep_split", "split_max_tensors"),
+)
 
 
 # --- commands that only read ---------------------------------------------------------------------------------------
+
 
 def info(args: Namespace) -> int:
     from ...files.open import open as open_model
@@ -81,6 +87,7 @@ def demo(args: Namespace) -> int:
 
 
 # --- commands that make a plan --------------------------------------------------------------------------------------
+
 
 def plan(args: Namespace) -> int:
     args.dry_run = True
@@ -276,19 +283,37 @@ def _merge_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
     if not args.dry_run:
         _refuse_early(model, plan, args)
     with progress("matching", args.quiet, "experts") as bar:
-        groups = group(model, args.keep, ratio=args.ratio, stats=args.stats, by=args.saliency,
-                       group_size=args.group_size, weights_only=args.weights_only, mtp=args.mtp,
-                       memory=args.memory, threads=args.threads, io=args.io, progress=bar)
+        groups = group(
+            model,
+            args.keep,
+            ratio=args.ratio,
+            stats=args.stats,
+            by=args.saliency,
+            group_size=args.group_size,
+            weights_only=args.weights_only,
+            mtp=args.mtp,
+            memory=args.memory,
+            threads=args.threads,
+            io=args.io,
+            progress=bar,
+        )
     if not quiet:
         words.explain(groups.summary())
     return plan.merge_experts(groups, mtp=args.mtp)
 
 
 # argparse's name -> the argument of Plan.quantize
-_TYPE_OPTIONS = {"pure": "pure", "output_tensor_type": "output_type", "token_embedding_type": "token_embedding_type",
-                 "leave_output_tensor": "leave_output", "allow_requantize": "allow_requantize", "imatrix": "imatrix",
-                 "include_weights": "include_weights", "exclude_weights": "exclude_weights",
-                 "quality": "quality"}
+_TYPE_OPTIONS = {
+    "pure": "pure",
+    "output_tensor_type": "output_type",
+    "token_embedding_type": "token_embedding_type",
+    "leave_output_tensor": "leave_output",
+    "allow_requantize": "allow_requantize",
+    "imatrix": "imatrix",
+    "include_weights": "include_weights",
+    "exclude_weights": "exclude_weights",
+    "quality": "quality",
+}
 
 
 def _add_types(plan: Plan, given: dict) -> Plan:
@@ -326,8 +351,11 @@ def _overrides_in(path: str) -> list[tuple[str, str]]:
 
 def _split_by(given: dict) -> dict:
     """The arguments of Plan.split that the options give; 0 is one of them, for Plan.split to refuse."""
-    by = {"max_size": given.get("split_max_size"), "max_tensors": given.get("split_max_tensors"),
-          "keep": given.get("keep_split") or None}
+    by = {
+        "max_size": given.get("split_max_size"),
+        "max_tensors": given.get("split_max_tensors"),
+        "keep": given.get("keep_split") or None,
+    }
     return {name: value for name, value in by.items() if value is not None}
 
 
@@ -344,12 +372,18 @@ def _fit(plan: Plan, args: Namespace) -> Plan:
         raise Usage("--target-size and --target-bpw go with a type, which names the family")
     before = next(edit for edit in plan.data.edits if isinstance(edit, Quantize)).overrides
     with progress("measuring", vars(args).get("quiet", False), "tensors") as bar:
-        plan = plan.fit(size=args.target_size, bpw=args.target_bpw, memory=args.memory, threads=args.threads, io=args.io,
-                        progress=bar)
+        plan = plan.fit(
+            size=args.target_size,
+            bpw=args.target_bpw,
+            memory=args.memory,
+            threads=args.threads,
+            io=args.io,
+            progress=bar,
+        )
     after = next(edit for edit in plan.data.edits if isinstance(edit, Quantize)).overrides
     if not vars(args).get("quiet", False):
         words.say("types chosen; these options give them again:")
-        words.explain("\n".join(f"  --tensor-type '{pattern}={type}'" for pattern, type in after[len(before):]))
+        words.explain("\n".join(f"  --tensor-type '{pattern}={type}'" for pattern, type in after[len(before) :]))
     return plan
 
 
@@ -374,5 +408,7 @@ def _receipt(receipt) -> str:
     rate = receipt.bytes_read / receipt.seconds if receipt.seconds else 0
     done = ", ".join(f"{n} {action}" for action, n in sorted(receipt.actions.items()))
     shards = f" in {len(receipt.paths)} shards" if len(receipt.paths) > 1 else ""
-    return (f"{receipt.path}: {human(receipt.file_bytes)}{shards} in {receipt.seconds:.1f} s, "
-            f"reading {human(int(rate))}/s; tensors: {done}")
+    return (
+        f"{receipt.path}: {human(receipt.file_bytes)}{shards} in {receipt.seconds:.1f} s, "
+        f"reading {human(int(rate))}/s; tensors: {done}"
+    )
