@@ -13,7 +13,6 @@ from pygguf_surgery.recipes import mixes
 from pygguf_surgery.recipes.overrides import parse_overrides
 
 TYPES = {t["name"]: t for t in _core.types()}
-BLOCKS = {name: t["block"] for name, t in TYPES.items()}
 
 
 def tensor(name, *shape, type="F16"):
@@ -385,8 +384,8 @@ FALLBACK_TABLE = {  # the type: for a row of 96 (no multiple of 64 or 256), and 
 
 @pytest.mark.parametrize("type", [n for n, t in TYPES.items() if t["encodes"]])
 def test_fallback_table(type):
-    assert (mixes.fallback(type, 96, BLOCKS), mixes.fallback(type, 48, BLOCKS)) == FALLBACK_TABLE[type]
-    assert mixes.fallback(type, 256, BLOCKS) == type
+    assert (mixes.fallback(type, 96), mixes.fallback(type, 48)) == FALLBACK_TABLE[type]
+    assert mixes.fallback(type, 256) == type
 
 
 def test_fallbacks_are_named():

@@ -23,7 +23,6 @@ from pygguf_surgery.recipes import mixes
 pytestmark = pytest.mark.parity
 
 NUMBERS = {name: number for name, (number, _) in mixes.FILE_TYPES.items() if name not in mixes.ALIASES}
-BLOCKS = {t["name"]: t["block"] for t in _core.types()}
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +37,7 @@ def choose(file_type, facts, tensors, has_imatrix=False):
                                         has_imatrix=has_imatrix)
     if errors:
         raise errors[0]
-    return {name: mixes.fallback(type, tensors[name][-1], BLOCKS) for name, type in chosen.items()}
+    return {name: mixes.fallback(type, tensors[name][-1]) for name, type in chosen.items()}
 
 
 def assert_same_choice(llama, path, file_type, imatrix=None):

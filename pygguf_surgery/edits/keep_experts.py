@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .._core import Value
-from .._core import types as core_types
 from ..architecture.experts import (
     SIGMOID,
     SOFTMAX,
@@ -30,7 +29,7 @@ from ..files.lineage import DROPPED, claim_source, set_size_label
 from ..plan_data.edits import KeepExperts
 from ..plan_data.expressions import PAD, Copy, Expression, FromRepair, Merge, OutputTensor, Remap, Stack, Take
 from ..plan_data.outcome import Outcome
-from ..quant.types import type_facts
+from ..quant.types import tensor_type
 from .blocks import drop
 
 if TYPE_CHECKING:
@@ -248,7 +247,7 @@ def _cut(
             return replace(tensor, expression=_remap(tensor, ids, best_first, found.experts), notes=list(tensor.notes))
         if rule.axis == "groups":
             ids = tuple(i // found.chunk for i in ids[:: found.chunk])
-        if len(tensor.shape) == 1 and _block(tensor.source_type) != 1:
+        if len(tensor.shape) == 1 and tensor_type(tensor.source_type).block != 1:
             raise Unsupported("an expert is no whole block of this type", object=tensor.name, found=tensor.source_type)
         shape = (len(ids), *tensor.shape[1:])
         expression = _take(tensor, ids)
@@ -310,9 +309,9 @@ def _repaired(before: OutputTensor, after: OutputTensor, repair: Repair) -> Outp
             found=list(tensor.shape),
             expected=list(after.shape),
         )
-    facts = type_facts()[after.type]
+    facts = tensor_type(after.type)
     type, notes = after.type, list(after.notes)
-    if not facts["encodes"] or facts["needs_importance"]:  # a quantize() of the plan may still say otherwise
+    if not facts.encodes or facts.needs_importance:  # a quantize() of the plan may still say otherwise
         type = tensor.type
         notes.append(f"repaired, so {type}: {after.type} cannot be made without an importance matrix")
     expression = FromRepair(after.name, tuple(range(len(repair.kept[layer_of(after.name)]))), after.expression.indices)
@@ -334,10 +333,6 @@ def _remap(tensor: OutputTensor, ids: tuple[int, ...], best_first: tuple[int, ..
         case Remap(ref, first, _):
             return Remap(ref, tuple(-1 if i < 0 else table[i] for i in first), substitutes)
     raise Unsupported("expert ids that are not copied", object=tensor.name)
-
-
-def _block(type: str) -> int:
-    return next(facts["block"] for facts in core_types() if facts["name"] == type)
 
 
 # --- MTP blocks -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .._core import Value
-from .._core import types as _core_types
 from ..architecture.names import layer_of
 from ..base.errors import BadPlan, SurgeryError
 from ..base.words import tensors_text, with_others
@@ -18,6 +17,7 @@ from ..plan_data.edits import Quantize, UseImatrix
 from ..plan_data.expressions import OutputTensor, Stack
 from ..plan_data.outcome import Outcome
 from ..quant.arrays import parse_quality
+from ..quant.types import TYPES, tensor_type
 from ..recipes import importance, mixes
 from ..recipes.overrides import Overrides, parse_overrides, parse_type
 
@@ -68,7 +68,6 @@ def apply(
 ) -> Outcome:
     """Pure, but for the counts and values of the importance matrix. What cannot be done is in the outcome's blockers,
     never raised. file_order: llama-quantize's --keep-split visits the tensors as they lie in the shards."""
-    facts = {t["name"]: t for t in _core_types()}
     out = Outcome([], dict(metadata), [], [])
     try:
         file_type = mixes.file_type(edit.type, edit.pure)
@@ -89,10 +88,10 @@ def apply(
     requantized: list[OutputTensor] = []
     fallbacks: Counter[tuple[str, str]] = Counter()
     for tensor in tensors:
-        type, notes = _fitting(tensor, wanted[tensor.name], facts, fallbacks, out.blockers)
-        if type != tensor.source_type and facts[tensor.source_type]["quantized"]:
+        type, notes = _fitting(tensor, wanted[tensor.name], fallbacks, out.blockers)
+        if type != tensor.source_type and tensor_type(tensor.source_type).quantized:
             requantized.append(tensor)
-        best = edit.quality == "best" and type != tensor.source_type and facts[type]["has_best"]
+        best = edit.quality == "best" and type != tensor.source_type and tensor_type(type).has_best
         out.tensors.append(replace(tensor, type=type, notes=[*tensor.notes, *notes], best=best))
     if requantized and not edit.allow_requantize:
         out.blockers.append(
@@ -110,11 +109,11 @@ def apply(
             f"quality best: {tensors_text(count)} with less error than llama-quantize's bytes"
             if count
             else "quality best: no tensor gets a type that it is for ("
-            + ", ".join(name for name, t in facts.items() if t["has_best"])
+            + ", ".join(name for name, t in TYPES.items() if t.has_best)
             + ")"
         )
     if not unreadable:
-        _weigh(model, edit, file_type, imatrix, facts, out)
+        _weigh(model, edit, file_type, imatrix, out)
     overrides.report(out, lambda: _dropped(model, tensors))
     for (wished, type), count in sorted(fallbacks.items()):
         out.warnings.append(f"{tensors_text(count)} with rows that {wished} cannot hold became {type}")
@@ -186,18 +185,14 @@ def _wanted(
 
 
 def _fitting(
-    tensor: OutputTensor,
-    wanted: str,
-    facts: dict[str, dict[str, Any]],
-    fallbacks: Counter[tuple[str, str]],
-    blockers: list[SurgeryError],
+    tensor: OutputTensor, wanted: str, fallbacks: Counter[tuple[str, str]], blockers: list[SurgeryError]
 ) -> tuple[str, list[str]]:
     """`wanted`, or what llama-quantize falls back to where a row is no multiple of its block; and what to note."""
     if wanted == tensor.source_type:  # it keeps its bytes, whatever its rows
         return wanted, []
     row = tensor.shape[-1] if tensor.shape else 1
-    type = mixes.fallback(wanted, row, {name: t["block"] for name, t in facts.items()})
-    block = facts[wanted]["block"]
+    type = mixes.fallback(wanted, row)
+    block = tensor_type(wanted).block
     if type is None:
         blockers.append(
             BadPlan(
@@ -215,14 +210,7 @@ def _fitting(
     return type, [f"{wanted} needs rows of a multiple of {block}, this has {row}: {type}"]
 
 
-def _weigh(
-    model: Model,
-    edit: Quantize,
-    file_type: mixes.FileType,
-    imatrix: Imatrix | None,
-    facts: dict[str, dict[str, Any]],
-    out: Outcome,
-) -> None:
+def _weigh(model: Model, edit: Quantize, file_type: mixes.FileType, imatrix: Imatrix | None, out: Outcome) -> None:
     """Gives each encoded tensor its importance; what needs one and has none is a blocker."""
     encoded, refused = [t for t in out.tensors if t.encoded], set()
     if imatrix is not None and edit.imatrix is not None:
@@ -238,7 +226,7 @@ def _weigh(
             tensor.notes += found.notes.get(tensor.name, [])
     without: dict[str, list[str]] = {}
     for tensor in encoded:
-        needs = facts[tensor.type]["needs_importance"] or mixes.wants_importance(file_type, tensor.name, tensor.type)
+        needs = tensor_type(tensor.type).needs_importance or mixes.wants_importance(file_type, tensor.name, tensor.type)
         if needs and tensor.importance is None and tensor.name not in refused:
             without.setdefault(tensor.type, []).append(tensor.name)
     hint = (

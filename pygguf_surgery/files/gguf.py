@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .._core import Sink, Source, TensorInfo, Value, encode_header, read_header, type_id, types
+from .._core import Sink, Source, TensorInfo, Value, encode_header, read_header, type_id
 from ..base.errors import BadPlan
+from ..quant.types import type_of_id
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,19 +80,18 @@ def read_gguf(path) -> tuple[dict[str, Value], dict[str, np.ndarray]]:
     A tensor of a numpy type has that type and the tensor's shape, outermost first; one of any other type (BF16 and the
     quantized ones) is uint8 with the bytes of a row in its last dimension. BadFile, OSError.
     """
-    facts = {fact["id"]: fact for fact in types()}
     source = Source(path)
     try:
         header = read_header(source)
         tensors = {}
         for info in header.tensors:
-            fact = facts[info.type]
+            fact = type_of_id(info.type)
             shape = tuple(reversed(info.ne))
             data = source.read(header.data_offset + info.offset, info.nbytes)
-            if fact["name"] in _NUMPY_TYPES:
-                data = data.view(_NUMPY_TYPES[fact["name"]])
+            if fact.name in _NUMPY_TYPES:
+                data = data.view(_NUMPY_TYPES[fact.name])
             elif shape:
-                shape = (*shape[:-1], shape[-1] // fact["block"] * fact["block_bytes"])
+                shape = (*shape[:-1], shape[-1] // fact.block * fact.block_bytes)
             else:
                 shape = (info.nbytes,)
             tensors[info.name] = data.reshape(shape)

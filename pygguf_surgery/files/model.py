@@ -14,7 +14,7 @@ from .._core import dequantize as decode
 from ..base.errors import BadFile, BadPlan, Unsupported
 from ..base.runs import merge_adjacent
 from ..base.units import parse_threads
-from ..quant.types import row_bytes, type_facts, type_names
+from ..quant.types import row_bytes, tensor_type, type_of_id
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +69,7 @@ class Tensor:
         self.name: str = info.name
         self.ne: tuple[int, ...] = tuple(info.ne)
         self.type_id: int = info.type
-        self.type: str = type_names()[info.type]
+        self.type: str = type_of_id(info.type).name
         self.nbytes: int = info.nbytes
         self.source = source
         self.offset: int = data_offset + info.offset
@@ -105,8 +105,8 @@ class Tensor:
         """
         import numpy as np
 
-        facts = type_facts()[self.type]
-        if not facts["decodes"]:
+        facts = tensor_type(self.type)
+        if not facts.decodes:
             raise Unsupported("ggml cannot decode this type", path=self._path, object=self.name, found=self.type)
         if rows is not None and experts is not None:
             raise BadPlan("give rows or experts, not both", object=self.name)

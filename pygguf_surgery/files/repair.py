@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._core import Source, read_header
-from .._core import types as core_types
 from ..base.errors import BadFile, SurgeryError
 from ..plan_data.choices import Keep
+from ..quant.types import type_of_id
 
 FORMAT = 1
 PREFIX = "pgs.repair."
@@ -54,10 +54,9 @@ class Repair:
             self.kept[layer] = tuple(ids)
         self.metric = str(metadata.get(PREFIX + "metric", "given"))
         self.header_sha256 = str(metadata.get(PREFIX + "model.header_sha256", ""))
-        names = {facts["id"]: facts["name"] for facts in core_types()}
         self.tensors = {
             info.name: RepairedTensor(
-                names[info.type], tuple(reversed(info.ne)), header.data_offset + info.offset, info.nbytes
+                type_of_id(info.type).name, tuple(reversed(info.ne)), header.data_offset + info.offset, info.nbytes
             )
             for info in header.tensors
         }

@@ -35,7 +35,7 @@ from ..plan_data.edits import (
     UseRepair,
 )
 from ..plan_data.expressions import Copy, OutputTensor
-from ..quant.types import type_facts
+from ..quant.types import tensor_type
 from .checked import CheckedPlan
 from .jobs import build_jobs
 from .place import lay_out, target_bytes
@@ -232,7 +232,6 @@ def _check_tensors(model: Model, tensors: list[OutputTensor], weighed: bool) -> 
     """What llama.cpp could not load afterwards, and what ggml cannot do. weighed: a quantize edit has looked whether each
     type that needs importance has some."""
     found: list[SurgeryError] = []
-    facts = type_facts()
     seen: set[str] = set()
     if model.tensors and not tensors:
         found.append(BadPlan("nothing is left of the model"))
@@ -251,17 +250,17 @@ def _check_tensors(model: Model, tensors: list[OutputTensor], weighed: bool) -> 
                 )
             )
         row = tensor.shape[-1] if tensor.shape else 1
-        if row % facts[tensor.type]["block"]:
+        if row % tensor_type(tensor.type).block:
             found.append(
                 BadPlan(
                     "a row is no multiple of the block",
                     object=tensor.name,
                     found=f"{row} elements",
-                    expected=f"a multiple of {facts[tensor.type]['block']} ({tensor.type})",
+                    expected=f"a multiple of {tensor_type(tensor.type).block} ({tensor.type})",
                 )
             )
         if tensor.encoded:
-            if facts[tensor.type]["needs_importance"] and not weighed:
+            if tensor_type(tensor.type).needs_importance and not weighed:
                 found.append(
                     Unsupported(
                         "this type needs an importance matrix",
@@ -270,7 +269,7 @@ def _check_tensors(model: Model, tensors: list[OutputTensor], weighed: bool) -> 
                         hint="quantize() gives it one, or another type",
                     )
                 )
-            if not facts[tensor.source_type]["decodes"]:
+            if not tensor_type(tensor.source_type).decodes:
                 found.append(
                     Unsupported(
                         "ggml cannot decode this type",
@@ -279,7 +278,7 @@ def _check_tensors(model: Model, tensors: list[OutputTensor], weighed: bool) -> 
                         hint='override it with "copy"',
                     )
                 )
-            if not facts[tensor.type]["encodes"]:
+            if not tensor_type(tensor.type).encodes:
                 found.append(Unsupported("ggml cannot encode this type", object=tensor.name, found=tensor.type))
     return found
 

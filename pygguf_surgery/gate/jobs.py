@@ -11,7 +11,7 @@ from ..base.errors import BadPlan, Unsupported
 from ..base.runs import merge_adjacent
 from ..files.model import Model
 from ..plan_data.expressions import MEAN, ONES, PAD, FromRepair, Merge, OutputTensor, Remap, Stack, Take
-from ..quant.types import row_bytes, type_facts
+from ..quant.types import row_bytes, tensor_type
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 def build_jobs(model: Model, checked: CheckedPlan) -> list[Job]:
     """One job per tensor that has bytes. BadPlan where an expression does not give the bytes that its shape needs."""
     jobs = []
-    facts = type_facts()
     file_of = {i: number for number, file in enumerate(checked.files) for i in file.tensors}
     for i, (tensor, nbytes, offset) in enumerate(zip(checked.tensors, checked.nbytes, checked.offsets)):
         elements = math.prod(tensor.shape)
@@ -36,7 +35,7 @@ def build_jobs(model: Model, checked: CheckedPlan) -> list[Job]:
         if elements == 0:
             continue
         if len(tensor.shape) == 1 and isinstance(tensor.expression, Take):
-            if facts[tensor.source_type]["block"] != 1 or facts[tensor.type]["block"] != 1:
+            if tensor_type(tensor.source_type).block != 1 or tensor_type(tensor.type).block != 1:
                 raise Unsupported("a vector of blocks cannot be cut", object=tensor.name, found=tensor.source_type)
             row = 1  # runs are whole rows
         runs = source_runs(model, tensor, checked.repair, len(model.sources) + (checked.imatrix is not None))
@@ -57,8 +56,8 @@ def build_jobs(model: Model, checked: CheckedPlan) -> list[Job]:
         jobs.append(
             Job(
                 tensor.name,
-                source_type=facts[tensor.source_type]["id"],
-                target_type=facts[tensor.type]["id"],
+                source_type=tensor_type(tensor.source_type).id,
+                target_type=tensor_type(tensor.type).id,
                 row_elements=row,
                 rows=elements // row,
                 target_offset=offset,

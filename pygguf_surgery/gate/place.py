@@ -10,7 +10,7 @@ from ..base.errors import SurgeryError
 from ..files.model import Model
 from ..plan_data.edits import Split
 from ..plan_data.expressions import OutputTensor, Stack
-from ..quant.types import type_facts
+from ..quant.types import tensor_type
 from .checked import OutputFile
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def target_bytes(tensor: OutputTensor) -> int:
-    facts = type_facts()[tensor.type]
+    facts = tensor_type(tensor.type)
     elements = math.prod(tensor.shape)
-    return -(-elements // facts["block"]) * facts["block_bytes"]
+    return -(-elements // facts.block) * facts.block_bytes
 
 
 def lay_out(model: Model, checked: CheckedPlan, split: Split | None) -> None:
@@ -51,8 +51,7 @@ def lay_out(model: Model, checked: CheckedPlan, split: Split | None) -> None:
                 )
             )
             infos = [
-                TensorInfo(t.name, t.shape[::-1], type_facts()[t.type]["id"])
-                for t in (checked.tensors[i] for i in part)
+                TensorInfo(t.name, t.shape[::-1], tensor_type(t.type).id) for t in (checked.tensors[i] for i in part)
             ]
             header, at, file_bytes = encode_header(list(metadata.items()), infos, checked.alignment)
             for i, offset in zip(part, at):

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from .._core import dequantize as decode
 from .._core import quantize as encode
 from .._core import type_id
-from .._core import types as core_types
 from ..base.errors import BadPlan, Unsupported
 from ..base.units import parse_threads
+from .types import TYPES, TensorType, type_of_id
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,31 +37,31 @@ def quantize(
     import numpy as np
 
     facts = _facts(type)
-    if not facts["encodes"]:
-        raise Unsupported("ggml cannot encode this type", object=facts["name"])
+    if not facts.encodes:
+        raise Unsupported("ggml cannot encode this type", object=facts.name)
     array = np.asarray(array)
     if array.ndim == 0 or not np.issubdtype(array.dtype, np.floating):
         raise BadPlan("not rows of float32", object="array", found=f"{array.dtype} {list(array.shape)}")
     k = array.shape[-1]
-    if k % facts["block"]:
+    if k % facts.block:
         raise BadPlan(
             "a row is no multiple of the block",
-            object=facts["name"],
+            object=facts.name,
             found=f"{k} elements",
-            expected=f"a multiple of {facts['block']}",
+            expected=f"a multiple of {facts.block}",
         )
     importance = None if imatrix is None else _importance(np.asarray(imatrix), array.shape)
-    best = parse_quality(quality) == "best" and facts["has_best"]
-    if not (best or facts["uses_importance"]):
+    best = parse_quality(quality) == "best" and facts.has_best
+    if not (best or facts.uses_importance):
         importance = None
-    elif importance is None and facts["needs_importance"]:
-        raise BadPlan("this type needs an importance matrix", object=facts["name"], hint="imatrix=")
-    nbytes = k // facts["block"] * facts["block_bytes"]
+    elif importance is None and facts.needs_importance:
+        raise BadPlan("this type needs an importance matrix", object=facts.name, hint="imatrix=")
+    nbytes = k // facts.block * facts.block_bytes
     if array.size == 0:
         return np.zeros((*array.shape[:-1], nbytes), np.uint8)
     with np.errstate(over="ignore"):  # infinity is the core's to refuse
         rows = np.ascontiguousarray(array, dtype=np.float32).reshape(-1, k)
-    return encode(rows, facts["id"], importance, parse_threads(threads), best).reshape(*array.shape[:-1], nbytes)
+    return encode(rows, facts.id, importance, parse_threads(threads), best).reshape(*array.shape[:-1], nbytes)
 
 
 def parse_quality(quality: str) -> str:
@@ -75,35 +75,32 @@ def dequantize(array: NDArray[np.uint8], type: Any, *, threads: int = 0) -> NDAr
     import numpy as np
 
     facts = _facts(type)
-    if not facts["decodes"]:
-        raise Unsupported("ggml cannot decode this type", object=facts["name"])
+    if not facts.decodes:
+        raise Unsupported("ggml cannot decode this type", object=facts.name)
     array = np.asarray(array)
     if array.ndim == 0 or array.dtype != np.uint8:
         raise BadPlan("not encoded rows", object="array", found=f"{array.dtype} {list(array.shape)}", expected="uint8")
     nbytes = array.shape[-1]
-    if nbytes % facts["block_bytes"]:
+    if nbytes % facts.block_bytes:
         raise BadPlan(
             "a row is no multiple of the block",
-            object=facts["name"],
+            object=facts.name,
             found=f"{nbytes} bytes",
-            expected=f"a multiple of {facts['block_bytes']}",
+            expected=f"a multiple of {facts.block_bytes}",
         )
-    k = nbytes // facts["block_bytes"] * facts["block"]
+    k = nbytes // facts.block_bytes * facts.block
     if array.size == 0:
         return np.zeros((*array.shape[:-1], k), np.float32)
     rows = np.ascontiguousarray(array).reshape(-1, nbytes)
-    return decode(rows, facts["id"], parse_threads(threads)).reshape(*array.shape[:-1], k)
+    return decode(rows, facts.id, parse_threads(threads)).reshape(*array.shape[:-1], k)
 
 
-def _facts(type: Any) -> dict[str, Any]:
-    by_id = {facts["id"]: facts for facts in core_types()}
+def _facts(type: Any) -> TensorType:
     if isinstance(type, int) and not isinstance(type, bool):  # gguf.GGMLQuantizationType is an IntEnum
-        if int(type) not in by_id:
-            raise Unsupported("unknown type", object=repr(type))
-        return by_id[int(type)]
+        return type_of_id(int(type))
     if not isinstance(type, str):
         raise BadPlan("a type is a name", object=repr(type))
-    return by_id[type_id(type)]
+    return TYPES[type] if type in TYPES else type_of_id(type_id(type))
 
 
 def _importance(imatrix: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ from ..base.words import counted, first_numbers
 from ..files.imatrix import POLICIES
 from ..plan_data.edits import UseImatrix
 from ..plan_data.expressions import MEAN, ONES, Copy, FromRepair, Importance, Merge, OutputTensor, Take
-from ..quant.types import type_facts
+from ..quant.types import tensor_type
 from .mixes import OUTPUT, TOKEN_EMBEDDING
 
 if TYPE_CHECKING:
@@ -103,13 +103,12 @@ class _Resolver:
         self.replaced: dict[tuple[str, str], tuple[int, int]] = {}  # what, why -> how many, in how many tensors
 
     def run(self, tensors: Sequence[OutputTensor]) -> None:
-        facts = type_facts()
-        chosen = [t for t in tensors if t.encoded and (t.best or facts[t.type]["uses_importance"])]
+        chosen = [t for t in tensors if t.encoded and (t.best or tensor_type(t.type).uses_importance)]
         errors: list[SurgeryError] = []
         for tensor in chosen:
             self.notes: list[str] = []
             try:
-                importance = self.importance(tensor, facts[tensor.type]["needs_importance"])
+                importance = self.importance(tensor, tensor_type(tensor.type).needs_importance)
             except SurgeryError as error:
                 self.out.refused.add(tensor.name)
                 errors.append(error)

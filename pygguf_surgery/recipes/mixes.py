@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .._core import types as _core_types
 from ..architecture.keys import read_count
 from ..architecture.names import role_of
 from ..base.errors import BadPlan, SurgeryError, Unsupported
+from ..quant.types import TYPES, tensor_type
 
 # --- the names ------------------------------------------------------------------------------------------------------
 
@@ -66,8 +66,7 @@ def file_type(name: str, pure: bool) -> FileType:
         name = next((n for n, (number, _) in FILE_TYPES.items() if str(number) == (name.lstrip("0") or "0")), name)
     if name == "COPY":
         return FileType(name, None, None, None)
-    facts = {t["name"]: t for t in _core_types()}
-    if pure and name in facts and (name in FILE_TYPES or name in _PLAIN_NUMBERS):
+    if pure and name in TYPES and (name in FILE_TYPES or name in _PLAIN_NUMBERS):
         # Under pure a name is a ggml type first: llama-quantize's IQ2_S would be IQ2_XS everywhere.
         return FileType(name, name, FILE_TYPES[name][0] if name in FILE_TYPES else _PLAIN_NUMBERS[name], None)
     if name in _ALL_FILE_TYPES:
@@ -79,7 +78,7 @@ def file_type(name: str, pure: bool) -> FileType:
             object=name,
             hint=f"pure=True (--pure) gives it, or the file type {name}_MOE",
         )
-    if name in facts:
+    if name in TYPES:
         raise Unsupported("ggml does not quantize to this type", object=name)
     raise Unsupported("unknown file type", object=name, hint=nearest(name, [*_ALL_FILE_TYPES, *_PLAIN_NUMBERS, "COPY"]))
 
@@ -342,7 +341,7 @@ class _Walk:
         self.tied = "output" not in self.categories.values()
         self.attention_values = sum(c == "attn_v" for c in self.categories.values())
         self.seen: Counter[str] = Counter()
-        self.block = {t["name"]: t["block"] for t in _core_types()}[default]
+        self.block = tensor_type(default).block
         self.rules = RULES_IN.get(model.architecture, RULES)
         self.true = {
             "always",
@@ -473,14 +472,14 @@ FALLBACKS = {
 WANT_IMPORTANCE = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
 
 
-def fallback(type: str, row_elements: int, blocks: Mapping[str, int]) -> str | None:
+def fallback(type: str, row_elements: int) -> str | None:
     """`type`, or what llama-quantize takes where a row is no multiple of its block; None where it has no answer."""
-    if row_elements % blocks[type] == 0:
+    if row_elements % tensor_type(type).block == 0:
         return type
     other = FALLBACKS.get(type)
     if other is None:
-        return "F16" if blocks[type] <= 32 else None
-    return other if row_elements % blocks[other] == 0 else "F16"
+        return "F16" if tensor_type(type).block <= 32 else None
+    return other if row_elements % tensor_type(other).block == 0 else "F16"
 
 
 def wants_importance(file_type: FileType, name: str, type: str) -> bool:

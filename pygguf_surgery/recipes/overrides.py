@@ -6,11 +6,10 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .._core import types as _core_types
 from ..base.errors import BadPlan, SurgeryError, Unsupported
 from ..base.words import tensors_text
 from ..plan_data.expressions import OutputTensor
-from ..quant.types import type_facts
+from ..quant.types import TYPES, tensor_type
 from . import mixes
 
 if TYPE_CHECKING:
@@ -26,10 +25,9 @@ _SPECIAL = re.compile(r"[\\^$.*+?()\[\]{}|]")
 def patterns(types: dict[str, str], names: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Overrides that give each tensor of `types` its type and touch no other of `names`. No two match the same tensor;
     layers with the same type share one. They mean the same to Python's re.search and to C++'s std::regex."""
-    facts = type_facts()
     groups: dict[str, dict[str, list[str]]] = {}  # what follows the layer -> type -> layers
     for name, type in types.items():
-        type = type if facts[type]["encodes"] else "copy"
+        type = type if tensor_type(type).encodes else "copy"
         match = _LAYER.fullmatch(name)
         if match is None:
             yield f"^{escape(name)}$", type
@@ -58,7 +56,6 @@ _LISTED = 8  # overrides that work as they should are named one by one up to thi
 def parse_overrides(overrides: Iterable[Sequence[str]]) -> tuple[tuple[str, str], ...]:
     """(pattern, type or "copy") pairs with the type's name as ggml writes it. BadPlan for an invalid regular
     expression, Unsupported for an unknown type."""
-    facts = {t["name"]: t for t in _core_types()}
     parsed = []
     for override in overrides:
         try:
@@ -76,13 +73,13 @@ def parse_overrides(overrides: Iterable[Sequence[str]]) -> tuple[tuple[str, str]
             raise BadPlan("a type is a name", object=pattern, found=repr(type))
         if name.lower() == "copy":
             parsed.append((pattern, "copy"))
-        elif name.upper() not in facts:
+        elif name.upper() not in TYPES:
             raise Unsupported(
                 "unknown type",
                 object=name,
-                hint=mixes.nearest(name.upper(), [known for known, t in facts.items() if t["encodes"]]),
+                hint=mixes.nearest(name.upper(), [known for known, t in TYPES.items() if t.encodes]),
             )
-        elif not facts[name.upper()]["encodes"]:
+        elif not tensor_type(name.upper()).encodes:
             raise Unsupported("ggml does not quantize to this type", object=name)
         else:
             parsed.append((pattern, name.upper()))

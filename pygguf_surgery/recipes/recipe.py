@@ -28,10 +28,10 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .._core import types as _core_types
 from ..base.errors import BadPlan, SurgeryError
 from ..base.units import parse_size
 from ..quant.arrays import parse_quality
+from ..quant.types import TYPES
 from . import mixes
 from .overrides import compile_pattern
 
@@ -209,15 +209,14 @@ def _override(table: Any, path: str, where: str) -> Override:
 def _ggml_type(name: str | None, path: str, key: str) -> str | None:
     if name is None:
         return None
-    encodes = {t["name"]: t["encodes"] for t in _core_types()}
-    if not encodes.get(name.upper()):
-        problem = "ggml does not quantize to this type" if name.upper() in encodes else "unknown type"
+    if name.upper() not in TYPES or not TYPES[name.upper()].encodes:
+        problem = "ggml does not quantize to this type" if name.upper() in TYPES else "unknown type"
         raise BadPlan(
             problem,
             path=path,
             object=key,
             found=name,
-            hint=mixes.nearest(name.upper(), [other for other, possible in encodes.items() if possible]),
+            hint=mixes.nearest(name.upper(), [other for other, facts in TYPES.items() if facts.encodes]),
         )
     return name.upper()
 

@@ -13,7 +13,7 @@ from ..architecture.names import ROLES, role_of
 from ..base.errors import BadPlan
 from ..files.lineage import kept_experts, kept_layers
 from ..files.model import Model, Tensor
-from ..quant.types import type_facts
+from ..quant.types import tensor_type
 from .origin import chunks, decode_rows, origin_of, source_name, whole
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def compare(source: Model, result: Model, *, kept: Kept | None = None) -> dict[s
         role = role_of(tensor.name)
         total = roles.setdefault(role, _Role(role))
         total.add(tensor, source.tensors.get(source_name(tensor.name, layers)))
-        if not type_facts()[tensor.type]["decodes"]:
+        if not tensor_type(tensor.type).decodes:
             continue
         origin = origin_of(tensor, source, kept, layers)
         if isinstance(origin, str):

@@ -18,7 +18,7 @@ from ..base.errors import BadFile, SurgeryError
 from ..files.lineage import KEPT, is_repaired, merged_slices
 from ..files.model import Model, Tensor
 from ..files.open import open as open_model
-from ..quant.types import row_bytes, type_facts
+from ..quant.types import row_bytes, tensor_type
 
 if TYPE_CHECKING:
     from .origin import Origin
@@ -278,7 +278,7 @@ def _check_layer(model: Model, block: str, report: Report) -> None:
 
 
 def _check_data(model: Model, tensor: Tensor, report: Report) -> None:
-    block = type_facts()[tensor.type]["block_bytes"]
+    block = tensor_type(tensor.type).block_bytes
     step = CHUNK_BYTES // block * block
     source = model.sources[tensor.source]
     for begin in range(0, tensor.nbytes, step):
@@ -288,7 +288,7 @@ def _check_data(model: Model, tensor: Tensor, report: Report) -> None:
         if bad is not None:
             number = begin // block + bad
             word, what = (
-                ("block", "invalid scale") if type_facts()[tensor.type]["block"] > 1 else ("element", "NaN or infinity")
+                ("block", "invalid scale") if tensor_type(tensor.type).block > 1 else ("element", "NaN or infinity")
             )
             report.problem(f"{what} in {word} {number}", object=tensor.name, offset=tensor.offset + number * block)
             return
@@ -419,14 +419,13 @@ def _check_encoded(model: Model, tensor: Tensor, origin: Origin, report: Report)
         "reproduced": False,
     }
     report.encoded.append(entry)
-    facts = type_facts()
-    if not (facts[tensor.type]["decodes"] and facts[origin.tensor.type]["decodes"]):
+    if not (tensor_type(tensor.type).decodes and tensor_type(origin.tensor.type).decodes):
         report.problem(f"{origin.tensor.type} does not become {tensor.type}", object=tensor.name)
         return
     width = tensor.ne[0] if tensor.ne else 1
     rows, size = tensor.elements // max(1, width), row_bytes(tensor.type, width)
     sample = max(SAMPLE_ROWS, len(origin.slices or ()))  # at least a row of each expert
-    encodes = facts[tensor.type]["encodes"] and not facts[tensor.type]["needs_importance"]
+    encodes = tensor_type(tensor.type).encodes and not tensor_type(tensor.type).needs_importance
     total, same, target = Sums(), encodes, whole(model, tensor)
     for row in sorted({int(i) for i in np.linspace(0, rows - 1, min(rows, sample))}):
         x = decode_rows(origin, tensor, row, 1)

@@ -26,7 +26,7 @@ from ..gate.checked import CheckedPlan
 from ..plan_data.edits import PlanData, Quantize
 from ..plan_data.expressions import MEAN, ONES, Copy, FromRepair, Importance, OutputTensor, Take
 from ..quant.arrays import dequantize, quantize
-from ..quant.types import row_bytes, type_facts
+from ..quant.types import row_bytes, tensor_type
 from ..recipes import importance, mixes
 from ..recipes.overrides import patterns
 
@@ -242,7 +242,6 @@ def _undecided(base: CheckedPlan, edit: Quantize) -> tuple[list[OutputTensor], l
     """The tensors to choose a type for, and those that stay because they are quantized already."""
     patterns = [re.compile(pattern) for pattern, _ in edit.overrides]
     tied = not any(t.name in mixes.OUTPUT for t in base.tensors)
-    facts = type_facts()
     free, kept = [], []
     for tensor in base.tensors:
         output = tensor.name in mixes.OUTPUT or tied and tensor.name in mixes.TOKEN_EMBEDDING
@@ -260,7 +259,7 @@ def _undecided(base: CheckedPlan, edit: Quantize) -> tuple[list[OutputTensor], l
             or not isinstance(tensor.expression, (Copy, Take, FromRepair))
         ):
             continue
-        (kept if facts[tensor.source_type]["quantized"] and not edit.allow_requantize else free).append(tensor)
+        (kept if tensor_type(tensor.source_type).quantized and not edit.allow_requantize else free).append(tensor)
     return free, kept
 
 
@@ -274,13 +273,12 @@ def _tensors(
         weighted = [replace(t, type="Q4_0" if t.source_type != "Q4_0" else "Q4_1") for t in free]
         rows = importance.resolve(base.imatrix, edit.imatrix, model, weighted).importance
     file_type = mixes.file_type(edit.type, edit.pure)
-    facts = type_facts()
     found = []
     for output in free:
         its_rows = rows.get(output.name)
         steps = []
         for type in _fitting(rungs, output.shape[-1]):
-            wants = facts[type]["needs_importance"] or mixes.wants_importance(file_type, output.name, type)
+            wants = tensor_type(type).needs_importance or mixes.wants_importance(file_type, output.name, type)
             if its_rows is not None or not wants or type == output.source_type:
                 nbytes = math.prod(output.shape[:-1]) * row_bytes(type, output.shape[-1])
                 steps.append((type, nbytes))
@@ -291,8 +289,7 @@ def _tensors(
 
 def _fitting(rungs: Sequence[str], row: int) -> list[str]:
     """The types that can hold such rows; in place of one that cannot, what llama-quantize takes instead (not F16)."""
-    blocks = {name: facts["block"] for name, facts in type_facts().items()}
-    types = [mixes.fallback(type, row, blocks) for type in rungs]
+    types = [mixes.fallback(type, row) for type in rungs]
     return list(dict.fromkeys(type for type in types if type is not None and type != "F16"))
 
 
