@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ._core import Value
 from .base.errors import BadPlan, SourceChanged
+from .base.limits import Limits
 from .base.progress import Progress
 from .base.units import MEMORY, parse_size
 from .edits import metadata as metadata_rules
 from .edits import quantize as quantize_edit
+from .edits.context import Context
+from .files.companions import Companions
 from .files.model import Model
 from .files.open import open as open_model
 from .gate.check import check
@@ -32,6 +35,7 @@ from .plan_data.edits import (
     UseRepair,
 )
 from .plan_data.expressions import Group
+from .plan_data.outcome import Draft
 from .recipes import mixes
 from .recipes import recipe as recipe_file
 from .recipes.overrides import parse_overrides, parse_type
@@ -257,11 +261,8 @@ class Plan:
         """
         from .studies.fitting import fit
 
-        return self._with_overrides(
-            fit(
-                self.model, self.data, size=size, bpw=bpw, memory=memory, threads=threads, io=io, progress=progress
-            ).overrides
-        )
+        limits = Limits.parse(memory, threads, io)
+        return self._with_overrides(fit(self.model, self.data, limits, size=size, bpw=bpw, progress=progress).overrides)
 
     def split(
         self,
@@ -302,17 +303,18 @@ class Plan:
 
     def _metadata(self) -> dict[str, Value]:
         """The metadata after the edits so far of set_metadata and remove_metadata."""
-        now = self.model.metadata.exact()
+        now, context = self.model.metadata.exact(), Context(self.model, Companions())
         for edit in self.data.edits:
             if isinstance(edit, (SetMetadata, RemoveMetadata)):
-                now = metadata_rules.apply(self.model.architecture, now, edit, [])
+                now = metadata_rules.apply(Draft([], now), edit, context).metadata
         return now
 
     # --- describe, run, keep ---------------------------------------------------------------------------------------
 
     def check(self, *, memory: int | str = MEMORY, threads: int = 0, io: str = "auto") -> CheckedPlan:
         """Everything about the output, before a byte of it exists: types, sizes, peak memory, warnings, blockers."""
-        return check(self.model, self.data, memory=memory, threads=threads, io=io)
+        with Companions() as companions:
+            return check(self.model, self.data, Limits.parse(memory, threads, io), companions)
 
     def write(
         self,
@@ -330,10 +332,9 @@ class Plan:
         memory bounds all buffers of the run (at least 64MiB). threads: 0 is PGS_THREADS or all CPUs. io: how the input
         is read, "auto" | "mmap" | "pread" | "direct". progress: True, or a callable(done_bytes, total_bytes).
         """
-        checked = self.check(memory=memory, threads=threads, io=io)
-        return write(
-            self.model, checked, path, overwrite=overwrite, memory=memory, threads=threads, io=io, progress=progress
-        )
+        with Companions() as companions:
+            checked = check(self.model, self.data, Limits.parse(memory, threads, io), companions)
+            return write(self.model, checked, path, overwrite=overwrite, progress=progress, companions=companions)
 
     def to_json(self) -> str:
         """Lossless and versioned; for Plan.from_json."""

@@ -7,6 +7,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from pygguf_surgery.edits.context import Context
+from pygguf_surgery.files.companions import Companions
+from pygguf_surgery.plan_data.outcome import Draft
+
 # Measurements and a trained model that some tests use when they are there: SHARED, or ../shared beside the checkout.
 SHARED = Path(os.environ.get("PGS_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -39,3 +43,8 @@ def read_gguf(path):
     metadata = {f.name: f.contents() for f in reader.fields.values() if not f.name.startswith("GGUF.")}
     tensors = {t.name: (t.tensor_type.name, np.array(t.data)) for t in reader.tensors}
     return metadata, tensors
+
+
+def apply_edit(room, model, tensors, metadata, edit):
+    """The draft that an edit makes of these tensors and metadata. room: its module, of pygguf_surgery.edits."""
+    return room.apply(Draft(list(tensors), dict(metadata)), edit, Context(model, Companions()))

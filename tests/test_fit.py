@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
 from pygguf_surgery import BadPlan, Plan, _core
+from pygguf_surgery.base.limits import Limits
 from pygguf_surgery.recipes.overrides import patterns
 from pygguf_surgery.studies import fitting as module
 from pygguf_surgery.studies.fitting import LADDERS, fit, ladder
@@ -55,8 +56,8 @@ def imatrix(folder):
     return str(small().write_imatrix(folder / "small.imatrix"))
 
 
-def fitted(plan, **target):
-    return fit(plan.model, plan.data, **target)
+def fitted(plan, *, memory="512MiB", threads=0, io="auto", **target):
+    return fit(plan.model, plan.data, Limits.parse(memory, threads, io), **target)
 
 
 def limits(plan):
@@ -452,7 +453,7 @@ def test_a_trained_model_gets_less_error_than_from_the_mixture(monkeypatch):
     path, weights = SHARED / "models" / "tiny-qwen3next-bf16.gguf", SHARED / "models" / "imatrix.gguf"
     if not path.exists() or not weights.exists():
         pytest.skip("the trained model is not here")
-    with pgs.open(path) as model:
+    with pgs.open(path) as model, pgs.imatrix.open(weights) as opened:
         plan = Plan(model).quantize("Q2_K", imatrix=str(weights))
         mixture = plan.check()
         result = fitted(plan, size=mixture.file_bytes)
@@ -461,5 +462,5 @@ def test_a_trained_model_gets_less_error_than_from_the_mixture(monkeypatch):
         for t in mixture.tensors:
             if t.type != t.source_type:
                 one = module._Tensor(t, t.importance, [], [])
-                errors += module._error(one, *module._sample(model, one, mixture.imatrix, 0), t.type, 0)
+                errors += module._error(one, *module._sample(model, one, opened, 0), t.type, 0)
         assert result.error < 0.8 * errors

@@ -74,8 +74,8 @@ def test_each_tensor_gets_the_rows_of_its_entry(ask):
     heads = encoded(V_B, (3, 5, 2))
     out = ask({UP: SEEN, Q: ([1, 2], 7), V_B: (np.ones(6), 7)}, [encoded(UP, (4, 3, 2)), encoded(Q, (3, 2)), heads])
     assert out.importance == {UP: Importance(UP, (0, 1, 2, 3)), Q: Importance(Q, (0,)), V_B: Importance(V_B, (0, 1, 2))}
-    assert (out.blockers, out.missing, out.notes, out.warnings) == ([], [], {}, [])
-    assert out.summary == ["importance: 3 tensors"]
+    assert (out.blockers, out.missing, out.tensor_notes, out.warnings) == ([], [], {}, [])
+    assert out.notes == ["importance: 3 tensors"]
 
 
 def test_only_types_that_use_importance_ask_for_it(ask):
@@ -90,7 +90,7 @@ def test_a_missing_entry_means_no_importance(ask):
     names = [f"blk.{i}.attn_q.weight" for i in range(5)]
     out = ask({"x": ([1], 1)}, [encoded(n, (3, 2)) for n in names])
     assert (out.importance, out.blockers, out.missing) == ({}, [], names)
-    assert out.notes == {n: ["no entry in the importance matrix"] for n in names}
+    assert out.tensor_notes == {n: ["no entry in the importance matrix"] for n in names}
     assert out.warnings == [f"importance: 5 tensors, 5 without an entry ({', '.join(names[:3])}, ...)"]
 
 
@@ -99,7 +99,7 @@ def test_an_expert_never_seen_gets_ones(ask):
               [encoded(UP, (4, 3, 2)), encoded(DOWN, (4, 3, 2)), encoded(Q, (5, 2))])
     assert out.importance == {UP: Importance(UP, (0, ONES, 2, ONES)), DOWN: Importance(DOWN, (0, 1, 2, ONES)),
                               Q: Importance(Q, (ONES,))}
-    assert out.notes == {UP: ["2 experts never seen: importance of ones"],
+    assert out.tensor_notes == {UP: ["2 experts never seen: importance of ones"],
                          DOWN: ["1 expert never seen: importance of ones"], Q: ["1 row never seen: importance of ones"]}
     assert out.blockers == []
     assert out.warnings == ["importance: 3 tensors, 3 experts never seen in 2 tensors, 1 row never seen in 1 tensor"]
@@ -109,7 +109,7 @@ def rows_of(m, chosen, row):
     """The importance that an outcome stands for, shape [rows, row]."""
     entry = m.entries.get(chosen.ref)
     special = {ONES: lambda: np.ones(row, np.float32), MEAN: lambda: m.mean_row(chosen.ref, row)}
-    return np.stack([special[r]() if r < 0 else m.sums(chosen.ref).reshape(-1, row)[r]
+    return np.stack([special[r]() if r in special else m.sums(chosen.ref).reshape(-1, row)[r]
                      / np.float32(entry.divisor(r, row)) for r in chosen.rows])
 
 
@@ -154,7 +154,7 @@ def test_an_entry_is_cut_as_its_tensor_is(ask):
     assert ask({UP: SEEN}, [tensor], {UP: (4, 3, 2)}).importance == {UP: Importance(UP, (1, 2))}
     # Experts that are dropped need no importance.
     out = ask({UP: (EXPERTS, [0, 2, 3, 0])}, [tensor], {UP: (4, 3, 2)}, "fail")
-    assert out.importance == {UP: Importance(UP, (1, 2))} and out.notes == {}
+    assert out.importance == {UP: Importance(UP, (1, 2))} and out.tensor_notes == {}
 
 
 def test_a_renumbered_block_keeps_the_name_of_the_source(ask):
@@ -166,7 +166,7 @@ def test_a_renumbered_block_keeps_the_name_of_the_source(ask):
 def test_an_importance_matrix_of_the_cut_model_is_used_as_it_is(ask):
     out = ask({UP: (EXPERTS[:2], [1, 0])}, [encoded(UP, (2, 3, 2), Take(UP, (1, 3)))], {UP: (4, 3, 2)})
     assert out.importance == {UP: Importance(UP, (0, ONES))}
-    assert out.notes == {UP: [f"{UP} in the importance matrix fits the cut model: used as it is",
+    assert out.tensor_notes == {UP: [f"{UP} in the importance matrix fits the cut model: used as it is",
                               "1 expert never seen: importance of ones"]}
     assert "1 with an entry of the cut model" in out.warnings[0]
 
@@ -222,7 +222,7 @@ def test_ones(ask):
     assert out.importance == {UP: Importance(UP, (0, ONES, 2, ONES)), Q: Importance(Q, (ONES,)),
                               DOWN: Importance(DOWN, (ONES,) * 4)}
     assert (out.blockers, out.missing) == ([], [])
-    assert out.notes[Q] == ["no entry in the importance matrix: importance of ones"]
+    assert out.tensor_notes[Q] == ["no entry in the importance matrix: importance of ones"]
     assert out.warnings == ["importance: 3 tensors, 2 with ones for want of an entry, "
                             "2 experts never seen in 1 tensor"]
 
@@ -232,7 +232,7 @@ def test_layer_mean(ask):
                                                       encoded(Q, (3, 2))], missing="layer-mean")
     assert out.importance == {UP: Importance(UP, (0, MEAN, 2, MEAN)), DOWN: Importance(DOWN, (ONES,) * 4),
                               Q: Importance(Q, (ONES,))}  # where nothing was seen there is no mean
-    assert out.notes == {UP: ["2 experts never seen: importance of the entry's mean"],
+    assert out.tensor_notes == {UP: ["2 experts never seen: importance of the entry's mean"],
                          DOWN: ["4 experts never seen: importance of ones"],
                          Q: ["no entry in the importance matrix: importance of ones"]}
 
@@ -262,7 +262,7 @@ def test_rows_of_zeros(ask, missing, fill):
                                           f"{Q}: importance is all zero; {HINT}"]
     out = ask(entries, tensors, missing=missing)
     assert out.importance == {UP: Importance(UP, (0, 1, fill, 3)), Q: Importance(Q, (ONES,))}
-    assert out.blockers == [] and out.notes[UP] == [
+    assert out.blockers == [] and out.tensor_notes[UP] == [
         f"1 expert of zeros: importance of {'ones' if fill == ONES else 'the entry' + chr(39) + 's mean'}"]
     # A row of zeros that is cut away matters to nobody.
     assert ask(entries, [encoded(UP, (1, 3, 2), Take(UP, (3,)))], {UP: (4, 3, 2)}).blockers == []
@@ -305,10 +305,10 @@ def test_fused_and_separate_gate_and_up_have_the_same_inputs(ask, have, want, mi
     tensor = encoded(name, (2, 3, 2), Take(name, (1, 2)))
     out = ask(dict.fromkeys(have, HOLES), [tensor], {name: (4, 3, 2)}, missing)
     assert out.importance == {name: Importance(twin, (ONES if missing == "ones" else MEAN, 2))}
-    assert out.notes[name][0] == f"no entry in the importance matrix: {twin}"
+    assert out.tensor_notes[name][0] == f"no entry in the importance matrix: {twin}"
     assert "1 with the entry of a twin" in out.warnings[0]
     out = ask(dict.fromkeys(have, HOLES), [tensor], {name: (4, 3, 2)})
-    assert out.missing == [name] and out.notes[name] == [
+    assert out.missing == [name] and out.tensor_notes[name] == [
         f"no entry in the importance matrix ({twin} has the same inputs)"]
 
 

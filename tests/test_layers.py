@@ -11,12 +11,14 @@ from helpers import make_gguf, read_gguf
 from hypothesis import given, strategies as st
 
 import pygguf_surgery as pgs
+from helpers import apply_edit
 from pygguf_surgery import Value, imatrix
 from pygguf_surgery.architecture.layers import KNOWN
 from pygguf_surgery.edits import prune_layers as layers
 from pygguf_surgery.files import gguf as container
 from pygguf_surgery.architecture.keys import PER_LAYER_KEYS
 from pygguf_surgery.plan_data.edits import PruneLayers
+from pygguf_surgery.plan_data.outcome import Draft
 from pygguf_surgery.plan_data.expressions import Copy, OutputTensor, Take
 from pygguf_surgery.reports.comparison import compare
 from pygguf_surgery.reports.verification import verify
@@ -54,7 +56,7 @@ def model(architecture, blocks, *, names=("attn_norm.weight",), extra=(), **keys
 def drop(architecture, blocks, dropped, *, names=("attn_norm.weight",), extra=(), more=(), source=None, **keys):
     tensors, metadata = model(architecture, blocks, names=names, extra=extra, **keys)
     metadata.update(more)
-    return layers.apply(source or Source(architecture, metadata), tensors, metadata, PruneLayers(tuple(dropped)))
+    return apply_edit(layers, source or Source(architecture, metadata), tensors, metadata, PruneLayers(tuple(dropped)))
 
 
 def the_blocker(outcome):
@@ -85,7 +87,7 @@ def test_nothing_named_is_no_change():
 def test_apply_changes_nothing_in_place():
     tensors, metadata = model("qwen3moe", 3, expert_used_count=[2, 3, 4])
     before = ([t.name for t in tensors], dict(metadata))
-    layers.apply(Source("qwen3moe", metadata), tensors, metadata, PruneLayers((0,)))
+    apply_edit(layers, Source("qwen3moe", metadata), tensors, metadata, PruneLayers((0,)))
     assert ([t.name for t in tensors], metadata) == before
 
 
@@ -107,14 +109,14 @@ def test_metadata_that_is_no_count_is_a_blocker(keys):
 
 
 def test_a_model_without_block_count():
-    out = layers.apply(Source("clip", {}), [tensor("v.blk.0.attn_q.weight")], {}, PruneLayers((0,)))
+    out = apply_edit(layers, Source("clip", {}), [tensor("v.blk.0.attn_q.weight")], {}, PruneLayers((0,)))
     assert the_blocker(out).object == "clip.block_count"
 
 
 def test_a_layer_without_tensors_is_no_layer():
     tensors, metadata = model("qwen3", 3)
     tensors = [t for t in tensors if not t.name.startswith("blk.1.")]
-    out = layers.apply(Source("qwen3", metadata), tensors, metadata, PruneLayers((1,)))
+    out = apply_edit(layers, Source("qwen3", metadata), tensors, metadata, PruneLayers((1,)))
     assert the_blocker(out).object == "blk.1"
 
 
@@ -170,7 +172,7 @@ def test_mtp_blocks_are_counted_again():
 
 def test_mtp_blocks_without_tensors_can_be_dropped():
     tensors, metadata = model("qwen3moe", 4, nextn_predict_layers=1)
-    out = layers.apply(Source("qwen3moe", metadata), tensors[:-1], metadata, PruneLayers((3,)))
+    out = apply_edit(layers, Source("qwen3moe", metadata), tensors[:-1], metadata, PruneLayers((3,)))
     assert not out.blockers and "qwen3moe.nextn_predict_layers" not in out.metadata
 
 
@@ -185,9 +187,9 @@ def test_block_numbers_in_an_array_are_renumbered():
 def test_twice_is_once():
     tensors, metadata = model("qwen3moe", 8, feed_forward_length=list(range(8)))
     source = Source("qwen3moe", metadata)
-    first = layers.apply(source, tensors, metadata, PruneLayers((0, 5)))
-    twice = layers.apply(source, first.tensors, first.metadata, PruneLayers((1, 4)))  # 2 and 6 of the source
-    once = layers.apply(source, tensors, metadata, PruneLayers((0, 2, 5, 6)))
+    first = apply_edit(layers, source, tensors, metadata, PruneLayers((0, 5)))
+    twice = apply_edit(layers, source, first.tensors, first.metadata, PruneLayers((1, 4)))  # 2 and 6 of the source
+    once = apply_edit(layers, source, tensors, metadata, PruneLayers((0, 2, 5, 6)))
     assert value(twice, "pgs.layers.kept") == [1, 3, 4, 7]
     assert twice.tensors == once.tensors and twice.metadata == once.metadata
 
@@ -197,13 +199,13 @@ def test_two_drops_are_one(data):
     n = data.draw(st.integers(2, 12))
     tensors, metadata = model("qwen3moe", n, feed_forward_length=list(range(n)), leading_dense_block_count=min(3, n))
     source, left = Source("qwen3moe", metadata), list(range(n))
-    dropped, out = [], layers.Outcome(tensors, metadata)
+    dropped, out = [], Draft(tensors, metadata)
     for _ in range(2):
         some = data.draw(st.lists(st.sampled_from(range(len(left))), unique=True, max_size=len(left) - 1))
-        out = layers.apply(source, out.tensors, out.metadata, PruneLayers(tuple(some)))
+        out = apply_edit(layers, source, out.tensors, out.metadata, PruneLayers(tuple(some)))
         dropped += [left[i] for i in some]
         left = [x for i, x in enumerate(left) if i not in some]
-    once = layers.apply(source, tensors, metadata, PruneLayers(tuple(dropped)))
+    once = apply_edit(layers, source, tensors, metadata, PruneLayers(tuple(dropped)))
     assert (out.tensors, out.metadata, out.blockers) == (once.tensors, once.metadata, [])
     assert value(out, "qwen3moe.feed_forward_length") == left
     assert [t.expression.ref for t in out.tensors[1:]] == [f"blk.{i}.attn_norm.weight" for i in left]
@@ -215,7 +217,7 @@ def test_lists_of_kept_experts_move_with_their_block():
     metadata["pgs.source.header_sha256"] = Value(source.header_sha256, "str")  # cut in this plan
     for i in range(3):
         metadata[f"pgs.experts.{i}.kept"] = Value([i, i + 7], "u32[]")
-    out = layers.apply(source, tensors, metadata, PruneLayers((1,)))
+    out = apply_edit(layers, source, tensors, metadata, PruneLayers((1,)))
     assert {k: v.value for k, v in out.metadata.items() if k.startswith("pgs.experts.")} == {
         "pgs.experts.0.kept": [0, 7], "pgs.experts.1.kept": [2, 9]}
 
@@ -244,7 +246,7 @@ def test_an_expression_of_an_earlier_cut_stays():
     tensors, metadata = model("qwen3moe", 2)
     tensors.append(OutputTensor("blk.1.ffn_up_exps.weight", (2, 32, 32), "F32", "F32",
                                 Take("blk.1.ffn_up_exps.weight", (3, 5))))
-    out = layers.apply(Source("qwen3moe", metadata), tensors, metadata, PruneLayers((0,)))
+    out = apply_edit(layers, Source("qwen3moe", metadata), tensors, metadata, PruneLayers((0,)))
     assert out.tensors[-1].name == "blk.0.ffn_up_exps.weight"
     assert out.tensors[-1].expression == Take("blk.1.ffn_up_exps.weight", (3, 5))
 
@@ -389,7 +391,7 @@ VALUES = st.one_of(
 def test_whatever_the_metadata_nothing_is_raised(architecture, keys, dropped):
     tensors, metadata = model(architecture, 6)
     metadata |= {f"{architecture}.{key}": value for key, value in keys.items()}
-    out = layers.apply(Source(architecture, metadata), tensors, metadata, PruneLayers(tuple(dropped)))
+    out = apply_edit(layers, Source(architecture, metadata), tensors, metadata, PruneLayers(tuple(dropped)))
     if dropped and not out.blockers:
         count = metadata[f"{architecture}.block_count"].value - len(dropped)
         assert value(out, f"{architecture}.block_count") == len(value(out, "pgs.layers.kept")) == count > 0

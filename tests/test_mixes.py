@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import gguf
 import pytest
 
+from helpers import apply_edit
 from pygguf_surgery import BadFile, BadPlan, Unsupported, Value, _core
 from pygguf_surgery.plan_data.edits import Quantize
 from pygguf_surgery.plan_data.expressions import Copy, OutputTensor
@@ -21,7 +22,7 @@ def tensor(name, *shape, type="F16"):
 
 def quantize(tensors, type, architecture="qwen3next", metadata=None, **options):
     model = SimpleNamespace(architecture=architecture, tensors={})
-    return recipe.apply(model, tensors, metadata or {}, Quantize(type, **options))
+    return apply_edit(recipe, model, tensors, metadata or {}, Quantize(type, **options))
 
 
 def types(tensors, type, architecture="qwen3next", **options):

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 import pygguf_surgery as pgs
 from pygguf_surgery import BadPlan, Plan, SourceChanged, Unsupported, Value
 from pygguf_surgery.base import units
+from pygguf_surgery.base.units import parse_memory
 from pygguf_surgery.gate import check
-from pygguf_surgery.gate.jobs import build_jobs, source_runs
+from pygguf_surgery.files.companions import Companions
+from pygguf_surgery.gate.jobs import Inputs, build_jobs, lower
 from pygguf_surgery.plan_data.edits import KeepExperts
 from pygguf_surgery.plan_data.expressions import Copy, OutputTensor, Take
 
@@ -396,15 +398,15 @@ def test_an_expression_of_the_wrong_size_is_never_written(model):
                                                                                                                (16,)))]:
         checked.tensors[at] = OutputTensor(name, shape, "F16", "F16", expression)
         with pytest.raises(BadPlan) as e:
-            build_jobs(model, checked)
+            build_jobs(model, checked, Companions())
         assert e.value.object == name
 
 
 def test_neighbouring_experts_are_one_run(model):
     tensor = OutputTensor("x", (6, 32, 32), "F16", "F16", Take("blk.0.ffn_up_exps.weight", (0, 1, 2, 5, 8, 9)))
     ref = model.tensors["blk.0.ffn_up_exps.weight"]
-    assert source_runs(model, tensor).tolist() == [
-        [0, ref.offset + i * 2048, n * 2048] for i, n in ((0, 3), (5, 1), (8, 2))]
+    assert lower(tensor, Inputs(model)).runs == [
+        (0, ref.offset + i * 2048, n * 2048) for i, n in ((0, 3), (5, 1), (8, 2))]
 
 
 @pytest.mark.parametrize("text, nbytes", [("512MiB", 2**29), ("2GB", 2 * 10**9), (2**27, 2**27), ("134217728", 2**27),
@@ -412,7 +414,7 @@ def test_neighbouring_experts_are_one_run(model):
                                                                                                           2**40),
                                           ("70000000B", 7 * 10**7)])
 def test_sizes(text, nbytes):
-    assert check.parse_memory(text) == nbytes
+    assert parse_memory(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "12M", "-5", "1e9", "0x10", "1 2", "12MiBs", None, 1.5, True, "63MiB", 0,

@@ -9,6 +9,7 @@ from helpers import read_gguf
 from hypothesis import given, strategies as st
 
 import pygguf_surgery as pgs
+from helpers import apply_edit
 from pygguf_surgery import Value
 from pygguf_surgery.architecture import experts as roles
 from pygguf_surgery.architecture.names import role_of
@@ -166,7 +167,7 @@ def evaluate(model, outcome):
                 ids = model.tensors[ref].bytes().view(np.int32).reshape(model.tensors[ref].shape)
                 data = ids.copy()
                 for row in data:
-                    row[:] = [table[i] for i in row]
+                    row[:] = [-1 if table[i] is None else table[i] for i in row]
                     for k in np.flatnonzero(row < 0):
                         row[k] = next(s for s in substitutes if s not in row)
             case other:
@@ -195,11 +196,11 @@ def test_two_cuts_are_one(model, seed):
     tensors, metadata = start(model)
     e = model.get("expert_count")
     first = choose(model, seed, e * 3 // 4 if e * 3 // 4 % 8 == 0 else e // 2 + e // 4)
-    once = prune.apply(model, tensors, metadata, keep(first))
+    once = apply_edit(prune, model, tensors, metadata, keep(first))
     assert once.blockers == []
     inner = {layer: choose_from(model, ids, seed + 1, e // 2) for layer, ids in first.items()}
-    twice = prune.apply(model, once.tensors, once.metadata, keep(inner))
-    direct = prune.apply(model, tensors, metadata, keep({k: [first[k][i] for i in inner[k]] for k in first}))
+    twice = apply_edit(prune, model, once.tensors, once.metadata, keep(inner))
+    direct = apply_edit(prune, model, tensors, metadata, keep({k: [first[k][i] for i in inner[k]] for k in first}))
     assert twice.blockers == direct.blockers == []
     # A table of ids may have lost the same expert in one step or in two: the substitute is the same.
     assert evaluate(model, twice) == evaluate(model, direct)
@@ -221,7 +222,7 @@ def test_apply_changes_nothing_in_place_and_touches_only_experts(model, seed):
     tensors, metadata = start(model)
     copies = start(model)
     kept = choose(model, seed)
-    out = prune.apply(model, tensors, metadata, keep(kept))
+    out = apply_edit(prune, model, tensors, metadata, keep(kept))
     assert (tensors, metadata) == copies and out.blockers == []
     for old, new in zip(tensors, out.tensors):
         assert (new.name, new.type, new.source_type, new.role) == (old.name, old.type, old.source_type, old.role)
@@ -253,7 +254,7 @@ def apply(tensors, kept, *, experts=4, used=2, blocks=1, general=None, mtp="keep
     plain = {k: v.value for k, v in metadata.items()}
     model = SimpleNamespace(architecture="x", metadata=plain, name=plain.get("general.name", ""),
                             header_sha256="0" * 64)
-    return prune.apply(model, tensors, metadata, KeepExperts(kept, metric, mtp))
+    return apply_edit(prune, model, tensors, metadata, KeepExperts(kept, metric, mtp))
 
 
 def the_blocker(out):
@@ -550,7 +551,7 @@ def test_provenance_of_an_earlier_cut_is_replaced():
     metadata = {"x.expert_count": Value(4, "u32"), "x.expert_used_count": Value(2, "u32"),
                 "x.block_count": Value(1, "u32")} | values
     model = SimpleNamespace(architecture="x", metadata={}, name="", header_sha256="0" * 64)
-    out = prune.apply(model, block(0, 4), metadata, KeepExperts({0: (1, 3)}, "aimer"))
+    out = apply_edit(prune, model, block(0, 4), metadata, KeepExperts({0: (1, 3)}, "aimer"))
     assert {k: v.value for k, v in out.metadata.items() if k.startswith("pgs.")} == {
         "pgs.version": pgs.__version__, "pgs.source.header_sha256": "0" * 64, "pgs.source.name": "",
         "pgs.experts.metric": "aimer", "pgs.experts.0.kept": [1, 3]}
@@ -559,8 +560,8 @@ def test_provenance_of_an_earlier_cut_is_replaced():
 def test_two_cuts_in_one_plan_say_what_they_kept_of_the_source(files):
     with pgs.open(files["qwen3moe"]) as model:
         tensors, metadata = start(model)
-        once = prune.apply(model, tensors, metadata, keep({0: range(2, 14), 1: range(12)}, "router-norm"))
-        twice = prune.apply(model, once.tensors, once.metadata, keep({0: range(0, 8), 1: range(4, 12)}, "aimer"))
+        once = apply_edit(prune, model, tensors, metadata, keep({0: range(2, 14), 1: range(12)}, "router-norm"))
+        twice = apply_edit(prune, model, once.tensors, once.metadata, keep({0: range(0, 8), 1: range(4, 12)}, "aimer"))
     found = {k: v.value for k, v in twice.metadata.items()}
     assert found["pgs.experts.0.kept"] == list(range(2, 10)) and found["pgs.experts.1.kept"] == list(range(4, 12))
     assert found["pgs.experts.metric"] == "router-norm, aimer" and found["general.base_model.count"] == 1

@@ -25,13 +25,13 @@ from ..base.errors import BadPlan, Unsupported
 from ..files.lineage import KEPT, OF_EXPERTS
 
 if TYPE_CHECKING:
-    from ..plan_data.outcome import Outcome
+    from ..plan_data.outcome import Draft
 
 
 # --- taking blocks away ---------------------------------------------------------------------------------------------
 
 
-def drop(architecture: str, out: Outcome, dropped: Collection[int]) -> None:
+def drop(architecture: str, out: Draft, dropped: Collection[int]) -> None:
     """Removes these blocks as if the model had been converted without them: the rest is numbered from 0, and all that
     has one element per block, counts blocks or names them follows. SurgeryError, before anything is changed, for an
     array that nobody knows and that may have one element per block.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,31 +27,40 @@ from ..base.errors import BadFile, BadPlan, SurgeryError, Unsupported
 from ..base.words import ranges
 from ..files.lineage import DROPPED, claim_source, set_size_label
 from ..plan_data.edits import KeepExperts
-from ..plan_data.expressions import PAD, Copy, Expression, FromRepair, Merge, OutputTensor, Remap, Stack, Take
-from ..plan_data.outcome import Outcome
+from ..plan_data.expressions import Copy, OutputTensor, Remap, Repaired, Slices, Take
+from ..plan_data.outcome import Draft
 from ..quant.types import tensor_type
 from .blocks import drop
 
 if TYPE_CHECKING:
     from ..files.model import Model
     from ..files.repair import Repair
-    from ..plan_data.choices import Ids
+    from .context import Context
 
 
-def apply(
-    model: Model,
-    tensors: list[OutputTensor],
-    metadata: dict[str, Value],
-    edit: KeepExperts,
-    repair: Repair | None = None,
-) -> Outcome:
-    """Keeps the experts that `edit` names in every MoE block. Reads no tensor data and changes nothing in place. repair:
-    that of the edit, open, or None where it has none or that could not be opened.
+Kept = dict[int, Slices]  # layer -> ascending ids, then pads
 
-    Ids are those of `tensors`, so a second cut counts in the experts that the first one left. What llama.cpp could not
+
+def apply(draft: Draft, edit: KeepExperts, context: Context) -> Draft:
+    """Keeps the experts that `edit` names in every MoE layer. Reads no tensor data and changes nothing in place.
+
+    Ids are those of the draft, so a second cut counts in the experts that the first one left. What llama.cpp could not
     load, and what would change routing silently, becomes a blocker; nothing is raised.
     """
-    out = Outcome(list(tensors), dict(metadata))
+    out = draft.copy()
+    repair = None
+    if edit.repair is not None:
+        try:
+            repair = context.companions.repair(edit.repair)
+        except SurgeryError as error:
+            out.block(error)
+    cut = _cut_experts(draft, edit, context.model, repair)
+    cut.blockers[:0] = out.blockers  # that the repair cannot be read hides nothing else that is wrong
+    return cut
+
+
+def _cut_experts(draft: Draft, edit: KeepExperts, model: Model, repair: Repair | None) -> Draft:
+    out = draft.copy()
     architecture = model.architecture
     try:
         if edit.mtp not in ("keep", "drop"):
@@ -61,7 +70,7 @@ def apply(
         if not found.layers:
             raise BadPlan("the model has no experts", object=architecture or None)
     except SurgeryError as error:
-        out.blockers.append(error)
+        out.block(error)
         return out
     out.blockers += [error for t in out.tensors if (error := check_shape(t.name, t.shape, found))]
     kept = _check_kept(architecture, edit, found, dropped, out)
@@ -78,16 +87,16 @@ def apply(
             out.tensors = [_repaired(before, after, repair) for before, after in zip(uncut, out.tensors)]
         _set_metadata(model, architecture, kept, edit, found.mtp, out)
     except SurgeryError as error:
-        out.blockers.append(error)
+        out.block(error)
     return out
 
 
 # --- what was asked for ---------------------------------------------------------------------------------------------
 
 
-def _check_kept(architecture: str, edit: KeepExperts, found: Layout, dropped: range, out: Outcome) -> Ids:
+def _check_kept(architecture: str, edit: KeepExperts, found: Layout, dropped: range, out: Draft) -> Kept:
     """The ids per MoE layer as plain ints, padded where layers keep different numbers; every fault is a blocker."""
-    kept: Ids = {}
+    kept: dict[int, tuple[int, ...]] = {}
     blockers = out.blockers
     for layer, ids in edit.kept.items():
         if layer in found.layers:
@@ -124,15 +133,15 @@ def _check_kept(architecture: str, edit: KeepExperts, found: Layout, dropped: ra
                 )
             )
         else:
-            out.warnings.append(
+            out.warn(
                 f"experts per layer: {numbers}; made up to {counts[-1]} in each by experts of zeros that "
                 "the router never picks, which saves no bytes"
             )
-            kept = {layer: ids + (PAD,) * (counts[-1] - len(ids)) for layer, ids in kept.items()}
+            return {layer: (*kept[layer], *(None,) * (counts[-1] - len(kept[layer]))) for layer in found.layers}
     return {layer: kept[layer] for layer in found.layers if layer in kept}
 
 
-def _unpaddable(architecture: str, found: Layout, kept: Ids, out: Outcome) -> str | None:
+def _unpaddable(architecture: str, found: Layout, kept: Kept, out: Draft) -> str | None:
     """Why experts of zeros would change what the model computes; None where they do not: a bias keeps the router from
     them, and a zero logit does not enter the gates of the others."""
     tensors = {t.name: t for t in out.tensors}
@@ -181,12 +190,12 @@ def _check_ids(layer: int, ids: Iterable[Any], experts: int, blockers: list[Surg
 # --- what llama.cpp's loader and router need ------------------------------------------------------------------------
 
 
-def _check_routing(architecture: str, found: Layout, kept: Ids, out: Outcome) -> None:
+def _check_routing(architecture: str, found: Layout, kept: Kept, out: Draft) -> None:
     n = len(kept[found.layers[0]])
-    least = min(sum(i != PAD for i in ids) for ids in kept.values())
+    least = min(sum(i is not None for i in ids) for ids in kept.values())
     get = getter(out.metadata)
     if n > MAX_EXPERTS:
-        out.blockers.append(
+        out.block(
             Unsupported(
                 "more experts than llama.cpp loads",
                 object=f"{architecture}.expert_count",
@@ -197,7 +206,7 @@ def _check_routing(architecture: str, found: Layout, kept: Ids, out: Outcome) ->
     try:
         used = used_experts(get, f"{architecture}.expert_used_count")
         if least < used:
-            out.blockers.append(
+            out.block(
                 BadPlan(
                     f"{least} experts kept and {used} used per token",
                     object=f"{architecture}.expert_used_count",
@@ -207,17 +216,17 @@ def _check_routing(architecture: str, found: Layout, kept: Ids, out: Outcome) ->
         if found.groups:
             check_groups(architecture, found, kept, n, used, out.blockers, get)
     except SurgeryError as error:
-        out.blockers.append(error)
+        out.block(error)
     if found.chunk > 1:
         _check_chunks(architecture, found, kept, out.blockers)
     if not (n & (n - 1) == 0 and n <= 512 or n in (288, 576)):
-        out.warnings.append(
+        out.warn(
             f"{n} experts: CUDA's fused top-k router is lost; it runs only for a power of two up to "
             "512, for 288 and for 576"
         )
 
 
-def _check_chunks(architecture: str, found: Layout, kept: Ids, blockers: list[SurgeryError]) -> None:
+def _check_chunks(architecture: str, found: Layout, kept: Kept, blockers: list[SurgeryError]) -> None:
     for layer, ids in kept.items():
         partial = next((g for g, n in Counter(i // found.chunk for i in ids).items() if n != found.chunk), None)
         if partial is not None:
@@ -235,7 +244,12 @@ def _check_chunks(architecture: str, found: Layout, kept: Ids, blockers: list[Su
 
 
 def _cut(
-    tensor: OutputTensor, architecture: str, found: Layout, kept: Ids, order: Ids, blockers: list[SurgeryError]
+    tensor: OutputTensor,
+    architecture: str,
+    found: Layout,
+    kept: Kept,
+    order: Mapping[int, tuple[int, ...]],
+    blockers: list[SurgeryError],
 ) -> OutputTensor:
     rule, layer = expert_rule(tensor.name), layer_of(tensor.name)
     if rule is None or layer not in kept or rule.axis == "none":
@@ -246,12 +260,14 @@ def _cut(
             best_first = order.get(layer, ids)
             return replace(tensor, expression=_remap(tensor, ids, best_first, found.experts), notes=list(tensor.notes))
         if rule.axis == "groups":
-            ids = tuple(i // found.chunk for i in ids[:: found.chunk])
+            ids = tuple(None if i is None else i // found.chunk for i in ids[:: found.chunk])
         if len(tensor.shape) == 1 and tensor_type(tensor.source_type).block != 1:
             raise Unsupported("an expert is no whole block of this type", object=tensor.name, found=tensor.source_type)
         shape = (len(ids), *tensor.shape[1:])
-        expression = _take(tensor, ids)
-        if PAD in ids and isinstance(expression, Take):
+        expression = tensor.expression.take(ids)
+        if expression is None:
+            raise Unsupported("experts that can be neither cut nor padded", object=tensor.name)
+        if None in ids and isinstance(expression, Take):
             expression = replace(expression, fill=pad_value(architecture, tensor.name))
         return replace(tensor, shape=shape, expression=expression, notes=list(tensor.notes))
     except SurgeryError as error:
@@ -259,22 +275,7 @@ def _cut(
         return tensor
 
 
-def _take(tensor: OutputTensor, ids: tuple[int, ...]) -> Expression:
-    match tensor.expression:
-        case Copy(ref):
-            return Take(ref, ids)
-        case Take(ref, indices, fill):
-            return Take(ref, tuple(PAD if i == PAD else indices[i] for i in ids), fill)
-        case Stack(refs) if PAD not in ids:
-            return Stack(tuple(refs[i] for i in ids))
-        case FromRepair(ref, rows, indices) if PAD not in ids:
-            return FromRepair(ref, tuple(rows[i] for i in ids), tuple(indices[i] for i in ids))
-        case Merge(ref, groups, axis) if PAD not in ids:
-            return Merge(ref, tuple(groups[i] for i in ids), axis)
-    raise Unsupported("experts that can be neither cut nor padded", object=tensor.name)
-
-
-def _check_repair(model: Model, kept: Ids, repair: Repair) -> None:
+def _check_repair(model: Model, kept: Kept, repair: Repair) -> None:
     if repair.header_sha256 != model.header_sha256:
         raise BadPlan(
             "the repair is of another file",
@@ -309,36 +310,37 @@ def _repaired(before: OutputTensor, after: OutputTensor, repair: Repair) -> Outp
             found=list(tensor.shape),
             expected=list(after.shape),
         )
+    indices = tuple(i for i in after.expression.slices or () if isinstance(i, int))  # a plain cut, without pads
     facts = tensor_type(after.type)
     type, notes = after.type, list(after.notes)
     if not facts.encodes or facts.needs_importance:  # a quantize() of the plan may still say otherwise
         type = tensor.type
         notes.append(f"repaired, so {type}: {after.type} cannot be made without an importance matrix")
-    expression = FromRepair(after.name, tuple(range(len(repair.kept[layer_of(after.name)]))), after.expression.indices)
+    expression = Repaired(after.name, tuple(range(len(indices))), indices)
     return replace(after, type=type, source_type=tensor.type, expression=expression, notes=notes)
 
 
-def _remap(tensor: OutputTensor, ids: tuple[int, ...], best_first: tuple[int, ...], experts: int) -> Remap:
+def _remap(tensor: OutputTensor, ids: Slices, best_first: Slices, experts: int) -> Remap:
     """An id that is gone becomes the best kept expert that its column lacks."""
     if tensor.source_type != "I32":
         raise BadFile("not a table of expert ids", object=tensor.name, found=tensor.source_type, expected="I32")
-    if sorted(best_first) != list(ids):
+    if sorted(i for i in best_first if i is not None) != list(ids):
         raise BadPlan("the order of the kept experts names others than those kept", object=tensor.name)
     new = {old: i for i, old in enumerate(ids)}
-    table = tuple(new.get(old, -1) for old in range(experts))
+    table = tuple(new.get(old) for old in range(experts))
     substitutes = tuple(new[old] for old in best_first)
     match tensor.expression:
         case Copy(ref):
             return Remap(ref, table, substitutes)
         case Remap(ref, first, _):
-            return Remap(ref, tuple(-1 if i < 0 else table[i] for i in first), substitutes)
+            return Remap(ref, tuple(None if i is None else table[i] for i in first), substitutes)
     raise Unsupported("expert ids that are not copied", object=tensor.name)
 
 
 # --- MTP blocks -----------------------------------------------------------------------------------------------------
 
 
-def _drop_mtp(architecture: str, out: Outcome) -> range:
+def _drop_mtp(architecture: str, out: Draft) -> range:
     """Removes the last nextn_predict_layers blocks as if the model had been converted without them."""
     get = getter(out.metadata)
     key = f"{architecture}.nextn_predict_layers"
@@ -346,7 +348,7 @@ def _drop_mtp(architecture: str, out: Outcome) -> range:
         raise Unsupported("this architecture has no MTP blocks", object=key)
     nextn = read_count(get, key, 0)
     if not nextn:
-        out.warnings.append("the model has no MTP blocks to drop")
+        out.warn("the model has no MTP blocks to drop")
         return range(0)
     blocks = read_count(get, f"{architecture}.block_count")
     if nextn >= blocks:
@@ -364,7 +366,7 @@ def _drop_mtp(architecture: str, out: Outcome) -> range:
 
 
 def _set_metadata(
-    model: Model, architecture: str, kept: Ids, edit: KeepExperts, mtp: Collection[int], out: Outcome
+    model: Model, architecture: str, kept: Kept, edit: KeepExperts, mtp: Collection[int], out: Draft
 ) -> None:
     metric = edit.metric
     metadata, old = out.metadata, read_count(getter(out.metadata), f"{architecture}.expert_count")
@@ -381,7 +383,7 @@ def _set_metadata(
         del metadata[key]
     metadata["pgs.experts.metric"] = Value(metric, "str")
     for layer, ids in kept.items():
-        source = [i for i in ids if i != PAD]
+        source = [i for i in ids if i is not None]
         if layer in earlier:  # a number beyond those is a pad of that cut
             source = [earlier[layer][i] for i in source if i < len(earlier[layer])]
         metadata[f"pgs.experts.{layer}.kept"] = Value(source, "u32[]")

@@ -13,26 +13,27 @@ from ..architecture.names import layer_of
 from ..base.errors import BadPlan, SurgeryError, Unsupported
 from ..files.lineage import DROPPED
 from ..plan_data.edits import KeepExperts, MergeExperts
-from ..plan_data.expressions import PAD, Copy, Group, Merge, OutputTensor, Take
-from ..plan_data.outcome import Outcome
+from ..plan_data.expressions import Copy, Group, Merge, OutputTensor, Take
+from ..plan_data.outcome import Draft
 from . import keep_experts
 
 if TYPE_CHECKING:
-    from ..files.model import Model
+    from .context import Context
 
 
-def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value], edit: MergeExperts) -> Outcome:
+def apply(draft: Draft, edit: MergeExperts, context: Context) -> Draft:
     """Makes one expert of each group of `edit`: weights are averaged, the router keeps the centroid's row and bias. Reads
     no tensor data and changes nothing in place; what cannot be done becomes a blocker."""
+    tensors = draft.tensors
     neurons = {layer_of(t.name): t.shape[-1] for t in tensors if t.name.endswith(".ffn_down_exps.weight")}
     experts = {layer_of(t.name): t.shape[0] for t in tensors if t.name.endswith(".ffn_down_exps.weight")}
-    blockers: list[SurgeryError] = []
+    out = draft.copy()
     for layer, groups in edit.groups.items():
-        blockers += _check_groups(layer, groups, experts.get(layer, 0), neurons.get(layer, 0))
-    if blockers:
-        return Outcome(list(tensors), dict(metadata), blockers)
+        out.blockers += _check_groups(layer, groups, experts.get(layer, 0), neurons.get(layer, 0))
+    if out.blockers:
+        return out
     centroids = {layer: tuple(group.members[0] for group in groups) for layer, groups in edit.groups.items()}
-    out = keep_experts.apply(model, tensors, metadata, KeepExperts(centroids, edit.metric, edit.mtp))
+    out = keep_experts.apply(draft, KeepExperts(centroids, edit.metric, edit.mtp), context)
     if out.blockers:
         return out
     before = {t.name: t for t in tensors}
@@ -44,7 +45,7 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
         try:
             out.tensors[i] = _merged(before[tensor.name], tensor, edit.groups[layer])
         except SurgeryError as error:
-            out.blockers.append(error)
+            out.block(error)
     for layer in sorted(merged & {layer_of(t.name) for t in out.tensors}):
         new = [DROPPED] * experts[layer]
         for number, group in enumerate(edit.groups[layer]):
@@ -98,12 +99,13 @@ def _merged(before: OutputTensor, after: OutputTensor, groups: tuple[Group, ...]
     match before.expression:
         case Copy(ref):
             ids = None
-        case Take(ref, indices, _):
-            ids = indices
+        case Take(ref, ids, _):
+            pass
         case _:
             raise Unsupported("experts that are no plain copies cannot be merged", object=after.name)
     if ids is not None:
-        if PAD in ids:
+        real = [i for i in ids if i is not None]
+        if len(real) < len(ids):
             raise Unsupported("layers with padding experts cannot be merged", object=after.name)
-        groups = tuple(replace(g, members=tuple(ids[m] for m in g.members)) for g in groups)
+        groups = tuple(replace(g, members=tuple(real[m] for m in g.members)) for g in groups)
     return replace(after, expression=Merge(ref, groups, axis), notes=list(after.notes))

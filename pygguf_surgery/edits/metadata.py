@@ -12,6 +12,8 @@ from ..architecture.loader import EXTRA_NAME, check_tensor_extra, is_tensor_extr
 from ..base.errors import BadPlan, SurgeryError
 from ..base.words import nearest_names, short_repr
 from ..plan_data.edits import RemoveMetadata, SetMetadata
+from ..plan_data.outcome import Draft
+from .context import Context
 
 SCALAR_TYPES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "u64", "i64", "f64")
 _INTEGERS = {
@@ -225,22 +227,20 @@ def _parse_scalar(text: str, type: str, key: str | None) -> Any:
 # --- the edits ------------------------------------------------------------------------------------------------------
 
 
-def apply(
-    architecture: str, metadata: dict[str, Value], edit: SetMetadata | RemoveMetadata, blockers: list[SurgeryError]
-) -> dict[str, Value]:
-    """The metadata after an edit: a changed key keeps its place, a new one comes last. Faults go to `blockers`."""
-    result = dict(metadata)
-    for item in edit.items if isinstance(edit, SetMetadata) else [(key, None) for key in edit.keys]:
-        key, value = item
+def apply(draft: Draft, edit: SetMetadata | RemoveMetadata, context: Context) -> Draft:
+    """Sets or removes keys: a changed one keeps its place, a new one comes last. What may not be is a blocker."""
+    out, architecture = draft.copy(), context.model.architecture
+    items = edit.items if isinstance(edit, SetMetadata) else tuple((key, None) for key in edit.keys)
+    for key, value in items:
         try:
-            check_key(architecture, key, result, new=value is not None)
+            check_key(architecture, key, out.metadata, new=value is not None)
             if value is None:
-                del result[key]
+                del out.metadata[key]
             else:
-                result[key] = to_value(value, result.get(key), key=key)
+                out.metadata[key] = to_value(value, out.metadata.get(key), key=key)
         except SurgeryError as error:
-            blockers.append(error)
-    return result
+            out.block(error)
+    return out
 
 
 def drop_tensor_extra(metadata: dict[str, Value], gone: Collection[str]) -> dict[str, Value]:

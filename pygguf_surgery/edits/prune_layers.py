@@ -18,25 +18,25 @@ from ..architecture.names import layer_of
 from ..base.errors import BadFile, BadPlan, SurgeryError
 from ..files.lineage import KEPT, claim_source, drop_size_label
 from ..plan_data.edits import PruneLayers
-from ..plan_data.expressions import OutputTensor
-from ..plan_data.outcome import Outcome
+from ..plan_data.outcome import Draft
 from . import blocks
 
 if TYPE_CHECKING:
-    from ..files.model import Model
+    from .context import Context
 
 
 # --- the edit --------------------------------------------------------------------------------------------------------
 
 
-def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value], edit: PruneLayers) -> Outcome:
+def apply(draft: Draft, edit: PruneLayers, context: Context) -> Draft:
     """Drops the blocks that `edit` names and numbers the rest from 0. Reads no tensor data, changes nothing in place.
 
     All that is per block follows: names, arrays with one element per block, counts of leading dense and of MTP blocks,
     lists of kept experts, general.tensor_extra. `pgs.layers.kept` lists the source's numbers of the blocks that are
     left. What llama.cpp would not load or would compute otherwise becomes a blocker; nothing is raised.
     """
-    out = Outcome(list(tensors), dict(metadata))
+    out, tensors, metadata = draft.copy(), draft.tensors, draft.metadata
+    model = context.model
     architecture = model.architecture
     try:
         count = read_count(getter(metadata), f"{architecture}.block_count")
@@ -62,7 +62,7 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
         if len(trunk) < count - nextn:
             out.blockers += obstacles(architecture, tensors, metadata, count - nextn, trunk)
             if architecture not in KNOWN:
-                out.warnings.append(
+                out.warn(
                     f"architecture {architecture!r} is not known: whether llama.cpp tells its layers "
                     "from each other by their position is not checked"
                 )
@@ -75,7 +75,7 @@ def apply(model: Model, tensors: list[OutputTensor], metadata: dict[str, Value],
         kept = [layer for layer in range(count) if layer not in dropped]
         out.metadata.setdefault(KEPT, Value(kept, "u32[]"))  # there already: a second time, and cut by `drop`
     except SurgeryError as error:
-        out.blockers.append(error)
+        out.block(error)
     return out
 
 
@@ -102,7 +102,7 @@ def _check_named(edit: PruneLayers, count: int, nextn: int, names: list[str]) ->
     return frozenset(named)
 
 
-def _drop_interval(architecture: str, out: Outcome, n: int) -> None:
+def _drop_interval(architecture: str, out: Draft, n: int) -> None:
     """Removes the interval of the full-attention layers where a list of layers overrules it and says otherwise now."""
     key = f"{architecture}.{RECURRENT.key}"
     listed = whole_numbers(out.metadata, f"{architecture}.{RECURRENT.listed_by}")
@@ -110,5 +110,5 @@ def _drop_interval(architecture: str, out: Outcome, n: int) -> None:
         return
     interval = read_count(getter(out.metadata), key)
     if not interval or any(bool(x) == ((i + 1) % interval == 0) for i, x in enumerate(listed[:n])):
-        out.warnings.append(f"{key} {interval} is no longer true and is dropped: {RECURRENT.listed_by} overrules it")
+        out.warn(f"{key} {interval} is no longer true and is dropped: {RECURRENT.listed_by} overrules it")
         del out.metadata[key]

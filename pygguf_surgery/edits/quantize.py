@@ -10,16 +10,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .._core import Value
+from ..architecture.keys import getter
 from ..architecture.names import layer_of
 from ..base.errors import BadPlan, SurgeryError
 from ..base.words import tensors_text, with_others
 from ..plan_data.edits import Quantize, UseImatrix
-from ..plan_data.expressions import OutputTensor, Stack
-from ..plan_data.outcome import Outcome
+from ..plan_data.expressions import OutputTensor
+from ..plan_data.outcome import Draft, Faults
 from ..quant.arrays import parse_quality
 from ..quant.types import TYPES, tensor_type
 from ..recipes import importance, mixes
 from ..recipes.overrides import Overrides, parse_overrides, parse_type
+from .context import Context
 
 if TYPE_CHECKING:
     from ..files.imatrix import Imatrix
@@ -57,18 +59,16 @@ def _parts(names: Iterable[str], what: str) -> tuple[str, ...]:
     return parts
 
 
-def apply(
-    model: Model,
-    tensors: list[OutputTensor],
-    metadata: dict[str, Value],
-    edit: Quantize,
-    *,
-    imatrix: Imatrix | None = None,
-    file_order: bool = False,
-) -> Outcome:
-    """Pure, but for the counts and values of the importance matrix. What cannot be done is in the outcome's blockers,
-    never raised. file_order: llama-quantize's --keep-split visits the tensors as they lie in the shards."""
-    out = Outcome([], dict(metadata), [], [])
+def apply(draft: Draft, edit: Quantize, context: Context) -> Draft:
+    """Gives each tensor its type and its importance. Pure, but for the counts and values of the importance matrix. What
+    cannot be done becomes a blocker; nothing is raised."""
+    out, tensors, model = draft.copy(), draft.tensors, context.model
+    imatrix = None
+    if edit.imatrix is not None:
+        try:
+            imatrix = context.companions.imatrix(edit.imatrix)
+        except SurgeryError as error:
+            out.block(error)
     try:
         file_type = mixes.file_type(edit.type, edit.pure)
         overrides = Overrides(parse_overrides(edit.overrides))
@@ -77,24 +77,26 @@ def apply(
         )
         parse_quality(edit.quality)
     except SurgeryError as error:  # a plan from JSON; Plan.quantize has refused it at once
-        return Outcome(tensors, dict(metadata), [error], [])
+        out.block(error)
+        return out
 
     unreadable = edit.imatrix is not None and imatrix is None  # which is a blocker already
     entries = 0 if imatrix is None or edit.imatrix is None else importance.used_entries(imatrix, edit.imatrix)
     if imatrix is not None and not entries:
-        out.warnings.append("no entry of the importance matrix is used: it is as if there were none")
+        out.warn("no entry of the importance matrix is used: it is as if there were none")
         imatrix = None
-    wanted = _wanted(model.architecture, tensors, metadata, edit, file_type, overrides, imatrix, file_order, out)
+    wanted = _wanted(draft, edit, file_type, overrides, imatrix, context, out)
+    out.tensors = []
     requantized: list[OutputTensor] = []
     fallbacks: Counter[tuple[str, str]] = Counter()
     for tensor in tensors:
-        type, notes = _fitting(tensor, wanted[tensor.name], fallbacks, out.blockers)
+        type, notes = _fitting(tensor, wanted[tensor.name], fallbacks, out)
         if type != tensor.source_type and tensor_type(tensor.source_type).quantized:
             requantized.append(tensor)
         best = edit.quality == "best" and type != tensor.source_type and tensor_type(type).has_best
         out.tensors.append(replace(tensor, type=type, notes=[*tensor.notes, *notes], best=best))
     if requantized and not edit.allow_requantize:
-        out.blockers.append(
+        out.block(
             BadPlan(
                 f"already quantized{with_others(requantized)}",
                 object=requantized[0].name,
@@ -105,7 +107,7 @@ def apply(
         )
     if edit.quality == "best":
         count = sum(tensor.best for tensor in out.tensors)
-        (out.notes if count else out.warnings).append(
+        (out.note if count else out.warn)(
             f"quality best: {tensors_text(count)} with less error than llama-quantize's bytes"
             if count
             else "quality best: no tensor gets a type that it is for ("
@@ -114,9 +116,9 @@ def apply(
         )
     if not unreadable:
         _weigh(model, edit, file_type, imatrix, out)
-    overrides.report(out, lambda: _dropped(model, tensors))
+    overrides.report(out, lambda: set(model.tensors) - {ref for t in tensors for ref in t.expression.refs})
     for (wished, type), count in sorted(fallbacks.items()):
-        out.warnings.append(f"{tensors_text(count)} with rows that {wished} cannot hold became {type}")
+        out.warn(f"{tensors_text(count)} with rows that {wished} cannot hold became {type}")
     if any(t.type != t.source_type for t in out.tensors):
         if file_type.number is not None:
             out.metadata["general.file_type"] = Value(file_type.number, "u32")
@@ -126,26 +128,17 @@ def apply(
     return out
 
 
-def _dropped(model: Model, tensors: list[OutputTensor]) -> set[str]:
-    """The model's tensors that no output tensor is made of."""
-    refs: set[str] = set()
-    for tensor in tensors:
-        refs.update(tensor.expression.refs if isinstance(tensor.expression, Stack) else [tensor.expression.ref])
-    return set(model.tensors) - refs
-
-
 def _wanted(
-    architecture: str,
-    tensors: list[OutputTensor],
-    metadata: dict[str, Value],
+    draft: Draft,
     edit: Quantize,
     file_type: mixes.FileType,
     overrides: Overrides,
     imatrix: Imatrix | None,
-    file_order: bool,
-    out: Outcome,
+    context: Context,
+    faults: Faults,
 ) -> dict[str, str]:
     """The type that each tensor is to have, whether its rows can or not."""
+    architecture, tensors = context.model.architecture, draft.tensors
     decided: dict[str, str] = {}
     for tensor in tensors:
         allowed = mixes.allows(architecture, tensor.name, tensor.shape, edit.leave_output)
@@ -156,7 +149,7 @@ def _wanted(
             option = edit.token_embedding_type
             if tensor.name != mixes.TOKEN_EMBEDDING[0] and overrides.names(tensor.name):
                 option = None  # per_layer_token_embd follows only where no override names it
-        type = option or overrides.type_for(tensor, allowed, out.blockers)
+        type = option or overrides.type_for(tensor, allowed, faults)
         if option:
             overrides.skip(tensor.name)
         if type is not None:
@@ -164,12 +157,12 @@ def _wanted(
     wanted = {tensor.name: tensor.source_type for tensor in tensors}
     if file_type.type is not None:
         try:
-            facts = mixes.model_facts(architecture, lambda key: metadata[key].value if key in metadata else None)
+            facts = mixes.model_facts(architecture, getter(draft.metadata))
         except SurgeryError as error:
-            out.blockers.append(error)
+            faults.block(error)
             return wanted | decided
         shapes = {tensor.name: tensor.shape for tensor in tensors}
-        order = list(shapes) if file_order else mixes.loader_order(shapes)
+        order = list(shapes) if context.keep_split else mixes.loader_order(shapes)
         chosen, errors = mixes.choose_types(
             file_type,
             facts,
@@ -180,12 +173,12 @@ def _wanted(
             leave_output=edit.leave_output,
         )
         wanted |= chosen
-        out.blockers += errors
+        faults.blockers += errors
     return wanted | decided
 
 
 def _fitting(
-    tensor: OutputTensor, wanted: str, fallbacks: Counter[tuple[str, str]], blockers: list[SurgeryError]
+    tensor: OutputTensor, wanted: str, fallbacks: Counter[tuple[str, str]], faults: Faults
 ) -> tuple[str, list[str]]:
     """`wanted`, or what llama-quantize falls back to where a row is no multiple of its block; and what to note."""
     if wanted == tensor.source_type:  # it keeps its bytes, whatever its rows
@@ -194,7 +187,7 @@ def _fitting(
     type = mixes.fallback(wanted, row)
     block = tensor_type(wanted).block
     if type is None:
-        blockers.append(
+        faults.block(
             BadPlan(
                 f"a row is no multiple of the block of {wanted}, which has no fallback",
                 object=tensor.name,
@@ -210,20 +203,18 @@ def _fitting(
     return type, [f"{wanted} needs rows of a multiple of {block}, this has {row}: {type}"]
 
 
-def _weigh(model: Model, edit: Quantize, file_type: mixes.FileType, imatrix: Imatrix | None, out: Outcome) -> None:
+def _weigh(model: Model, edit: Quantize, file_type: mixes.FileType, imatrix: Imatrix | None, out: Draft) -> None:
     """Gives each encoded tensor its importance; what needs one and has none is a blocker."""
     encoded, refused = [t for t in out.tensors if t.encoded], set()
     if imatrix is not None and edit.imatrix is not None:
         if encoded and not _belongs(imatrix, model, out):
             return
         found = importance.resolve(imatrix, edit.imatrix, model, encoded)
-        out.blockers += found.blockers
+        out.add(found)
         refused = found.refused
-        out.warnings += found.warnings
-        out.notes += found.summary
         for tensor in encoded:
             tensor.importance = found.importance.get(tensor.name)
-            tensor.notes += found.notes.get(tensor.name, [])
+            tensor.notes += found.tensor_notes.get(tensor.name, [])
     without: dict[str, list[str]] = {}
     for tensor in encoded:
         needs = tensor_type(tensor.type).needs_importance or mixes.wants_importance(file_type, tensor.name, tensor.type)
@@ -235,16 +226,14 @@ def _weigh(model: Model, edit: Quantize, file_type: mixes.FileType, imatrix: Ima
         else "the one given has no entry for it; imatrix_missing= (--imatrix-missing) says what to do then"
     )
     for type, names in without.items():
-        out.blockers.append(
-            BadPlan(f"{type} needs an importance matrix{with_others(names)}", object=names[0], hint=hint)
-        )
+        out.block(BadPlan(f"{type} needs an importance matrix{with_others(names)}", object=names[0], hint=hint))
 
 
-def _belongs(imatrix: Imatrix, model: Model, out: Outcome) -> bool:
+def _belongs(imatrix: Imatrix, model: Model, faults: Faults) -> bool:
     """False, and a blocker, where the entries are those of another model; a warning where some have no tensor."""
     strangers = [name for name in imatrix.entries if name not in model.tensors]
     if len(strangers) == len(imatrix.entries):
-        out.blockers.append(
+        faults.block(
             BadPlan(
                 "the importance matrix of another model",
                 path=imatrix.path,
@@ -257,7 +246,7 @@ def _belongs(imatrix: Imatrix, model: Model, out: Outcome) -> bool:
     if "pgs.layers.kept" in model.metadata and isinstance(block_count, int):  # the layers have other numbers now
         beyond = [name for name in strangers if (layer_of(name) or 0) >= block_count]
         if beyond:
-            out.blockers.append(
+            faults.block(
                 BadPlan(
                     "the importance matrix of the model before its layers were dropped",
                     path=imatrix.path,
@@ -268,7 +257,7 @@ def _belongs(imatrix: Imatrix, model: Model, out: Outcome) -> bool:
             return False
     if strangers:
         first = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
-        out.warnings.append(
+        faults.warn(
             f"importance: {len(strangers)} of {len(imatrix.entries)} entries belong to no tensor of the model ({first})"
         )
     return True

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .._core import Value
 from ..base.errors import BadPlan, SurgeryError
 from ..base.units import human
 from ..plan_data.edits import Split
+from ..plan_data.outcome import Faults
 
 MAX_SHARDS = 65535  # split.count is a u16
 MAX_TENSORS = 128  # llama-gguf-split's number, where nothing else is said
@@ -18,14 +19,12 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}(\.gguf)?$")
 
 
 @dataclass
-class Partition:
+class Partition(Faults):
     """shards: the tensors of each, by number, ascending; together every tensor once. single: one plain file, without
     the keys and the name of a shard. With blockers it is one file."""
 
     shards: list[list[int]]
     single: bool = False
-    warnings: list[str] = field(default_factory=list)
-    blockers: list[SurgeryError] = field(default_factory=list)
 
 
 def partition(

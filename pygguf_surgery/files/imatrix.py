@@ -12,6 +12,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .._core import Source, TensorInfo, Value, read_header, type_id
@@ -89,8 +90,11 @@ class Imatrix:
         self.entries = {e.name: e for e in sorted(entries, key=lambda e: name_bytes(e.name))}
         self.warnings = list(warnings)
         self.digest = self._digest()
-        self._scans: dict[tuple[str, int], _Scan] = {}
-        self._means: dict[tuple[str, int], NDArray[np.float32]] = {}
+        known = _KNOWN.pop((source.identity, self.digest), None) or _Known()
+        _KNOWN[source.identity, self.digest] = known  # the one used last is the last
+        while len(_KNOWN) > _KNOWN_MOST:
+            del _KNOWN[next(iter(_KNOWN))]
+        self._scans, self._means = known.scans, known.means
 
     def __repr__(self) -> str:
         return f"<Imatrix {self.path} ({self.format}, {len(self.entries)} entries)>"
@@ -199,6 +203,19 @@ class Imatrix:
         step = max(1, _PIECE // (4 * row_elements))
         for first in range(0, rows, step):
             yield first, self._read(entry, first * row_elements, min(step, rows - first) * row_elements)
+
+
+@dataclass
+class _Known:
+    """What was read of the sums of a file, whoever opened it: a plan that is fitted, checked and written opens its importance
+    matrix several times, and hundreds of megabytes are scanned once."""
+
+    scans: dict[tuple[str, int], _Scan] = field(default_factory=dict)  # by name and elements of a row
+    means: dict[tuple[str, int], NDArray[np.float32]] = field(default_factory=dict)
+
+
+_KNOWN: dict[tuple[tuple[int, int, int, int], str], _Known] = {}  # by identity and digest of the file
+_KNOWN_MOST = 4  # files
 
 
 class _Scan:

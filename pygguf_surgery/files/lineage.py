@@ -9,7 +9,7 @@ from .._core import Value, __version__
 from ..architecture.keys import getter, like, read_count
 from ..architecture.loader import MAX_EXPERTS
 from ..architecture.names import layer_of
-from ..plan_data.expressions import PAD
+from ..plan_data.expressions import Slices
 from .model import Model, Tensor
 
 KEPT = "pgs.layers.kept"  # u32[]: the source's number of each block
@@ -76,7 +76,7 @@ def set_size_label(metadata: dict[str, Value], old: int, new: int, warnings: lis
 # --- where the rows of a result come from --------------------------------------------------------------------------
 
 
-def kept_experts(result: Model, source: Model) -> dict[int, tuple[int, ...]]:
+def kept_experts(result: Model, source: Model) -> dict[int, Slices]:
     """The lists that pruning left in the result's metadata (`pgs.experts.LAYER.kept`). Empty when there are none, or
     when the source has the same ones: then they tell of an earlier cut."""
     kept = {}
@@ -85,7 +85,7 @@ def kept_experts(result: Model, source: Model) -> dict[int, tuple[int, ...]]:
         if match and result.metadata.value(key).type.endswith("[]"):
             pads = result.metadata.get(f"pgs.experts.{match[1]}.padded", 0)
             pads = pads if isinstance(pads, int) and 0 < pads <= MAX_EXPERTS else 0
-            kept[int(match[1])] = (*result.metadata[key], *(PAD,) * pads)
+            kept[int(match[1])] = (*result.metadata[key], *(None,) * pads)
     return kept
 
 

@@ -5,24 +5,33 @@ Pure: reads no tensor data, raises only for a misuse of the call itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from .._core import Value, plan_budget
 from ..architecture.loader import (
     ALIGNMENT_LEAST,
     NAME_BYTES,
+    NUMBERS,
     check_embedding,
+    check_numbers,
     check_required,
     check_tensor_extra,
     is_tensor_extra,
 )
-from ..base.errors import BadFile, BadPlan, SourceChanged, SurgeryError, Unsupported
-from ..base.units import MEMORY, human, parse_memory, parse_threads
-from ..edits import metadata as metadata_rules
+from ..architecture.names import role_of
+from ..base.errors import BadPlan, SurgeryError, Unsupported
+from ..base.limits import Limits
+from ..base.units import human
+from ..edits import keep_experts, merge_experts, prune_layers
+from ..edits import metadata as metadata_edit
 from ..edits import quantize as quantize_edit
+from ..edits.context import Context
+from ..files.companions import Companion, Companions
 from ..files.model import Model
 from ..plan_data.edits import (
+    Edit,
     KeepExperts,
     MergeExperts,
     PlanData,
@@ -31,281 +40,276 @@ from ..plan_data.edits import (
     RemoveMetadata,
     SetMetadata,
     Split,
-    UseImatrix,
-    UseRepair,
 )
 from ..plan_data.expressions import Copy, OutputTensor
+from ..plan_data.outcome import Draft, Faults
 from ..quant.types import tensor_type
 from .checked import CheckedPlan
 from .jobs import build_jobs
 from .place import lay_out, target_bytes
 
-if TYPE_CHECKING:
-    from ..files.imatrix import Imatrix
-    from ..files.repair import Repair
-
-
 # What a run needs beside its buffers and the output's header: lists of jobs and runs, thread stacks, malloc's slack.
 FIXED_BYTES = 24 << 20
 
 
-# --- the check -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Work:
+    """What the passes look at. uncut: the metadata before any expert or layer was dropped."""
+
+    context: Context
+    data: PlanData
+    before: Mapping[str, Value]
+
+    def only(self, kind: type[Edit]) -> Any:
+        """The edit of a kind that a plan has at most once, or None."""
+        return next((edit for edit in self.data.edits if isinstance(edit, kind)), None)
 
 
-def check(
-    model: Model, data: PlanData, *, memory: int | str = MEMORY, threads: int = 0, io: str = "auto"
-) -> CheckedPlan:
-    """Everything about the output, before a byte of it exists. What cannot be done is in .blockers."""
-    from ..architecture.names import role_of
-
-    budget, threads = parse_memory(memory), parse_threads(threads)
-    blockers: list[SurgeryError] = []
-    warnings = [f"input: {text}" for text in model.warnings]
+def check(model: Model, data: PlanData, limits: Limits, companions: Companions) -> CheckedPlan:
+    """Everything about the output, before a byte of it exists. What cannot be done is in .blockers. companions: where the
+    files that the plan names are opened."""
+    split = next((edit for edit in data.edits if isinstance(edit, Split)), None)
     before = model.metadata.exact()
-    metadata = dict(before)
-    tensors = [
-        OutputTensor(t.name, t.shape, t.type, t.type, Copy(t.name), role_of(t.name)) for t in model.tensors.values()
-    ]
-    if model.metadata_only and tensors:
-        blockers.append(BadPlan("opened for its metadata only", path=model.path, hint="open it without metadata_only"))
-
-    metadata_edits = [edit for edit in data.edits if isinstance(edit, (SetMetadata, RemoveMetadata))]
-    quantize, split = (_at_most_one(data, kind, blockers) for kind in (Quantize, Split))
-    # The architecture's own keys before the experts, so that their rules see the final numbers; all others after, so
-    # that the caller has the last word.
-    metadata = _edit_metadata(model.architecture, metadata, metadata_edits, True, blockers)
-    uncut, repair = metadata, None
-    for edit in data.edits:  # in their order: the numbers of a second cut are those after the first
-        if isinstance(edit, KeepExperts):
-            from ..edits import keep_experts
-
-            repair = _open_repair(edit.repair, blockers) or repair
-            outcome = keep_experts.apply(model, tensors, metadata, edit, repair)
-        elif isinstance(edit, MergeExperts):
-            from ..edits import merge_experts
-
-            outcome = merge_experts.apply(model, tensors, metadata, edit)
-        elif isinstance(edit, PruneLayers):
-            from ..edits import prune_layers
-
-            outcome = prune_layers.apply(model, tensors, metadata, edit)
-        else:
-            continue
-        tensors, metadata = outcome.tensors, outcome.metadata
-        blockers += outcome.blockers
-        warnings += outcome.warnings
-    dropped = uncut.keys() - metadata.keys()  # with the experts: that the caller removes these too is no error
-    metadata = _edit_metadata(model.architecture, metadata, metadata_edits, False, blockers, dropped)
-    imatrix, notes = None, []
-    if quantize is not None:
-        imatrix = _open_imatrix(quantize.imatrix, blockers)
-        quantized = quantize_edit.apply(
-            model, tensors, metadata, quantize, imatrix=imatrix, file_order=split is not None and split.keep
-        )
-        tensors, metadata = quantized.tensors, quantized.metadata
-        blockers += quantized.blockers
-        warnings += quantized.warnings
-        notes += quantized.notes
-    metadata = metadata_rules.drop_tensor_extra(metadata, model.tensors.keys() - {t.name for t in tensors})
-    metadata, alignment = _derived(model, metadata, warnings)
-    blockers += _check_tensors(model, tensors, weighed=quantize is not None)
-    blockers += _check_metadata(model.architecture, before, metadata)
-    embedding = next((t.shape for t in tensors if t.name == "token_embd.weight"), ())
-    blockers += [
-        error
-        for error in check_embedding(model.architecture, metadata, embedding)
-        if before.get(error.object) != metadata.get(error.object)
-    ]
-
+    work = _Work(Context(model, companions, keep_split=split is not None and split.keep), data, before)
+    draft = Draft([], {})
+    for _, step in PASSES:
+        after = step(draft, work)
+        after.blockers[:0], after.warnings[:0], after.notes[:0] = draft.blockers, draft.warnings, draft.notes
+        draft = after
     checked = CheckedPlan(
+        tensors=draft.tensors,
+        metadata=draft.metadata,
+        blockers=draft.blockers,
+        warnings=draft.warnings,
+        notes=draft.notes,
         data=data,
-        tensors=tensors,
-        nbytes=[target_bytes(t) for t in tensors],
-        offsets=[],
-        metadata=metadata,
-        alignment=alignment,
-        files=[],
-        split=False,
-        file_bytes=0,
-        peak_memory_bytes=0,
-        blockers=blockers,
-        warnings=warnings,
-        notes=notes,
+        limits=limits,
+        nbytes=[target_bytes(t) for t in draft.tensors],
+        alignment=max(model.alignment, ALIGNMENT_LEAST),
         source_bytes=sum(t.nbytes for t in model.tensors.values()),
         architecture=model.architecture,
-        experts=(_count(before, model.architecture), _count(metadata, model.architecture)),
-        imatrix=imatrix,
-        repair=repair,
+        experts=(_count(before, model.architecture), _count(draft.metadata, model.architecture)),
     )
     lay_out(model, checked, split)
-    if quantize is not None and quantize.max_bytes is not None and checked.file_bytes > quantize.max_bytes:
-        blockers.append(
-            BadPlan(
-                "the output is too large",
-                object="max_size",
-                found=human(checked.file_bytes),
-                expected=f"at most {human(quantize.max_bytes)}",
-                hint="the recipe allows no more",
-            )
-        )
-    _budget(model, checked, budget, threads, io)
+    _check_size(checked, work.only(Quantize))
+    _make_jobs(model, checked, companions)
     return checked
 
 
-def _at_most_one(data: PlanData, kind: type, blockers: list[SurgeryError]) -> Any:
-    found = [edit for edit in data.edits if isinstance(edit, kind)]
-    if len(found) > 1:
-        name = kind.__name__.lower()
-        blockers.append(BadPlan(f"a plan can {name} only once", object=name, found=len(found)))
-    return found[0] if found else None
+# --- the passes -------------------------------------------------------------------------------------------------------
 
 
-def _open_imatrix(use: UseImatrix | None, blockers: list[SurgeryError]) -> Imatrix | None:
-    from ..files import imatrix as imatrix_file
-
-    return _open_companion(use, imatrix_file.open, "importance matrix", blockers)
-
-
-def _open_repair(use: UseRepair | None, blockers: list[SurgeryError]) -> Repair | None:
-    from ..files import repair as repair_file
-
-    return _open_companion(use, repair_file.open, "repair", blockers)
-
-
-def _open_companion(use: Any, open: Callable[[str], Any], what: str, blockers: list[SurgeryError]) -> Any:
-    """The file that an edit names, if there is one and it is still the one that the plan was made with."""
-    if use is None:
-        return None
-    try:
-        opened = open(use.path)
-        if opened.digest != use.digest:
-            raise SourceChanged(f"the {what} is not the one that the plan was made with", path=use.path)
-        return opened
-    except (OSError, ValueError) as error:  # ValueError: a path from JSON that is none
-        blockers.append(
-            BadFile(f"the {what} cannot be read", path=use.path, found=getattr(error, "strerror", None) or error)
-        )
-    except SurgeryError as error:
-        blockers.append(error)
-    return None
+def _source(_: Draft, work: _Work) -> Draft:
+    """The model as it is."""
+    model = work.context.model
+    tensors = [
+        OutputTensor(t.name, t.shape, t.type, t.type, Copy(t.name), role_of(t.name)) for t in model.tensors.values()
+    ]
+    out = Draft(tensors, dict(work.before))
+    out.warnings += [f"input: {text}" for text in model.warnings]
+    if model.metadata_only and tensors:
+        out.block(BadPlan("opened for its metadata only", path=model.path, hint="open it without metadata_only"))
+    for kind in (Quantize, Split):
+        found = [edit for edit in work.data.edits if isinstance(edit, kind)]
+        if len(found) > 1:
+            name = kind.__name__.lower()
+            out.block(BadPlan(f"a plan can {name} only once", object=name, found=len(found)))
+    return out
 
 
-def _edit_metadata(
-    architecture: str,
-    metadata: dict[str, Value],
-    edits: Sequence[SetMetadata | RemoveMetadata],
-    own: bool,
-    blockers: list[SurgeryError],
-    dropped: Collection[str] = (),
-) -> dict[str, Value]:
-    """The edits of the architecture's own keys, or of all others. dropped: keys that are gone already."""
-    prefix = f"{architecture}."
-    for edit in edits:
-        if isinstance(edit, SetMetadata):
-            part: SetMetadata | RemoveMetadata = SetMetadata(
-                tuple(item for item in edit.items if item[0].startswith(prefix) == own)
-            )
+def _own_keys(draft: Draft, work: _Work) -> Draft:
+    """The architecture's own keys, before the experts, whose rules then see the final numbers."""
+    return _edit_metadata(draft, work, own=True)
+
+
+def _experts_and_layers(draft: Draft, work: _Work) -> Draft:
+    """What drops, merges and renumbers, in the order of the plan: the numbers of a second cut are those after the first."""
+    out = draft.copy()
+    for edit in work.data.edits:
+        if isinstance(edit, KeepExperts):
+            after = keep_experts.apply(out, edit, work.context)
+        elif isinstance(edit, MergeExperts):
+            after = merge_experts.apply(out, edit, work.context)
+        elif isinstance(edit, PruneLayers):
+            after = prune_layers.apply(out, edit, work.context)
         else:
-            part = RemoveMetadata(
-                tuple(
-                    key
-                    for key in edit.keys
-                    if key.startswith(prefix) == own and not (key in dropped and key not in metadata)
-                )
-            )
-        metadata = metadata_rules.apply(architecture, metadata, part, blockers)
-    return metadata
+            continue
+        out.tensors, out.metadata = after.tensors, after.metadata
+        out.add(after)
+    return out
 
 
-def _derived(model: Model, metadata: dict[str, Value], warnings: list[str]) -> tuple[dict[str, Value], int]:
-    """Keys that follow from the rest, and the alignment: the output is one file that llama.cpp reads."""
-    metadata = {key: value for key, value in metadata.items() if not key.startswith("split.")}
-    alignment = model.alignment
-    if alignment < ALIGNMENT_LEAST:
-        warnings.append(f"alignment {alignment} becomes {ALIGNMENT_LEAST}, the least that llama.cpp reads")
-        alignment = ALIGNMENT_LEAST
-        metadata["general.alignment"] = Value(alignment, "u32")
-    return metadata, alignment
+def _other_keys(draft: Draft, work: _Work) -> Draft:
+    """All other keys, so that the caller has the last word."""
+    return _edit_metadata(draft, work, own=False)
 
 
-def _check_tensors(model: Model, tensors: list[OutputTensor], weighed: bool) -> list[SurgeryError]:
-    """What llama.cpp could not load afterwards, and what ggml cannot do. weighed: a quantize edit has looked whether each
-    type that needs importance has some."""
-    found: list[SurgeryError] = []
+def _types(draft: Draft, work: _Work) -> Draft:
+    edit = work.only(Quantize)
+    return draft.copy() if edit is None else quantize_edit.apply(draft, edit, work.context)
+
+
+def _derived_keys(draft: Draft, work: _Work) -> Draft:
+    """Keys that follow from the rest: shards get theirs later, llama.cpp reads no alignment below 32."""
+    out, model = draft.copy(), work.context.model
+    gone = model.tensors.keys() - {t.name for t in out.tensors}
+    metadata = metadata_edit.drop_tensor_extra(out.metadata, gone)
+    out.metadata = {key: value for key, value in metadata.items() if not key.startswith("split.")}
+    if model.alignment < ALIGNMENT_LEAST:
+        out.warn(f"alignment {model.alignment} becomes {ALIGNMENT_LEAST}, the least that llama.cpp reads")
+        out.metadata["general.alignment"] = Value(ALIGNMENT_LEAST, "u32")
+    return out
+
+
+def _loadable_tensors(draft: Draft, work: _Work) -> Draft:
+    """What llama.cpp could not load afterwards, and what ggml cannot do."""
+    out = draft.copy()
+    if work.context.model.tensors and not out.tensors:
+        out.block(BadPlan("nothing is left of the model"))
+    weighed = work.only(Quantize) is not None  # then each type that needs importance was looked after
     seen: set[str] = set()
-    if model.tensors and not tensors:
-        found.append(BadPlan("nothing is left of the model"))
-    for tensor in tensors:
+    for tensor in out.tensors:
         if tensor.name in seen:
-            found.append(BadPlan("duplicate tensor", object=tensor.name))
+            out.block(BadPlan("duplicate tensor", object=tensor.name))
         seen.add(tensor.name)
-        nbytes = len(tensor.name.encode("utf-8", "surrogateescape"))
-        if nbytes == 0 or nbytes > NAME_BYTES:
-            found.append(
-                BadPlan(
-                    "a tensor name that llama.cpp cannot load",
-                    object=tensor.name,
-                    found=f"{nbytes} bytes",
-                    expected=f"1..{NAME_BYTES}",
-                )
-            )
-        row = tensor.shape[-1] if tensor.shape else 1
-        if row % tensor_type(tensor.type).block:
-            found.append(
-                BadPlan(
-                    "a row is no multiple of the block",
-                    object=tensor.name,
-                    found=f"{row} elements",
-                    expected=f"a multiple of {tensor_type(tensor.type).block} ({tensor.type})",
-                )
-            )
-        if tensor.encoded:
-            if tensor_type(tensor.type).needs_importance and not weighed:
-                found.append(
-                    Unsupported(
-                        "this type needs an importance matrix",
-                        object=tensor.name,
-                        found=tensor.type,
-                        hint="quantize() gives it one, or another type",
-                    )
-                )
-            if not tensor_type(tensor.source_type).decodes:
-                found.append(
-                    Unsupported(
-                        "ggml cannot decode this type",
-                        object=tensor.name,
-                        found=tensor.source_type,
-                        hint='override it with "copy"',
-                    )
-                )
-            if not tensor_type(tensor.type).encodes:
-                found.append(Unsupported("ggml cannot encode this type", object=tensor.name, found=tensor.type))
-    return found
+        _check_tensor(tensor, weighed, out)
+    return out
 
 
-def _check_metadata(architecture: str, before: dict[str, Value], after: dict[str, Value]) -> list[SurgeryError]:
-    """What llama.cpp refuses of the keys that this plan changed: numbers of experts, lists of tensors."""
-    from ..architecture.loader import NUMBERS, check_numbers
-
-    found: list[SurgeryError] = []
+def _loadable_keys(draft: Draft, work: _Work) -> Draft:
+    """What llama.cpp refuses of the keys that this plan changed: numbers of experts, lists of tensors, the vocabulary."""
+    out, before, after = draft.copy(), work.before, draft.metadata
+    architecture = work.context.model.architecture
     if any(before.get(key) != after.get(key) for key in (f"{architecture}.{name}" for name in NUMBERS)):
-        found += check_numbers(architecture, after)
+        out.blockers += check_numbers(architecture, after)
     if any(before.get(key) != after.get(key) for key in {*before, *after} if is_tensor_extra(key)):
-        found += check_tensor_extra(after)
-    return found + check_required(architecture, before, after)
+        out.blockers += check_tensor_extra(after)
+    out.blockers += check_required(architecture, before, after)
+    embedding = next((t.shape for t in out.tensors if t.name == "token_embd.weight"), ())
+    out.blockers += [
+        error
+        for error in check_embedding(architecture, after, embedding)
+        if before.get(error.object) != after.get(error.object)
+    ]
+    return out
 
 
-def _count(metadata: dict[str, Value], architecture: str) -> int | None:
+# In this order. A pass takes the draft so far and gives back the next one with the faults that it found.
+PASSES: tuple[tuple[str, Callable[[Draft, _Work], Draft]], ...] = (
+    ("source", _source),
+    ("own keys", _own_keys),
+    ("experts and layers", _experts_and_layers),
+    ("other keys", _other_keys),
+    ("types", _types),
+    ("derived keys", _derived_keys),
+    ("loadable tensors", _loadable_tensors),
+    ("loadable keys", _loadable_keys),
+)
+
+
+# --- what the passes do -----------------------------------------------------------------------------------------------
+
+
+def _edit_metadata(draft: Draft, work: _Work, *, own: bool) -> Draft:
+    """The edits of the architecture's own keys, or of all others."""
+    out, prefix = draft.copy(), f"{work.context.model.architecture}."
+    dropped = set() if own else work.before.keys() - draft.metadata.keys()
+    for edit in work.data.edits:
+        part: SetMetadata | RemoveMetadata
+        if isinstance(edit, SetMetadata):
+            part = SetMetadata(tuple(item for item in edit.items if item[0].startswith(prefix) == own))
+        elif isinstance(edit, RemoveMetadata):
+            # With the experts some keys are gone: that the caller removes these too is no error.
+            keys = tuple(
+                key
+                for key in edit.keys
+                if key.startswith(prefix) == own and not (key in dropped and key not in out.metadata)
+            )
+            part = RemoveMetadata(keys)
+        else:
+            continue
+        after = metadata_edit.apply(out, part, work.context)
+        out.metadata = after.metadata
+        out.add(after)
+    return out
+
+
+def _check_tensor(tensor: OutputTensor, weighed: bool, faults: Faults) -> None:
+    """weighed: a quantize edit has looked whether its type has the importance that it needs."""
+    nbytes = len(tensor.name.encode("utf-8", "surrogateescape"))
+    if nbytes == 0 or nbytes > NAME_BYTES:
+        faults.block(
+            BadPlan(
+                "a tensor name that llama.cpp cannot load",
+                object=tensor.name,
+                found=f"{nbytes} bytes",
+                expected=f"1..{NAME_BYTES}",
+            )
+        )
+    row, target = tensor.shape[-1] if tensor.shape else 1, tensor_type(tensor.type)
+    if row % target.block:
+        faults.block(
+            BadPlan(
+                "a row is no multiple of the block",
+                object=tensor.name,
+                found=f"{row} elements",
+                expected=f"a multiple of {target.block} ({tensor.type})",
+            )
+        )
+    if not tensor.encoded:
+        return
+    if target.needs_importance and not weighed:
+        faults.block(
+            Unsupported(
+                "this type needs an importance matrix",
+                object=tensor.name,
+                found=tensor.type,
+                hint="quantize() gives it one, or another type",
+            )
+        )
+    if not tensor_type(tensor.source_type).decodes:
+        faults.block(
+            Unsupported(
+                "ggml cannot decode this type",
+                object=tensor.name,
+                found=tensor.source_type,
+                hint='override it with "copy"',
+            )
+        )
+    if not target.encodes:
+        faults.block(Unsupported("ggml cannot encode this type", object=tensor.name, found=tensor.type))
+
+
+def _count(metadata: Mapping[str, Value], architecture: str) -> int | None:
     value = metadata.get(f"{architecture}.expert_count")
     return value.value if value is not None and isinstance(value.value, int) else None
 
 
-def _budget(model: Model, checked: CheckedPlan, memory: int, threads: int, io: str) -> None:
-    buffers = memory
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def _check_size(checked: CheckedPlan, edit: Quantize | None) -> None:
+    if edit is not None and edit.max_bytes is not None and checked.file_bytes > edit.max_bytes:
+        checked.block(
+            BadPlan(
+                "the output is too large",
+                object="max_size",
+                found=human(checked.file_bytes),
+                expected=f"at most {human(edit.max_bytes)}",
+                hint="the recipe allows no more",
+            )
+        )
+
+
+def _make_jobs(model: Model, checked: CheckedPlan, companions: Companions) -> None:
+    """The jobs of the run, what they read, and how much memory that takes."""
+    buffers, limits = checked.limits.memory, checked.limits
     if checked.offsets and not checked.blockers:
         try:
-            jobs = build_jobs(model, checked)
-            buffers = plan_budget(jobs, memory=memory, threads=threads, io=io)["buffer_bytes"]
+            checked.jobs, sources = build_jobs(model, checked, companions)
+            checked.companions = tuple(Companion(s.path, s.identity) for s in sources)
+            budget = plan_budget(checked.jobs, memory=limits.memory, threads=limits.threads, io=limits.io)
+            buffers = budget["buffer_bytes"]
         except SurgeryError as error:
-            checked.blockers.append(error)
+            checked.block(error)
     checked.peak_memory_bytes = buffers + 2 * sum(len(file.header) for file in checked.files) + FIXED_BYTES

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
-from .._core import Source, Value
-from ..base.errors import SurgeryError
+from .._core import Job, Value
+from ..base.limits import Limits
 from ..base.printed import abbreviate, error_for_json, value_for_json
 from ..base.units import human
+from ..files.companions import Companion
 from ..plan_data.codec import expression_to_json, plan_to_json
 from ..plan_data.edits import PlanData
-from ..plan_data.expressions import Copy, FromRepair, Merge, OutputTensor, Remap, Stack, Take
-
-if TYPE_CHECKING:
-    from ..files.imatrix import Imatrix
-    from ..files.repair import Repair
+from ..plan_data.expressions import OutputTensor
+from ..plan_data.outcome import Faults
 
 
 @dataclass(repr=False)  # it would show the whole header
@@ -31,28 +29,26 @@ class OutputFile:
     file_bytes: int
 
 
-@dataclass(repr=False)
-class CheckedPlan:
+@dataclass(repr=False, kw_only=True)
+class CheckedPlan(Faults):
     """What a plan comes to. With blockers it can be described and not written; its numbers are then best guesses."""
 
     data: PlanData
+    limits: Limits  # those of the run
     tensors: list[OutputTensor]
     nbytes: list[int]  # of each tensor, without padding
-    offsets: list[int]  # of each tensor, from the start of its file; empty if no header can be made
+    offsets: list[int] = field(default_factory=list)  # of each in its file; empty if no header can be made
     metadata: dict[str, Value]
     alignment: int
-    files: list[OutputFile]  # one, or the shards
-    split: bool  # shards, whatever their number: their names say so
-    file_bytes: int  # of all files
-    peak_memory_bytes: int  # over the interpreter's own: buffers, header, lists
-    blockers: list[SurgeryError]
-    warnings: list[str]
-    notes: list[str]  # what is as it should be, counted: overrides, importance
+    files: list[OutputFile] = field(default_factory=list)  # one, or the shards
+    split: bool = False  # shards, whatever their number: their names say so
+    file_bytes: int = 0  # of all files
+    peak_memory_bytes: int = 0  # over the interpreter's own: buffers, header, lists
     source_bytes: int  # of the input's tensors
     architecture: str
     experts: tuple[int | None, int | None]  # before, after
-    imatrix: Imatrix | None  # open, as the run reads its rows
-    repair: Repair | None  # the same
+    jobs: list[Job] = field(default_factory=list)  # for the engine; none with blockers
+    companions: tuple[Companion, ...] = ()  # what the jobs read beside the model, in the order of their numbers
 
     def __repr__(self) -> str:
         return (
@@ -60,17 +56,13 @@ class CheckedPlan:
             f"{len(self.warnings)} warnings>"
         )
 
-    def extra_sources(self) -> list[Source]:
-        """What a run reads beside the model, in the order of their numbers."""
-        return [extra.source for extra in (self.imatrix, self.repair) if extra is not None]
-
     @property
     def elements(self) -> int:
         return sum(math.prod(tensor.shape) for tensor in self.tensors)
 
     def actions(self) -> dict[str, int]:
         """How many tensors are copied, taken, encoded, ..."""
-        return dict(Counter(action(tensor) for tensor in self.tensors))
+        return dict(Counter(tensor.action for tensor in self.tensors))
 
     def summary(self) -> str:
         """The plan in words: sizes by role, types, bits per weight, experts, peak memory, warnings, blockers."""
@@ -125,7 +117,7 @@ class CheckedPlan:
                     "type": t.type,
                     "shape": list(t.shape),
                     "nbytes": n,
-                    "action": action(t),
+                    "action": t.action,
                     "source_type": t.source_type,
                     "expression": shorten(expression_to_json(t.expression)),
                     **({"importance": t.importance.ref} if t.importance else {}),
@@ -156,11 +148,3 @@ def _without_groups(plan: dict[str, Any]) -> dict[str, Any]:
                 layer: {"type": "group", "length": len(groups), "head": []} for layer, groups in edit["groups"].items()
             }
     return plan
-
-
-def action(tensor: OutputTensor) -> str:
-    if isinstance(tensor.expression, (Remap, Merge)):
-        return type(tensor.expression).__name__.lower()
-    if tensor.type != tensor.source_type:
-        return "encode"
-    return {Copy: "copy", Take: "take", Stack: "stack", FromRepair: "repair"}[type(tensor.expression)]

@@ -4,85 +4,174 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .._core import AS_IS, FILL, IN_MEMORY, Job
+from .._core import AS_IS, FILL, IN_MEMORY, Job, Source
 from ..base.errors import BadPlan, Unsupported
 from ..base.runs import merge_adjacent
+from ..files.companions import Companions
+from ..files.imatrix import Entry, Imatrix
 from ..files.model import Model
-from ..plan_data.expressions import MEAN, ONES, PAD, FromRepair, Merge, OutputTensor, Remap, Stack, Take
+from ..files.repair import Repair
+from ..plan_data.edits import KeepExperts, Quantize
+from ..plan_data.expressions import (
+    MEAN,
+    ONES,
+    Copy,
+    Merge,
+    OutputTensor,
+    Remap,
+    Repaired,
+    Slices,
+    Stack,
+    Substitute,
+    Take,
+)
 from ..quant.types import row_bytes, tensor_type
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ..files.imatrix import Entry, Imatrix
-    from ..files.repair import Repair
     from .checked import CheckedPlan
 
+Run = tuple[int, int, int]  # source, byte offset, bytes
 
-# --- jobs: the checked plan as the engine takes it ------------------------------------------------------------------
+
+@dataclass
+class Inputs:
+    """What a run reads. Its sources are numbered: those of the model, then the importance matrix and the repair if there
+    are any."""
+
+    model: Model
+    imatrix: Imatrix | None = None
+    repair: Repair | None = None
+
+    @property
+    def imatrix_source(self) -> int:
+        return len(self.model.sources)
+
+    @property
+    def repair_source(self) -> int:
+        return len(self.model.sources) + (self.imatrix is not None)
+
+    def beside(self) -> list[Source]:
+        """The sources after the model's."""
+        return [file.source for file in (self.imatrix, self.repair) if file is not None]
 
 
-def build_jobs(model: Model, checked: CheckedPlan) -> list[Job]:
-    """One job per tensor that has bytes. BadPlan where an expression does not give the bytes that its shape needs."""
+@dataclass
+class _Lowered:
+    """What an expression comes to: the runs that hold its bytes, and the arguments of a job that does more."""
+
+    runs: list[Run]
+    options: dict[str, Any] = field(default_factory=dict)
+    whole: bool = True  # the runs are as long as the output in the source's type
+
+
+def build_jobs(model: Model, checked: CheckedPlan, companions: Companions) -> tuple[list[Job], list[Source]]:
+    """One job per tensor that has bytes, and what they read beside the model. BadPlan where an expression does not give
+    the bytes that its shape needs."""
+    inputs = _inputs(model, checked, companions)
     jobs = []
     file_of = {i: number for number, file in enumerate(checked.files) for i in file.tensors}
-    for i, (tensor, nbytes, offset) in enumerate(zip(checked.tensors, checked.nbytes, checked.offsets)):
-        elements = math.prod(tensor.shape)
-        row = tensor.shape[-1] if tensor.shape else 1
-        if elements == 0:
-            continue
-        if len(tensor.shape) == 1 and isinstance(tensor.expression, Take):
-            if tensor_type(tensor.source_type).block != 1 or tensor_type(tensor.type).block != 1:
-                raise Unsupported("a vector of blocks cannot be cut", object=tensor.name, found=tensor.source_type)
-            row = 1  # runs are whole rows
-        runs = source_runs(model, tensor, checked.repair, len(model.sources) + (checked.imatrix is not None))
-        expected = elements // row * row_bytes(tensor.source_type, row)
-        merge = None
-        if isinstance(tensor.expression, Merge):
-            merge = _merge(tensor)
-        elif int(runs[:, 2].sum()) != expected:
-            raise BadPlan(
-                "an expression of another size than its shape",
-                object=tensor.name,
-                found=f"{int(runs[:, 2].sum())} bytes",
-                expected=f"{expected}",
-            )
-        remap = None
-        if isinstance(tensor.expression, Remap):
-            remap = (tensor.expression.table, tensor.expression.substitutes, row)
-        jobs.append(
-            Job(
-                tensor.name,
-                source_type=tensor_type(tensor.source_type).id,
-                target_type=tensor_type(tensor.type).id,
-                row_elements=row,
-                rows=elements // row,
-                target_offset=offset,
-                runs=runs,
-                remap=remap,
-                merge=merge,
-                file=file_of[i],
-                best=tensor.best,
-                **_importance(tensor, checked.imatrix, len(model.sources)),
-            )
+    for i, (tensor, offset) in enumerate(zip(checked.tensors, checked.offsets, strict=True)):
+        if math.prod(tensor.shape):
+            jobs.append(_job(tensor, inputs, offset, file_of[i]))
+    return jobs, inputs.beside()
+
+
+def _inputs(model: Model, checked: CheckedPlan, companions: Companions) -> Inputs:
+    """The files that the plan's edits name; they are open since the check."""
+    inputs = Inputs(model)
+    for edit in checked.data.edits:
+        if isinstance(edit, Quantize) and edit.imatrix is not None:
+            inputs.imatrix = companions.imatrix(edit.imatrix)
+        elif isinstance(edit, KeepExperts) and edit.repair is not None:
+            inputs.repair = companions.repair(edit.repair)
+    return inputs
+
+
+def _job(tensor: OutputTensor, inputs: Inputs, offset: int, file: int) -> Job:
+    row = tensor.shape[-1] if tensor.shape else 1
+    if len(tensor.shape) == 1 and isinstance(tensor.expression, Take):
+        if tensor_type(tensor.source_type).block != 1 or tensor_type(tensor.type).block != 1:
+            raise Unsupported("a vector of blocks cannot be cut", object=tensor.name, found=tensor.source_type)
+        row = 1  # runs are whole rows
+    rows = math.prod(tensor.shape) // row
+    lowered = lower(tensor, inputs)
+    found, expected = sum(nbytes for _, _, nbytes in lowered.runs), rows * row_bytes(tensor.source_type, row)
+    if lowered.whole and found != expected:
+        raise BadPlan(
+            "an expression of another size than its shape",
+            object=tensor.name,
+            found=f"{found} bytes",
+            expected=f"{expected}",
         )
-    return jobs
-
-
-def _merge(tensor: OutputTensor) -> tuple[Any, ...]:
-    """A job's merge: the orders of all members in one list, groups that name them by place."""
     import numpy as np
 
-    expression, shape = tensor.expression, tensor.shape
-    rows, columns = math.prod(shape[1:-1]), expression.axis.endswith("columns")
+    return Job(
+        tensor.name,
+        source_type=tensor_type(tensor.source_type).id,
+        target_type=tensor_type(tensor.type).id,
+        row_elements=row,
+        rows=rows,
+        target_offset=offset,
+        runs=np.array(lowered.runs, dtype=np.uint64).reshape(-1, 3),
+        file=file,
+        best=tensor.best,
+        **lowered.options,
+        **_importance(tensor, inputs),
+    )
+
+
+# --- one lowering for each expression -------------------------------------------------------------------------------
+
+
+def lower(tensor: OutputTensor, inputs: Inputs) -> _Lowered:
+    """The runs of a tensor's expression: neighbouring slices that are kept are one."""
+    return LOWERINGS[type(tensor.expression)](tensor.expression, tensor, inputs)
+
+
+def _whole(expression: Copy | Stack, _: OutputTensor, inputs: Inputs) -> _Lowered:
+    refs = (inputs.model.tensors[name] for name in expression.refs)
+    return _Lowered([(ref.source, ref.offset, ref.nbytes) for ref in refs])
+
+
+def _take(expression: Take, tensor: OutputTensor, inputs: Inputs) -> _Lowered:
+    ref = inputs.model.tensors[expression.ref]
+    runs = _slices(expression.indices, tensor, ref.shape, ref.nbytes, ref.source, ref.offset)
+    if pads := expression.indices.count(None):  # they come last
+        fill = int.from_bytes(struct.pack("<f", expression.fill), "little")
+        runs.append((FILL, fill, pads * (ref.nbytes // ref.shape[0])))
+    return _Lowered(runs)
+
+
+def _repaired(expression: Repaired, tensor: OutputTensor, inputs: Inputs) -> _Lowered:
+    assert inputs.repair is not None
+    ref = inputs.repair.tensors[expression.ref]
+    return _Lowered(_slices(expression.rows, tensor, ref.shape, ref.nbytes, inputs.repair_source, ref.offset))
+
+
+def _remap(expression: Remap, tensor: OutputTensor, inputs: Inputs) -> _Lowered:
+    ref = inputs.model.tensors[expression.ref]
+    table = tuple(-1 if i is None else i for i in expression.table)
+    remap = (table, expression.substitutes, tensor.shape[-1] if tensor.shape else 1)
+    return _Lowered([(ref.source, ref.offset, ref.nbytes)], {"remap": remap})
+
+
+def _merge(expression: Merge, tensor: OutputTensor, inputs: Inputs) -> _Lowered:
+    """The orders of all members in one list, groups that name them by place."""
+    import numpy as np
+
+    ref = inputs.model.tensors[expression.ref]
     orders: list[NDArray[np.uint32]] = []
     groups = []
     for group in expression.groups:
         parts = []
-        for member, weight, order in zip(group.members, group.weights, group.orders):
+        for member, weight, order in zip(group.members, group.weights, group.orders, strict=True):
             place = AS_IS
             if order and expression.axis != "none":
                 place = len(orders)
@@ -92,85 +181,85 @@ def _merge(tensor: OutputTensor) -> tuple[Any, ...]:
                 )
             parts.append((member, place, weight))
         groups.append(parts)
-    return rows, columns, orders, groups
+    merge = (math.prod(tensor.shape[1:-1]), expression.axis.endswith("columns"), orders, groups)
+    options: dict[str, Any] = {"merge": merge}
+    if tensor.importance is not None:
+        options["importance_parts"] = _importance_parts(expression, tensor, inputs, groups)
+    return _Lowered([(ref.source, ref.offset, ref.nbytes)], options, whole=False)
 
 
-def _importance_parts(tensor: OutputTensor, entry: Entry | None) -> list[list[tuple[int, int]]]:
-    """The sums that are added for each importance row of a merged tensor: those of all members of its group. They belong
-    to the columns of the tensor and come in their order."""
-    row, parts, place = tensor.shape[-1], [], 0
-    ordered = tensor.expression.axis == "columns"
-    for group, number in zip(tensor.expression.groups, tensor.importance.rows):
-        places = {}
-        for member, order in zip(group.members, group.orders):
-            places[member] = place if order and ordered else AS_IS
-            place += bool(order) and tensor.expression.axis != "none"
-        several = number if isinstance(number, tuple) else ()
-        parts.append([(entry.offset + member * row * 4, places[member]) for member in several])
-    return parts
+LOWERINGS: Mapping[type, Callable[[Any, OutputTensor, Inputs], _Lowered]] = {
+    Copy: _whole,
+    Take: _take,
+    Stack: _whole,
+    Remap: _remap,
+    Repaired: _repaired,
+    Merge: _merge,
+}
 
 
-def _importance(tensor: OutputTensor, imatrix: Imatrix | None, source: int) -> dict[str, Any]:
-    """A job's importance. The rows stay in the importance matrix, which is source number `source` of the run."""
+def _slices(
+    indices: Slices, tensor: OutputTensor, shape: tuple[int, ...], nbytes: int, source: int, offset: int
+) -> list[Run]:
+    """Runs of the slices `indices`, without pads, of a tensor of this shape that begins at `offset`."""
+    real = [i for i in indices if i is not None]
+    if not real or not shape or min(real) < 0 or max(real) >= shape[0]:
+        raise BadPlan("slices out of range", object=tensor.name, expected=f"within {list(shape)}")
+    step = nbytes // shape[0]
+    return [(source, offset + first * step, n * step) for first, n in merge_adjacent(real)]
+
+
+# --- importance -------------------------------------------------------------------------------------------------------
+
+
+def _importance(tensor: OutputTensor, inputs: Inputs) -> dict[str, Any]:
+    """A job's importance. The rows stay in the importance matrix, which is one of the sources."""
     if tensor.importance is None:
         return {}
     import numpy as np
 
+    imatrix, source = inputs.imatrix, inputs.imatrix_source
     assert imatrix is not None
-    row, entry = tensor.shape[-1], imatrix.entries.get(tensor.importance.ref)  # None: all its rows are ones
-    held: dict[int, int] = {}  # ONES, MEAN -> row of `inline`
+    row, entry = tensor.shape[-1], imatrix.entries.get(tensor.importance.ref)
+    held: dict[Substitute, int] = {}  # the row of `inline` that stands for it
     inline, rows, divisors = [], [], []
     for number in tensor.importance.rows:
-        if isinstance(number, tuple):  # of a merged expert
-            rows.append((source, entry.offset + number[0] * row * 4))
-            divisors.append(sum(entry.divisor(member, row) for member in number))
+        if isinstance(number, Substitute):
+            if number not in held:
+                held[number] = len(inline)
+                inline.append(_substitute(number, imatrix, entry, row))
+            rows.append((IN_MEMORY, held[number]))
+            divisors.append(1.0)
             continue
-        if number >= 0:
-            rows.append((source, entry.offset + number * row * 4))
-            divisors.append(entry.divisor(number, row))
-            continue
-        if number not in held:
-            held[number] = len(inline)
-            inline.append(
-                {ONES: lambda: np.ones(row, np.float32), MEAN: lambda: imatrix.mean_row(entry.name, row)}[number]()
-            )
-        rows.append((IN_MEMORY, held[number]))
-        divisors.append(1.0)
-    more = {"importance_parts": _importance_parts(tensor, entry)} if isinstance(tensor.expression, Merge) else {}
+        assert entry is not None  # without one all rows are ones
+        members = number if isinstance(number, tuple) else (number,)
+        rows.append((source, entry.offset + members[0] * row * 4))
+        divisors.append(sum(entry.divisor(member, row) for member in members))
     return {
-        **more,
         "importance": np.array(inline, np.float32).reshape(-1, row),
         "importance_rows": np.array(rows, np.uint64),
         "importance_divisors": np.array(divisors, np.float32),
     }
 
 
-def source_runs(
-    model: Model, tensor: OutputTensor, repair: Repair | None = None, repair_source: int = 0
-) -> NDArray[np.uint64]:
-    """[n, 3]: source, byte offset, bytes. Neighbouring slices that are kept are one run. repair_source: the number of
-    the repair among the run's sources."""
+def _substitute(which: Substitute, imatrix: Imatrix, entry: Entry | None, row: int) -> NDArray[np.float32]:
     import numpy as np
 
-    expression = tensor.expression
-    if isinstance(expression, (Take, FromRepair)):
-        if isinstance(expression, Take):
-            ref, source, indices = model.tensors[expression.ref], None, expression.indices
-        else:
-            assert repair is not None
-            ref, source, indices = repair.tensors[expression.ref], repair_source, expression.rows
-        real = [i for i in indices if i != PAD]
-        if not real or not ref.shape or min(real) < 0 or max(real) >= ref.shape[0]:
-            raise BadPlan("slices out of range", object=tensor.name, expected=f"within {list(ref.shape)}")
-        step = ref.nbytes // ref.shape[0]
-        runs = [
-            (ref.source if source is None else source, ref.offset + first * step, n * step)
-            for first, n in merge_adjacent(real)
-        ]
-        if len(real) < len(indices):  # the pads come last
-            fill = getattr(expression, "fill", 0.0)
-            runs.append((FILL, int.from_bytes(struct.pack("<f", fill), "little"), (len(indices) - len(real)) * step))
-    else:
-        refs = expression.refs if isinstance(expression, Stack) else (expression.ref,)
-        runs = [(ref.source, ref.offset, ref.nbytes) for ref in (model.tensors[name] for name in refs)]
-    return np.array(runs, dtype=np.uint64).reshape(-1, 3)
+    if which is MEAN and entry is not None:
+        return imatrix.mean_row(entry.name, row)
+    assert which is ONES
+    return np.ones(row, np.float32)
+
+
+def _importance_parts(
+    expression: Merge, tensor: OutputTensor, inputs: Inputs, groups: list[list[tuple[int, int, float]]]
+) -> list[list[tuple[int, int]]]:
+    """The sums that are added for each importance row of a merged tensor: those of all members of its group. They belong
+    to the columns of the tensor and come in their order."""
+    assert tensor.importance is not None and inputs.imatrix is not None
+    row, entry, parts = tensor.shape[-1], inputs.imatrix.entries.get(tensor.importance.ref), []
+    for group, number in zip(groups, tensor.importance.rows, strict=False):
+        order = {member: place if expression.axis == "columns" else AS_IS for member, place, _ in group}
+        several = number if isinstance(number, tuple) and entry is not None else ()
+        parts.append([(entry.offset + member * row * 4, order[member]) for member in several] if entry else [])
+    return parts

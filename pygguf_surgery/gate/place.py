@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from .._core import TensorInfo, encode_header
 from ..base.errors import SurgeryError
+from ..edits import split as split_edit
 from ..files.model import Model
 from ..plan_data.edits import Split
-from ..plan_data.expressions import OutputTensor, Stack
+from ..plan_data.expressions import OutputTensor
 from ..quant.types import tensor_type
 from .checked import OutputFile
 
@@ -25,8 +26,6 @@ def target_bytes(tensor: OutputTensor) -> int:
 
 def lay_out(model: Model, checked: CheckedPlan, split: Split | None) -> None:
     """Which tensor is in which file, and where."""
-    from ..edits import split as split_edit
-
     parts = [list(range(len(checked.tensors)))]
     if split is not None:
         partition = split_edit.partition(
@@ -38,8 +37,7 @@ def lay_out(model: Model, checked: CheckedPlan, split: Split | None) -> None:
             names=[t.name for t in checked.tensors],
         )
         parts, checked.split = partition.shards, not partition.single
-        checked.warnings += partition.warnings
-        checked.blockers += partition.blockers
+        checked.add(partition)
     offsets = [0] * len(checked.tensors)
     try:
         for number, part in enumerate(parts):
@@ -61,12 +59,11 @@ def lay_out(model: Model, checked: CheckedPlan, split: Split | None) -> None:
         checked.file_bytes = sum(file.file_bytes for file in checked.files)
     except SurgeryError as error:
         if not checked.blockers:  # else it is one of them again
-            checked.blockers.append(error)
+            checked.block(error)
         padded = [-(-n // checked.alignment) * checked.alignment for n in checked.nbytes]
         checked.files = [OutputFile(part, checked.metadata, b"", sum(padded[i] for i in part)) for part in parts]
         checked.file_bytes = sum(padded)
 
 
 def _shard_of(model: Model, tensor: OutputTensor) -> int:
-    ref = tensor.expression.refs[0] if isinstance(tensor.expression, Stack) else tensor.expression.ref
-    return model.tensors[ref].source
+    return model.tensors[tensor.expression.refs[0]].source

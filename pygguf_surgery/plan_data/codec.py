@@ -21,7 +21,7 @@ from .edits import (
     UseImatrix,
     UseRepair,
 )
-from .expressions import Copy, FromRepair, Group, Merge, Remap, Stack, Take
+from .expressions import Copy, Group, Merge, Remap, Repaired, Stack, Take
 
 if TYPE_CHECKING:
     from .edits import Edit
@@ -218,7 +218,8 @@ def expression_to_json(expression: Expression) -> dict[str, Any]:
         case Copy(ref):
             return {"expression": "copy", "ref": ref}
         case Take(ref, indices, fill):
-            return {"expression": "take", "ref": ref, "indices": list(indices), **({"fill": fill} if fill else {})}
+            numbers = [-1 if i is None else i for i in indices]
+            return {"expression": "take", "ref": ref, "indices": numbers, **({"fill": fill} if fill else {})}
         case Stack(refs):
             return {"expression": "stack", "refs": list(refs)}
         case Merge(ref, groups, axis):  # the orders are in the plan's edit
@@ -229,10 +230,15 @@ def expression_to_json(expression: Expression) -> dict[str, Any]:
                 "groups": [list(g.members) for g in groups],
                 "weights": [list(g.weights) for g in groups],
             }
-        case FromRepair(ref, rows, indices):
+        case Repaired(ref, rows, indices):
             return {"expression": "repair", "ref": ref, "rows": list(rows), "indices": list(indices)}
         case Remap(ref, table, substitutes):
-            return {"expression": "remap", "ref": ref, "table": list(table), "substitutes": list(substitutes)}
+            return {
+                "expression": "remap",
+                "ref": ref,
+                "table": [-1 if i is None else i for i in table],
+                "substitutes": list(substitutes),
+            }
     raise TypeError(expression)
 
 

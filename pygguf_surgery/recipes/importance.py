@@ -6,15 +6,16 @@ import copy
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from ..base.errors import BadPlan, SurgeryError
 from ..base.words import counted, first_numbers
 from ..files.imatrix import POLICIES
 from ..plan_data.edits import UseImatrix
-from ..plan_data.expressions import MEAN, ONES, Copy, FromRepair, Importance, Merge, OutputTensor, Take
+from ..plan_data.expressions import MEAN, ONES, Importance, ImportanceRow, OutputTensor, Substitute
+from ..plan_data.outcome import Faults
 from ..quant.types import tensor_type
 from .mixes import OUTPUT, TOKEN_EMBEDDING
 
@@ -25,10 +26,9 @@ if TYPE_CHECKING:
 
 _FILL = "imatrix_missing= (--imatrix-missing) ones or layer-mean"
 _LISTED = 8  # blockers of one kind are listed up to this number, above it counted
-_WORDS = {ONES: "ones", MEAN: "the entry's mean"}
 
 # A tensor without an entry -> tensors whose entry has the same inputs, best first; MEAN: the mean over their heads.
-_TWINS: tuple[tuple[str, tuple[tuple[str, int | None], ...]], ...] = (
+_TWINS: tuple[tuple[str, tuple[tuple[str, Substitute | None], ...]], ...] = (
     ("ffn_gate_up_exps", (("ffn_gate_exps", None), ("ffn_up_exps", None))),
     ("ffn_gate_exps", (("ffn_gate_up_exps", None), ("ffn_up_exps", None))),
     ("ffn_up_exps", (("ffn_gate_up_exps", None), ("ffn_gate_exps", None))),
@@ -37,17 +37,33 @@ _TWINS: tuple[tuple[str, tuple[tuple[str, int | None], ...]], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class _Policy:
+    """What a missing entry and a row that says nothing come to. fill: in place of such a row. refuses_unseen,
+    refuses_zero: such rows are refused instead. missing: a tensor without an entry is left without importance, refused, or
+    gets a substitute."""
+
+    fill: Substitute
+    refuses_unseen: bool
+    refuses_zero: bool
+    missing: Literal["leave", "refuse", "substitute"]
+
+
+_POLICIES: Mapping[str, _Policy] = {
+    "default": _Policy(ONES, refuses_unseen=False, refuses_zero=True, missing="leave"),
+    "fail": _Policy(ONES, refuses_unseen=True, refuses_zero=True, missing="refuse"),
+    "ones": _Policy(ONES, refuses_unseen=False, refuses_zero=False, missing="substitute"),
+    "layer-mean": _Policy(MEAN, refuses_unseen=False, refuses_zero=False, missing="substitute"),
+}
+
+
 @dataclass
-class ImportanceOutcome:
+class ImportanceOutcome(Faults):
     """importance: by the name of the output tensor. missing: names of those that are encoded without, though their type
-    uses it; refused: of those that a blocker is about. notes: by name; what deviates from the entry's own rows.
-    summary: what would be a warning if it were not as it should be."""
+    uses it; refused: of those that a blocker is about. tensor_notes: by name; what deviates from the entry's own rows."""
 
     importance: dict[str, Importance] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)
-    blockers: list[SurgeryError] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    summary: list[str] = field(default_factory=list)
+    tensor_notes: dict[str, list[str]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)
 
@@ -75,12 +91,10 @@ def resolve(imatrix: Imatrix, use: UseImatrix, model: Model, tensors: Sequence[O
     are all zero are refused, or replaced under "ones" and "layer-mean". Reads the sums of the entries that are used.
     """
     out = ImportanceOutcome()
-    if use.missing not in POLICIES:
-        out.blockers.append(
-            BadPlan("unknown policy", object="imatrix_missing", found=use.missing, expected=", ".join(POLICIES))
-        )
+    if use.missing not in _POLICIES:
+        out.block(BadPlan("unknown policy", object="imatrix_missing", found=use.missing, expected=", ".join(POLICIES)))
     if use.include and use.exclude:
-        out.blockers.append(BadPlan("include_weights and exclude_weights exclude each other", object="imatrix"))
+        out.block(BadPlan("include_weights and exclude_weights exclude each other", object="imatrix"))
     if out.blockers:
         return out
     for option, parts in (("include_weights", use.include), ("exclude_weights", use.exclude)):
@@ -95,9 +109,8 @@ def resolve(imatrix: Imatrix, use: UseImatrix, model: Model, tensors: Sequence[O
 
 class _Resolver:
     def __init__(self, imatrix: Imatrix, use: UseImatrix, model: Model, out: ImportanceOutcome):
-        self.imatrix, self.policy, self.model, self.out = imatrix, use.missing, model, out
+        self.imatrix, self.policy, self.model, self.out = imatrix, _POLICIES[use.missing], model, out
         self.entries = {name: entry for name, entry in imatrix.entries.items() if used(name, use)}
-        self.fill = {"layer-mean": MEAN}.get(use.missing, ONES)  # in place of a row that says nothing
         self.refused: set[str] = set()  # entries with a bad value, named once
         self.counts: Counter[str] = Counter()
         self.replaced: dict[tuple[str, str], tuple[int, int]] = {}  # what, why -> how many, in how many tensors
@@ -118,7 +131,7 @@ class _Resolver:
             else:
                 self.out.importance[tensor.name] = importance
             if self.notes:
-                self.out.notes[tensor.name] = self.notes
+                self.out.tensor_notes[tensor.name] = self.notes
         self.out.blockers += _counted(errors)
         self.summarize(len(chosen))
 
@@ -138,18 +151,20 @@ class _Resolver:
             parts.append(f"{counted(n, what)} {problem} in {counted(several, 'tensor')}")
         if tensors:
             normal = not self.counts and not self.replaced and set(names) <= {*OUTPUT, *TOKEN_EMBEDDING}
-            (self.out.summary if normal else self.out.warnings).append(f"importance: {', '.join(parts)}")
+            (self.out.note if normal else self.out.warn)(f"importance: {', '.join(parts)}")
 
     def importance(self, tensor: OutputTensor, needed: bool) -> Importance | None:
-        ref = tensor.expression.ref if isinstance(tensor.expression, (Copy, Take, FromRepair, Merge)) else tensor.name
+        refs = tensor.expression.refs
+        ref = refs[0] if len(refs) == 1 else tensor.name
         entry = self.entries.get(ref)
         if entry is not None:
             return Importance(ref, self.rows(entry, tensor, ref))
         twin = next(self.twins(ref, tensor), None)
-        if self.policy in ("default", "fail") or ref in (*OUTPUT, *TOKEN_EMBEDDING) and not needed:
-            exempt = ref in (*OUTPUT, *TOKEN_EMBEDDING)
-            if self.policy == "fail" and not (exempt and not needed):
-                raise BadPlan("no entry in the importance matrix", path=self.imatrix.path, object=ref, hint=_hint(twin))
+        exempt = ref in (*OUTPUT, *TOKEN_EMBEDDING) and not needed  # llama-imatrix records none for them
+        missing = "leave" if exempt else self.policy.missing
+        if missing == "refuse":
+            raise BadPlan("no entry in the importance matrix", path=self.imatrix.path, object=ref, hint=_hint(twin))
+        if missing == "leave":
             self.notes.append(
                 "no entry in the importance matrix" + (f" ({twin[0].name} has the same inputs)" if twin else "")
             )
@@ -167,14 +182,14 @@ class _Resolver:
             return Importance(entry.name, (ONES if nothing else MEAN,) * _slices(tensor.shape))
         return Importance(entry.name, self.rows(entry, tensor, ref))
 
-    def rows(self, entry: Entry, tensor: OutputTensor, ref: str) -> tuple[int | tuple[int, ...], ...]:
+    def rows(self, entry: Entry, tensor: OutputTensor, ref: str) -> tuple[ImportanceRow, ...]:
         """The entry's rows for the slices of the tensor, after the policy."""
         numbers, row = self.numbers(entry, tensor, ref), tensor.shape[-1]
         unseen, zero, fill = self.useless(entry, row)
         every = [n for number in numbers for n in (number if isinstance(number, tuple) else (number,))]
-        if self.policy == "fail":
+        if self.policy.refuses_unseen:
             self.refuse("experts never seen" if len(numbers) > 1 else "never seen", every, unseen, entry)
-        if self.policy in ("default", "fail"):
+        if self.policy.refuses_zero:
             self.refuse("importance is all zero", every, zero, entry)
         # Of a merged expert what its members saw together; one that saw nothing adds nothing.
         useless = {*unseen, *zero}
@@ -187,11 +202,10 @@ class _Resolver:
             if n := sum(number in some for number in numbers):
                 before = self.replaced.get((what, problem), (0, 0))
                 self.replaced[what, problem] = before[0] + n, before[1] + 1
-                self.notes.append(f"{counted(n, what)} {problem}: importance of {_WORDS[fill]}")
-        replaced: dict[Any, int] = dict.fromkeys(useless, fill)
-        return tuple(replaced.get(number, number) for number in numbers)
+                self.notes.append(f"{counted(n, what)} {problem}: importance of {fill.value}")
+        return tuple(fill if number in useless else number for number in numbers)
 
-    def useless(self, entry: Entry, row: int) -> tuple[list[int], list[int], int]:
+    def useless(self, entry: Entry, row: int) -> tuple[list[int], list[int], Substitute]:
         """Rows that were never seen, rows of zeros, and what to put in their place."""
         if entry.name in self.refused:
             raise BadPlan("importance that cannot be used", path=self.imatrix.path, object=entry.name)
@@ -201,15 +215,15 @@ class _Resolver:
             raise error
         unseen = self.imatrix.unseen(entry.name, row)
         # The mean of rows that say nothing says nothing.
-        return unseen, zero, ONES if len(unseen) + len(zero) == entry.rows(row) else self.fill
+        return unseen, zero, ONES if len(unseen) + len(zero) == entry.rows(row) else self.policy.fill
 
-    def refuse(self, problem: str, numbers: Sequence[int], bad: Sequence[int], entry: Entry) -> None:
-        found = sorted(set(numbers) & set(bad))
+    def refuse(self, problem: str, numbers: Sequence[int | Substitute], bad: Sequence[int], entry: Entry) -> None:
+        found = sorted(set(bad) & set(numbers))
         if found:
             experts = f"experts {first_numbers(found)}" if len(numbers) > 1 else None
             raise BadPlan(problem, path=self.imatrix.path, object=entry.name, found=experts, hint=_FILL)
 
-    def numbers(self, entry: Entry, tensor: OutputTensor, ref: str) -> Sequence[int | tuple[int, ...]]:
+    def numbers(self, entry: Entry, tensor: OutputTensor, ref: str) -> Sequence[ImportanceRow]:
         """Which row of the entry belongs to each slice of the tensor, before the policy. BadPlan for an unfit entry."""
         row, slices = tensor.shape[-1], _slices(tensor.shape)
         source = self.model.tensors.get(ref)
@@ -223,12 +237,11 @@ class _Resolver:
                 raise
             rows = -1
         if rows == here:
-            if isinstance(tensor.expression, (Take, FromRepair)) and len(shape) > 2:
-                each = here // shape[0]  # 4-D: several rows to a slice of the slowest axis
-                return [ONES if i < 0 else i * each + j for i in tensor.expression.indices for j in range(each)]
-            if isinstance(tensor.expression, Merge):
-                return [g.members if len(g.members) > 1 else g.members[0] for g in tensor.expression.groups]
-            return range(slices)
+            taken = tensor.expression.slices
+            if taken is None or len(shape) < 3:
+                return range(slices)
+            each = here // shape[0]  # 4-D: several rows to a slice of the slowest axis
+            return [_row(i, each, j) for i in taken for j in range(each)]
         if rows == slices:
             self.counts["direct"] += 1
             self.notes.append(f"{entry.name} in the importance matrix fits the cut model: used as it is")
@@ -244,7 +257,7 @@ class _Resolver:
             hint=f"exclude_weights= (--exclude-weights) {entry.name} leaves it out",
         )
 
-    def twins(self, ref: str, tensor: OutputTensor) -> Iterator[tuple[Entry, int | None]]:
+    def twins(self, ref: str, tensor: OutputTensor) -> Iterator[tuple[Entry, Substitute | None]]:
         """Entries of other tensors with the same inputs that fit."""
         for part, others in _TWINS:
             if re.search(rf"\.{part}\.weight$", ref) is None:
@@ -275,10 +288,17 @@ def _counted(errors: Sequence[SurgeryError]) -> list[SurgeryError]:
     return found
 
 
+def _row(slice: int | tuple[int, ...] | None, each: int, j: int) -> ImportanceRow:
+    """Row j of the `each` that belong to a slice: of those of several that are merged, of ones for a pad."""
+    if slice is None:
+        return ONES
+    return tuple(i * each + j for i in slice) if isinstance(slice, tuple) else slice * each + j
+
+
 def _slices(shape: tuple[int, ...]) -> int:
     """Slices of the third-fastest axis, each with an importance row of its own."""
     return math.prod(shape[:-2])
 
 
-def _hint(twin: tuple[Entry, int | None] | None) -> str:
+def _hint(twin: tuple[Entry, Substitute | None] | None) -> str:
     return f"{_FILL} takes {twin[0].name}, which has the same inputs" if twin else _FILL

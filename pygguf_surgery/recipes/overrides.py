@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..base.errors import BadPlan, SurgeryError, Unsupported
+from ..base.errors import BadPlan, Unsupported
 from ..base.words import tensors_text
 from ..plan_data.expressions import OutputTensor
 from ..quant.types import TYPES, tensor_type
 from . import mixes
 
 if TYPE_CHECKING:
-    from ..plan_data.outcome import Outcome
+    from ..plan_data.outcome import Faults
 
 
 # --- the choice as overrides -----------------------------------------------------------------------------------------
@@ -96,78 +97,94 @@ def parse_type(type: Any, what: str) -> str | None:
     return name
 
 
+@dataclass
+class _Use:
+    """What became of one override. matched: tensors whose name the pattern finds; first: of these, the ones that no earlier
+    pattern took; left: of these, the ones that llama-quantize would not quantize."""
+
+    pattern: str
+    regex: re.Pattern[str]
+    type: str
+    matched: int = 0
+    first: int = 0
+    left: int = 0
+
+    def finds(self, name: str) -> bool:
+        return self.regex.search(name) is not None
+
+
 class Overrides:
     """The overrides of one edit and what became of them."""
 
     def __init__(self, pairs: Sequence[tuple[str, str]]):
-        self.pairs = [(pattern, compile_pattern(pattern), type) for pattern, type in pairs]
-        self.matched = [0] * len(pairs)  # tensors whose name the pattern finds
-        self.first = [0] * len(pairs)  # of these, the ones that no earlier pattern took
-        self.left = [0] * len(pairs)  # of these, the ones that llama-quantize would not quantize
+        self.uses = [_Use(pattern, compile_pattern(pattern), type) for pattern, type in pairs]
 
     def names(self, name: str) -> bool:
-        return any(regex.search(name) for _, regex, _ in self.pairs)
+        return any(use.finds(name) for use in self.uses)
 
     def skip(self, name: str) -> None:
         """This tensor is decided by an option that comes before all overrides."""
-        for i, (_, regex, _) in enumerate(self.pairs):
-            self.matched[i] += bool(regex.search(name))
+        for use in self.uses:
+            use.matched += use.finds(name)
 
-    def type_for(self, tensor: OutputTensor, allowed: bool, blockers: list[SurgeryError]) -> str | None:
+    def type_for(self, tensor: OutputTensor, allowed: bool, faults: Faults) -> str | None:
         """The type that the first matching override gives, "copy", or None."""
-        hits = [i for i, (_, regex, _) in enumerate(self.pairs) if regex.search(tensor.name)]
-        for i in hits:
-            self.matched[i] += 1
+        hits = [use for use in self.uses if use.finds(tensor.name)]
+        for use in hits:
+            use.matched += 1
         if not hits:
             return None
-        i = hits[0]
-        self.first[i] += 1
-        pattern, _, type = self.pairs[i]
-        if type == "copy" or allowed or type == tensor.source_type:
-            return type
-        if not _is_full_name(pattern, tensor.name):
-            self.left[i] += 1
+        use = hits[0]
+        use.first += 1
+        if use.type == "copy" or allowed or use.type == tensor.source_type:
+            return use.type
+        if not _is_full_name(use.pattern, tensor.name):
+            use.left += 1
             return "copy"
-        if type not in _FLOATS:
-            blockers.append(
+        if use.type not in _FLOATS:
+            faults.block(
                 BadPlan(
                     "this tensor can only become F32, F16 or BF16",
                     object=tensor.name,
-                    found=type,
+                    found=use.type,
                     hint="llama.cpp keeps norms, routers, convolutions and vectors unquantized",
                 )
             )
             return "copy"
-        return type
+        return use.type
 
-    def report(self, out: Outcome, dropped: Callable[[], Collection[str]]) -> None:
+    def report(self, faults: Faults, dropped: Callable[[], Collection[str]]) -> None:
+        """Says of each override what it did. dropped: the source's tensors that the plan drops."""
         plain = []
-        for (pattern, regex, type), matched, first, left in zip(self.pairs, self.matched, self.first, self.left):
-            if matched == 0 and (gone := sum(bool(regex.search(name)) for name in dropped())):
-                out.warnings.append(f"override {pattern}={type}: no tensor, the plan drops the {gone} that it matches")
+        for use in self.uses:
+            name = f"override {use.pattern}={use.type}"
+            if use.matched == 0 and (gone := sum(use.finds(tensor) for tensor in dropped())):
+                faults.warn(f"{name}: no tensor, the plan drops the {gone} that it matches")
                 continue
-            if matched == 0:
-                out.blockers.append(
+            if use.matched == 0:
+                faults.block(
                     BadPlan(
                         "an override that matches no tensor",
-                        object=pattern,
+                        object=use.pattern,
                         hint="patterns are Python's re.search and case-sensitive",
                     )
                 )
                 continue
-            text = f"override {pattern}={type}: {tensors_text(first)}"
-            if first == matched and not left:
-                plain.append((text, first))
+            text = f"{name}: {tensors_text(use.first)}"
+            if use.first == use.matched and not use.left:
+                plain.append((text, use.first))
                 continue
-            if first < matched:
-                text += f", {matched - first} more belong to an earlier override or option"
-            if left:
-                text += f", {left} of them left as they are (norm, router, convolution or vector: give the full name)"
-            out.warnings.append(text)
+            if use.first < use.matched:
+                text += f", {use.matched - use.first} more belong to an earlier override or option"
+            if use.left:
+                text += (
+                    f", {use.left} of them left as they are (norm, router, convolution or vector: give the full name)"
+                )
+            faults.warn(text)
         if len(plain) <= _LISTED:
-            out.notes += [text for text, _ in plain]
+            faults.notes += [text for text, _ in plain]
         else:
-            out.notes.append(f"{len(plain)} overrides: {tensors_text(sum(n for _, n in plain))}")
+            faults.note(f"{len(plain)} overrides: {tensors_text(sum(n for _, n in plain))}")
 
 
 def _is_full_name(pattern: str, name: str) -> bool:

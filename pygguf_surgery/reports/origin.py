@@ -15,12 +15,12 @@ from ..architecture.experts import expert_rule, pad_value
 from ..architecture.names import layer_of
 from ..base.runs import merge_adjacent
 from ..files.model import Model, Tensor
-from ..plan_data.expressions import PAD
+from ..plan_data.expressions import Slices
 from ..quant.types import row_bytes
 
 CHUNK = 1 << 16  # elements in work at a time: their float64 copies stay in the cache
 
-Kept = Mapping[int, tuple[int, ...]]  # layer -> old expert ids, in the order of the result
+Kept = Mapping[int, Slices]  # layer -> old expert ids, in the order of the result
 Layers = Sequence[int] | None  # old number of each block; None: the same as the new one
 
 
@@ -39,7 +39,7 @@ class Origin:
     model: Model
     tensor: Tensor
     runs: list[tuple[int, int, int]]  # source file, offset, bytes
-    slices: tuple[int, ...] | None = None  # old ids of the slices along the slowest axis; None: all of them
+    slices: Slices | None = None  # old ids of the slices along the slowest axis; None: all of them
     starts: list[int] = field(default_factory=list)  # where each run begins in the whole
     nbytes: int = 0
 
@@ -84,7 +84,7 @@ def origin_of(result: Tensor, source: Model, kept: Kept, layers: Layers = None) 
         return whole(source, tensor)
     if not tensor.shape or not result.shape or tensor.shape[1:] != result.shape[1:]:
         return f"its shape {result.shape} cannot come from {tensor.shape}"
-    real = [i for i in slices if i != PAD]
+    real = [i for i in slices if i is not None]
     if len(slices) != result.shape[0] or not all(0 <= i < tensor.shape[0] for i in real):
         return f"{len(slices)} kept experts do not give its shape {result.shape} from {tensor.shape}"
     size = tensor.nbytes // tensor.shape[0]
@@ -95,7 +95,7 @@ def origin_of(result: Tensor, source: Model, kept: Kept, layers: Layers = None) 
     return Origin(source, tensor, runs, slices)
 
 
-def _slices(name: str, source: Model, kept: Kept) -> tuple[int, ...] | None:
+def _slices(name: str, source: Model, kept: Kept) -> Slices | None:
     """Old ids of the slices that a cut left of this tensor; None where it has no expert axis or its layer no list."""
     rule, ids = expert_rule(name), kept.get(layer_of(name))
     if rule is None or ids is None or rule.axis not in ("experts", "groups"):

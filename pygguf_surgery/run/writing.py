@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from .._core import run as run_jobs
 from ..base.progress import ProgressBar
-from ..base.units import MEMORY, parse_memory
+from ..edits.split import shard_paths
+from ..files.companions import Companions
 from ..files.model import Model
 from ..gate.checked import CheckedPlan
-from ..gate.jobs import build_jobs
 
 if TYPE_CHECKING:
     from ..base.progress import Progress
@@ -46,13 +46,11 @@ def write(
     path: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    memory: int | str = MEMORY,
-    threads: int = 0,
-    io: str = "auto",
     progress: bool | Progress | None = False,
+    companions: Companions | None = None,
 ) -> Receipt:
-    """Writes the file at `path` (of a split plan the shards that it names), whole or not at all. Raises the first
-    blocker.
+    """Writes the file at `path` (of a split plan the shards that it names), whole or not at all, within the limits that
+    the plan was checked for. Raises the first blocker. companions: where the plan's files are open still.
 
     progress: True shows a bar on stderr, a callable gets (done_bytes, total_bytes); what it raises cancels the run, as
     Ctrl-C does, and leaves nothing behind.
@@ -62,21 +60,23 @@ def write(
     paths = output_paths(checked, path)
     start = time.monotonic()
     bar = ProgressBar(os.path.basename(paths[0])) if progress is True else None
-    sources = [*model.sources, *checked.extra_sources()]
+    opened = Companions() if companions is None else companions
     try:
         stats = run_jobs(
-            sources,
-            [(name, file.header, file.file_bytes) for name, file in zip(paths, checked.files)],
-            build_jobs(model, checked),
-            memory=parse_memory(memory),
-            threads=threads,
-            io=io,
+            [*model.sources, *map(opened.source, checked.companions)],
+            [(name, file.header, file.file_bytes) for name, file in zip(paths, checked.files, strict=True)],
+            checked.jobs,
+            memory=checked.limits.memory,
+            threads=checked.limits.threads,
+            io=checked.limits.io,
             overwrite=overwrite,
             progress=bar or progress or None,
         )
     finally:
         if bar is not None:
             bar.close()
+        if companions is None:
+            opened.close()
     return Receipt(
         path=paths[0],
         paths=paths,
@@ -94,8 +94,6 @@ def write(
 
 def output_paths(checked: CheckedPlan, path: str | os.PathLike[str]) -> list[str]:
     """The files that a plan writes: `path`, or its shards PATH-00001-of-00003.gguf."""
-    from ..edits.split import shard_paths
-
     path = os.fsdecode(path)
     return shard_paths(path, len(checked.files)) if checked.split else [path]
 

@@ -19,12 +19,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..base.errors import BadPlan, SurgeryError
-from ..base.units import MEMORY, human, parse_size, parse_threads
+from ..base.limits import Limits
+from ..base.units import human, parse_size
+from ..files.companions import Companions
 from ..files.model import Model
 from ..gate.check import check
 from ..gate.checked import CheckedPlan
 from ..plan_data.edits import PlanData, Quantize
-from ..plan_data.expressions import MEAN, ONES, Copy, FromRepair, Importance, OutputTensor, Take
+from ..plan_data.expressions import MEAN, ONES, Importance, ImportanceRow, OutputTensor
 from ..quant.arrays import dequantize, quantize
 from ..quant.types import row_bytes, tensor_type
 from ..recipes import importance, mixes
@@ -100,12 +102,10 @@ def ladder(file_type: str) -> tuple[str, ...]:
 def fit(
     model: Model,
     data: PlanData,
+    limits: Limits,
     *,
     size: int | str | None = None,
     bpw: float | None = None,
-    memory: int | str = MEMORY,
-    threads: int = 0,
-    io: str = "auto",
     progress: Callable[[int, int], object] | None = None,
 ) -> Fitted:
     """Types for the tensors of a plan so that its output has at most `size` bytes, or at most `bpw` bits per weight.
@@ -121,44 +121,58 @@ def fit(
         raise BadPlan("nothing to fit: the plan does not quantize", object="fit", hint="name a family: Q4_K_M, IQ3_M")
     rungs = ladder(edit.type)
     target = _Target.parse(size, bpw)
-    parse_threads(threads)
+    with Companions() as companions:
+        return _fit(model, data, edit, rungs, target, limits, companions, progress)
 
+
+def _fit(
+    model: Model,
+    data: PlanData,
+    edit: Quantize,
+    rungs: Sequence[str],
+    target: _Target,
+    limits: Limits,
+    companions: Companions,
+    progress: Callable[[int, int], object] | None,
+) -> Fitted:
     def checked(overrides: Sequence[tuple[str, str]]) -> CheckedPlan:
         edits = tuple(replace(e, overrides=(*edit.overrides, *overrides)) if e is edit else e for e in data.edits)
-        return check(model, replace(data, edits=edits), memory=memory, threads=threads, io=io)
+        return check(model, replace(data, edits=edits), limits, companions)
 
     base = checked(())
-    try:
-        free, quantized = _undecided(base, edit)
-        tensors = _tensors(model, base, edit, rungs, free)
-        solution = _Solution(base, tensors, {t.name: t.source_type for t in quantized}, checked, target)
-        excess = solution.take([0] * len(tensors))
-        if solution.plan.blockers:
-            raise solution.plan.blockers[0]
-        if excess > 0 and not tensors:
-            raise BadPlan(
-                "nothing to choose: overrides and options decide every tensor",
-                object=target.name,
-                found=target.found(solution.plan),
-                expected=target.text,
-            )
-        if excess > 0:
-            raise BadPlan(
-                "even the smallest types are too large",
-                object=target.name,
-                found=target.found(solution.plan),
-                expected=target.text,
-                hint=f"the family is {', '.join(rungs)}{_needing(rungs) if base.imatrix is None else ''}",
-            )
-        notes = []
-        if solution.take([len(t.steps) - 1 for t in tensors]) <= 0:
-            notes.append("the largest types of the family fit")
-        else:
-            _measure(model, tensors, base.imatrix, edit.quality, threads, progress)
-            _solve(solution, tensors, -excess)
-    finally:
-        if base.imatrix is not None:
-            base.imatrix.close()
+    imatrix = None
+    if edit.imatrix is not None:
+        try:
+            imatrix = companions.imatrix(edit.imatrix)
+        except SurgeryError:  # a blocker of the plan, raised below
+            pass
+    free, quantized = _undecided(base, edit)
+    tensors = _tensors(model, imatrix, edit, rungs, free)
+    solution = _Solution(base, tensors, {t.name: t.source_type for t in quantized}, checked, target)
+    excess = solution.take([0] * len(tensors))
+    if solution.plan.blockers:
+        raise solution.plan.blockers[0]
+    if excess > 0 and not tensors:
+        raise BadPlan(
+            "nothing to choose: overrides and options decide every tensor",
+            object=target.name,
+            found=target.found(solution.plan),
+            expected=target.text,
+        )
+    if excess > 0:
+        raise BadPlan(
+            "even the smallest types are too large",
+            object=target.name,
+            found=target.found(solution.plan),
+            expected=target.text,
+            hint=f"the family is {', '.join(rungs)}{_needing(rungs) if imatrix is None else ''}",
+        )
+    notes = []
+    if solution.take([len(t.steps) - 1 for t in tensors]) <= 0:
+        notes.append("the largest types of the family fit")
+    else:
+        _measure(model, tensors, imatrix, edit.quality, limits.threads, progress)
+        _solve(solution, tensors, -excess)
     plan = solution.plan
     if plan.blockers:
         raise plan.blockers[0]
@@ -256,7 +270,7 @@ def _undecided(base: CheckedPlan, edit: Quantize) -> tuple[list[OutputTensor], l
             decided
             or not mixes.allows(base.architecture, tensor.name, tensor.shape, edit.leave_output)
             or not math.prod(tensor.shape)
-            or not isinstance(tensor.expression, (Copy, Take, FromRepair))
+            or tensor.expression.word not in ("copy", "take", "repair")
         ):
             continue
         (kept if tensor_type(tensor.source_type).quantized and not edit.allow_requantize else free).append(tensor)
@@ -264,14 +278,14 @@ def _undecided(base: CheckedPlan, edit: Quantize) -> tuple[list[OutputTensor], l
 
 
 def _tensors(
-    model: Model, base: CheckedPlan, edit: Quantize, rungs: Sequence[str], free: Sequence[OutputTensor]
+    model: Model, imatrix: Imatrix | None, edit: Quantize, rungs: Sequence[str], free: Sequence[OutputTensor]
 ) -> list[_Tensor]:
     """The undecided tensors that at least one type of the family can hold; all others keep the file type's choice."""
     rows: dict[str, Importance] = {}
-    if base.imatrix is not None and edit.imatrix is not None:
+    if imatrix is not None and edit.imatrix is not None:
         # As if all became a type that uses importance, whatever the base type does with it.
         weighted = [replace(t, type="Q4_0" if t.source_type != "Q4_0" else "Q4_1") for t in free]
-        rows = importance.resolve(base.imatrix, edit.imatrix, model, weighted).importance
+        rows = importance.resolve(imatrix, edit.imatrix, model, weighted).importance
     file_type = mixes.file_type(edit.type, edit.pure)
     found = []
     for output in free:
@@ -342,13 +356,12 @@ def _sample(
     k = output.shape[-1]
     total = math.prod(output.shape[:-1])
     rows = sample_rows(total, k)
-    if isinstance(output.expression, (Take, FromRepair)):  # repaired rows are near enough to those they replace
+    source, slices = rows, output.expression.slices  # repaired rows are near enough to those they replace
+    if slices is not None:
         per_slice = total // output.shape[0]
-        taken = [max(i, 0) for i in output.expression.indices]  # a padding expert is as easy to encode as any
+        taken = [i if isinstance(i, int) else 0 for i in slices]  # a padding expert is as easy to encode as any
         source = [taken[row // per_slice] * per_slice + row % per_slice for row in rows]
-    else:
-        source = rows
-    values = model.tensors[output.expression.ref].dequantize(rows=source, threads=threads)
+    values = model.tensors[output.expression.refs[0]].dequantize(rows=source, threads=threads)
     if not np.isfinite(values).all():
         raise BadPlan("a value that is not finite", object=output.name)
     if tensor.importance is None or imatrix is None:
@@ -356,10 +369,10 @@ def _sample(
     numbers = tensor.importance.rows
     used = [numbers[row * len(numbers) // total] for row in rows]
     ref = tensor.importance.ref
-    known = {ONES: np.ones(k, np.float32)}
+    known: dict[ImportanceRow, NDArray[np.float32]] = {ONES: np.ones(k, np.float32)}
     if MEAN in used:
         known[MEAN] = imatrix.mean_row(ref, k)
-    if any(number >= 0 for number in used):
+    if any(isinstance(number, int) for number in used):
         known.update(enumerate(imatrix.importance(ref).reshape(-1, k)))
     return values, np.stack([known[number] for number in used])
 
@@ -442,8 +455,6 @@ class _Solution:
         types = {**{t.output.name: t.steps[i][0] for t, i in zip(self.tensors, chosen)}, **self.fixed}
         self.overrides = tuple(patterns({name: types[name] for name in self.names if name in types}, self.names))
         self.plan = self.checked(self.overrides)
-        if self.plan.imatrix is not None:
-            self.plan.imatrix.close()
         return self.target.excess(self.plan)
 
 

@@ -202,7 +202,7 @@ def _describe_or_write(args: Namespace) -> int:
         if not args.force:
             refuse_existing(output_paths(checked, args.output))
         with progress("writing", quiet) as bar:
-            receipt = write(model, checked, args.output, overwrite=args.force, progress=bar, **limits)
+            receipt = write(model, checked, args.output, overwrite=args.force, progress=bar)
     if args.json:
         words.print_json(receipt.to_json())
     elif not quiet:
