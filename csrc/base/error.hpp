@@ -32,12 +32,14 @@ struct Error : std::exception {
     const char* what() const noexcept override { return problem.c_str(); }
 
     // Chained at the throw: throw Error(Kind::bad_file, "duplicate key").in(path).on(key).at(offset)
+    // clang-format off
     Error& in(std::string v) { path = std::move(v); return *this; }
     Error& on(std::string v) { object = std::move(v); return *this; }
     Error& at(std::uint64_t v) { offset = v; return *this; }
     Error& got(std::string v) { found = std::move(v); return *this; }
     Error& want(std::string v) { expected = std::move(v); return *this; }
     Error& advise(std::string v) { hint = std::move(v); return *this; }
+    // clang-format on
 };
 
 // The error of a failed system call; `action` is what was tried ("open", "write").

@@ -1,4 +1,5 @@
 #include "bind/bind.hpp"
+
 #include "base/error.hpp"
 
 namespace {

@@ -92,7 +92,8 @@ LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
 template <Kind KIND>
 bool encode(const Rows& rows) {
     bool sure = true;
-    for_groups(rows, 256, KIND == xxs ? 66 : KIND == xs ? 74 : 82, [&](const Group& group) {
+    constexpr uint32_t bytes = KIND == xxs ? 66 : KIND == xs ? 74 : 82;
+    for_groups(rows, 256, bytes, [&](const Group& group) {
         sure = sure && encode_group<KIND>(group, rows.importance != nullptr, *rows.grid);
     });
     return sure;

@@ -2,6 +2,7 @@
 #include "ggml.h"
 #include "quant/lanes/sets.hpp"
 
+// clang-format off
 #define PGS_ENCODERS(X)                                                                                                  \
     X(F16, f16) X(BF16, bf16) X(Q4_0, q4_0) X(Q4_1, q4_1) X(Q5_0, q5_0) X(Q5_1, q5_1) X(Q8_0, q8_0) X(Q1_0, q1_0)          \
     X(Q2_0, q2_0) X(TQ1_0, tq1_0) X(TQ2_0, tq2_0) X(Q2_K, q2_k) X(Q3_K, q3_k) X(Q4_K, q4_k) X(Q5_K, q5_k) X(Q6_K, q6_k)    \
@@ -9,6 +10,7 @@
     X(IQ2_XXS, iq2_xxs) X(IQ2_XS, iq2_xs) X(IQ2_S, iq2_s) X(IQ1_S, iq1_s) X(IQ1_M, iq1_m)
 #define PGS_BEST_ENCODERS(X) X(MXFP4, mxfp4)
 #define PGS_DECODERS(X) X(F16, f16) X(BF16, bf16) X(Q8_0, q8_0) X(Q4_K, q4_k) X(Q6_K, q6_k) X(MXFP4, mxfp4)
+// clang-format on
 
 #define PGS_TEXT(name) PGS_TEXT_OF(name)
 #define PGS_TEXT_OF(name) #name

@@ -3,6 +3,7 @@
 #include "quant/lanes/kernels.hpp"
 
 namespace pgs::lanes {
+// clang-format off
 namespace scalar { extern const Kernels kernels; }
 #if defined(__x86_64__)
 namespace sse { extern const Kernels kernels; }
@@ -11,4 +12,5 @@ namespace avx512 { extern const Kernels kernels; }
 #elif defined(__aarch64__)
 namespace neon { extern const Kernels kernels; }
 #endif
+// clang-format on
 }  // namespace pgs::lanes
