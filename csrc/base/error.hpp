@@ -21,9 +21,9 @@ enum class Kind {
 
 struct Error : std::exception {
     Kind kind;
-    std::string problem;  // "duplicate key"; lower case, no full stop
-    std::string path;     // file
-    std::string object;   // tensor, key or header field
+    std::string problem;                  // "duplicate key"; lower case, no full stop
+    std::string path;                     // file
+    std::string object;                   // tensor, key or header field
     std::optional<std::uint64_t> offset;  // byte in the file
     std::string found, expected, hint;
     int os_errno = 0;

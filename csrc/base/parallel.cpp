@@ -30,7 +30,10 @@ void Cancel::check() const {
 int thread_count(int asked) {
     constexpr int limit = 1024;
     if (asked > limit || asked < 0)
-        throw Error(Kind::bad_plan, "not a number of threads").on("threads").got(std::to_string(asked)).want("0 to 1024");
+        throw Error(Kind::bad_plan, "not a number of threads")
+            .on("threads")
+            .got(std::to_string(asked))
+            .want("0 to 1024");
     if (asked > 0) return asked;
     if (const char* text = std::getenv("PGS_THREADS"); text && *text) {
         char* end = nullptr;
@@ -45,8 +48,8 @@ int thread_count(int asked) {
     return n ? static_cast<int>(n) : 1;
 }
 
-void parallel_for(int threads, std::uint64_t items, Cancel& cancel,
-                  const std::function<void(int, std::uint64_t)>& work, const std::function<void()>& poll, int poll_ms) {
+void parallel_for(int threads, std::uint64_t items, Cancel& cancel, const std::function<void(int, std::uint64_t)>& work,
+                  const std::function<void()>& poll, int poll_ms) {
     std::atomic<std::uint64_t> next{0};
     std::mutex mutex;
     std::condition_variable done_cv;

@@ -16,13 +16,14 @@ using Order = py::array_t<std::uint32_t, py::array::c_style | py::array::forceca
 using PyMerge = std::tuple<std::uint64_t, bool, std::vector<Order>,
                            std::vector<std::vector<std::tuple<std::uint32_t, std::uint32_t, float>>>>;
 
-pgs::Job make_job(std::string name, std::int32_t source_type, std::int32_t target_type, std::uint64_t row_elements,
-                  std::uint64_t rows, std::uint64_t target_offset, const std::optional<RunRows>& runs,
-                  const std::optional<py::bytes>& literal, const std::optional<FloatRows>& importance,
-                  const std::optional<RunRows>& importance_rows, const std::optional<FloatRows>& importance_divisors,
-                  const std::optional<std::tuple<std::vector<std::int32_t>, std::vector<std::int32_t>, std::uint64_t>>& remap,
-                  const std::optional<std::vector<std::vector<std::pair<std::uint64_t, std::uint32_t>>>>& importance_parts,
-                  const std::optional<PyMerge>& merge, std::uint32_t file, bool best) {
+pgs::Job make_job(
+    std::string name, std::int32_t source_type, std::int32_t target_type, std::uint64_t row_elements,
+    std::uint64_t rows, std::uint64_t target_offset, const std::optional<RunRows>& runs,
+    const std::optional<py::bytes>& literal, const std::optional<FloatRows>& importance,
+    const std::optional<RunRows>& importance_rows, const std::optional<FloatRows>& importance_divisors,
+    const std::optional<std::tuple<std::vector<std::int32_t>, std::vector<std::int32_t>, std::uint64_t>>& remap,
+    const std::optional<std::vector<std::vector<std::pair<std::uint64_t, std::uint32_t>>>>& importance_parts,
+    const std::optional<PyMerge>& merge, std::uint32_t file, bool best) {
     pgs::Job job;
     if (merge) {
         const auto& [slice_rows, columns, orders, groups] = *merge;
@@ -69,7 +70,8 @@ pgs::Job make_job(std::string name, std::int32_t source_type, std::int32_t targe
         if (importance_rows->ndim() != 2 || importance_rows->shape(1) != 2 || importance_rows->shape(0) == 0)
             throw py::value_error("importance_rows must have shape (g, 2)");
         auto r = importance_rows->unchecked<2>();
-        for (py::ssize_t i = 0; i < r.shape(0); ++i) job.importance_rows.push_back({r(i, 0), r(i, 1), 1, pgs::Merge::as_is, {}});
+        for (py::ssize_t i = 0; i < r.shape(0); ++i)
+            job.importance_rows.push_back({r(i, 0), r(i, 1), 1, pgs::Merge::as_is, {}});
     } else if (importance) {
         for (py::ssize_t i = 0; i < importance->shape(0); ++i)
             job.importance_rows.push_back(
@@ -122,8 +124,8 @@ std::function<void(std::uint64_t, std::uint64_t)> poller(const py::object& progr
 
 py::dict run(const std::vector<PySource*>& py_sources,
              const std::vector<std::tuple<py::object, py::bytes, std::uint64_t>>& py_outputs,
-             const std::vector<std::shared_ptr<pgs::Job>>& py_jobs, std::uint64_t memory, int threads, const std::string& io,
-             bool overwrite, const py::object& progress) {
+             const std::vector<std::shared_ptr<pgs::Job>>& py_jobs, std::uint64_t memory, int threads,
+             const std::string& io, bool overwrite, const py::object& progress) {
     const auto sources = sources_of(py_sources);
     const auto jobs = jobs_of(py_jobs);
     std::vector<pgs::Output> outputs;
@@ -146,9 +148,10 @@ py::dict run(const std::vector<PySource*>& py_sources,
     return d;
 }
 
-py::array_t<double> reduce_rows(const std::vector<PySource*>& py_sources, const pgs::Job& job, std::uint64_t rows_per_group,
-                                const std::optional<py::array_t<double, py::array::c_style | py::array::forcecast>>& py_weights,
-                                std::uint64_t memory, int threads, const std::string& io, const py::object& progress) {
+py::array_t<double> reduce_rows(
+    const std::vector<PySource*>& py_sources, const pgs::Job& job, std::uint64_t rows_per_group,
+    const std::optional<py::array_t<double, py::array::c_style | py::array::forcecast>>& py_weights,
+    std::uint64_t memory, int threads, const std::string& io, const py::object& progress) {
     std::vector<double> weights;
     if (py_weights) weights.assign(py_weights->data(), py_weights->data() + py_weights->size());
     const auto sources = sources_of(py_sources);
@@ -183,15 +186,21 @@ void bind_engine(py::module_& m) {
     m.attr("AS_IS") = pgs::Merge::as_is;
     m.attr("IN_MEMORY") = pgs::ImportanceRow::in_memory;
     m.def("thread_count", &pgs::thread_count, py::arg("asked"));
-    m.def("plan_budget", [](const std::vector<std::shared_ptr<pgs::Job>>& jobs, std::uint64_t memory, int threads, const std::string& io) {
-        const auto b = pgs::plan_budget(jobs_of(jobs), {memory, threads, pgs::io_from_name(io), false});
-        py::dict d;
-        d["threads"] = b.threads;
-        d["tile_bytes"] = b.tile_bytes;
-        d["buffer_bytes"] = b.buffer_bytes;
-        return d;
-    }, py::arg("jobs"), py::kw_only(), py::arg("memory"), py::arg("threads"), py::arg("io"));
-    m.def("run", &run, py::arg("sources"), py::arg("outputs"), py::arg("jobs"), py::kw_only(), py::arg("memory"), py::arg("threads"), py::arg("io"), py::arg("overwrite"), py::arg("progress"));
+    m.def(
+        "plan_budget",
+        [](const std::vector<std::shared_ptr<pgs::Job>>& jobs, std::uint64_t memory, int threads,
+           const std::string& io) {
+            const auto b = pgs::plan_budget(jobs_of(jobs), {memory, threads, pgs::io_from_name(io), false});
+            py::dict d;
+            d["threads"] = b.threads;
+            d["tile_bytes"] = b.tile_bytes;
+            d["buffer_bytes"] = b.buffer_bytes;
+            return d;
+        },
+        py::arg("jobs"), py::kw_only(), py::arg("memory"), py::arg("threads"), py::arg("io"));
+    m.def("run", &run, py::arg("sources"), py::arg("outputs"), py::arg("jobs"), py::kw_only(), py::arg("memory"),
+          py::arg("threads"), py::arg("io"), py::arg("overwrite"), py::arg("progress"));
     m.def("reduce_rows", &reduce_rows, py::arg("sources"), py::arg("job"), py::arg("rows_per_group"), py::kw_only(),
-          py::arg("weights") = py::none(), py::arg("memory"), py::arg("threads"), py::arg("io"), py::arg("progress") = py::none());
+          py::arg("weights") = py::none(), py::arg("memory"), py::arg("threads"), py::arg("io"),
+          py::arg("progress") = py::none());
 }

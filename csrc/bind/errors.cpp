@@ -21,7 +21,8 @@ const char* class_name(pgs::Kind kind) {
 void raise(const pgs::Error& e) {
     auto text = [](const std::string& s) -> py::object {
         if (s.empty()) return py::none();
-        return py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(s.data(), static_cast<Py_ssize_t>(s.size()), "surrogateescape"));
+        return py::reinterpret_steal<py::object>(
+            PyUnicode_DecodeUTF8(s.data(), static_cast<Py_ssize_t>(s.size()), "surrogateescape"));
     };
     const char* name = class_name(e.kind);
     if (!name) {

@@ -147,9 +147,7 @@ void put_scalar(std::string& raw, py::handle object, ValueType type) {
 
 void check(const Value& value) {
     if (const auto problem = pgs::value_problem(value); !problem.empty())
-        throw Error(Kind::bad_plan, problem)
-            .got(std::to_string(value.raw.size()) + " bytes")
-            .want(form_name(value));
+        throw Error(Kind::bad_plan, problem).got(std::to_string(value.raw.size()) + " bytes").want(form_name(value));
 }
 
 // numpy scalars as Python values, numpy arrays as lists of them; anything else as it is.
@@ -353,12 +351,13 @@ void bind_value(py::module_& m) {
         .def_property_readonly("type", &form_name)
         .def_property_readonly("value", &value_of)
         .def_property_readonly("raw", [](const Value& v) { return py::bytes(v.raw); })
-        .def("head",
-             [](const Value& v, std::int64_t n) {
-                 require_array(v);
-                 return elements(v, static_cast<std::uint64_t>(std::max<std::int64_t>(n, 0)));
-             },
-             py::arg("n"))
+        .def(
+            "head",
+            [](const Value& v, std::int64_t n) {
+                require_array(v);
+                return elements(v, static_cast<std::uint64_t>(std::max<std::int64_t>(n, 0)));
+            },
+            py::arg("n"))
         .def("__len__",
              [](const Value& v) {
                  require_array(v);
@@ -385,10 +384,12 @@ void bind_value(py::module_& m) {
 void bind_tensor_info(py::module_& m) {
     py::class_<TensorInfo>(m, "TensorInfo", "A tensor in a header; ne is ggml's order, fastest first.")
         .def(py::init(&make_tensor), py::arg("name"), py::arg("ne"), py::arg("type"))
-        .def_property("name", [](const TensorInfo& t) { return text_of(t.name); },
-                      [](TensorInfo& t, const py::str& name) { t.name = bytes_of(name); })
-        .def_property("ne", [](const TensorInfo& t) { return py::tuple(py::cast(t.ne)); },
-                      [](TensorInfo& t, const py::iterable& ne) { t.ne = dims_from(ne); })
+        .def_property(
+            "name", [](const TensorInfo& t) { return text_of(t.name); },
+            [](TensorInfo& t, const py::str& name) { t.name = bytes_of(name); })
+        .def_property(
+            "ne", [](const TensorInfo& t) { return py::tuple(py::cast(t.ne)); },
+            [](TensorInfo& t, const py::iterable& ne) { t.ne = dims_from(ne); })
         .def_readwrite("type", &TensorInfo::type)
         .def_readwrite("offset", &TensorInfo::offset)
         .def_readwrite("nbytes", &TensorInfo::nbytes)

@@ -32,7 +32,7 @@ void check_range(const pgs::Source& source, std::uint64_t offset, std::uint64_t 
 }
 
 py::array_t<std::uint8_t> read_bytes(const PySource& self, std::uint64_t offset, std::uint64_t nbytes) {
-    check_range(self.get(), offset, nbytes);  // before memory is asked for
+    check_range(self.get(), offset, nbytes);                  // before memory is asked for
     const std::shared_ptr<pgs::Source> source = self.source;  // another thread may close meanwhile
     py::array_t<std::uint8_t> out(static_cast<py::ssize_t>(nbytes));
     std::span<std::byte> bytes(reinterpret_cast<std::byte*>(out.mutable_data()), nbytes);
@@ -109,10 +109,11 @@ void bind_io(py::module_& m) {
         .def(py::init(&open_py), py::arg("path"), py::arg("io") = "pread")
         .def_property_readonly("path", [](const PySource& self) { return path_text(self.get().path()); })
         .def_property_readonly("size", [](const PySource& self) { return self.get().size(); })
-        .def_property_readonly("identity", [](const PySource& self) {
-            const pgs::Identity& id = self.get().identity();
-            return py::make_tuple(id.device, id.inode, id.size, id.mtime_ns);
-        })
+        .def_property_readonly("identity",
+                               [](const PySource& self) {
+                                   const pgs::Identity& id = self.get().identity();
+                                   return py::make_tuple(id.device, id.inode, id.size, id.mtime_ns);
+                               })
         .def("read", &read_bytes, py::arg("offset"), py::arg("nbytes"))
         .def("view", &view_bytes, py::arg("offset"), py::arg("nbytes"))
         .def("check_unchanged", [](const PySource& self) { self.get().check_unchanged(); })
@@ -127,7 +128,8 @@ void bind_io(py::module_& m) {
         .def("write_at", &write_sink, py::arg("offset"), py::arg("data"))
         .def("commit", &commit_sink)
         .def("abort", &abort_sink)
-        .def("__enter__", [](PySink& self) -> PySink& { return self; }, py::return_value_policy::reference_internal)
+        .def(
+            "__enter__", [](PySink& self) -> PySink& { return self; }, py::return_value_policy::reference_internal)
         .def("__exit__", [](PySink& self, const py::object& type, const py::object&, const py::object&) {
             if (!self.sink) return;  // committed or aborted by hand
             if (type.is_none())

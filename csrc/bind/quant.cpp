@@ -44,12 +44,13 @@ void over_rows(std::uint64_t rows, std::uint64_t chunk, int threads, Work work) 
     pgs::choose_kernels();
     py::gil_scoped_release release;
     pgs::Cancel cancel;
-    pgs::parallel_for(threads, (rows + chunk - 1) / chunk, cancel,
-                      [&](int, std::uint64_t i) { work(i * chunk, std::min(chunk, rows - i * chunk)); },
-                      [] {
-                          py::gil_scoped_acquire acquire;
-                          if (PyErr_CheckSignals()) throw py::error_already_set();
-                      });
+    pgs::parallel_for(
+        threads, (rows + chunk - 1) / chunk, cancel,
+        [&](int, std::uint64_t i) { work(i * chunk, std::min(chunk, rows - i * chunk)); },
+        [] {
+            py::gil_scoped_acquire acquire;
+            if (PyErr_CheckSignals()) throw py::error_already_set();
+        });
 }
 
 py::array_t<std::uint8_t> quantize(const py::array_t<float, array_style>& rows, std::int32_t type,
@@ -59,7 +60,8 @@ py::array_t<std::uint8_t> quantize(const py::array_t<float, array_style>& rows, 
     const auto& facts = pgs::type_table()[type];
     if (facts.block == 0 || k % facts.block)
         throw pgs::Error(pgs::Kind::bad_plan, "row length is no multiple of the block")
-            .got(std::to_string(k)).want("a multiple of " + std::to_string(facts.block) + " for " + facts.name);
+            .got(std::to_string(k))
+            .want("a multiple of " + std::to_string(facts.block) + " for " + facts.name);
     py::array_t<float, array_style> importance;
     std::uint64_t group = 1;
     const float* weights = nullptr;
@@ -67,7 +69,8 @@ py::array_t<std::uint8_t> quantize(const py::array_t<float, array_style>& rows, 
         importance = importance_or_none.cast<py::array_t<float, array_style>>();
         const std::uint64_t g = importance.ndim() == 2 ? importance.shape(0) : 0;
         if (importance.ndim() != 2 || static_cast<std::uint64_t>(importance.shape(1)) != k || g == 0 || n % g)
-            throw pgs::Error(pgs::Kind::bad_plan, "importance does not fit the rows").on("imatrix")
+            throw pgs::Error(pgs::Kind::bad_plan, "importance does not fit the rows")
+                .on("imatrix")
                 .want("(groups, " + std::to_string(k) + ") with groups dividing " + std::to_string(n));
         group = std::max<std::uint64_t>(1, n / g);
         weights = importance.data();
@@ -95,7 +98,8 @@ py::array_t<float> dequantize(const py::array_t<std::uint8_t, array_style>& rows
     const auto& facts = pgs::type_table()[type];
     if (facts.block == 0 || bytes % facts.block_bytes)
         throw pgs::Error(pgs::Kind::bad_plan, "bytes of a row are no multiple of the block's")
-            .got(std::to_string(bytes)).want("a multiple of " + std::to_string(facts.block_bytes) + " for " + facts.name);
+            .got(std::to_string(bytes))
+            .want("a multiple of " + std::to_string(facts.block_bytes) + " for " + facts.name);
     const std::uint64_t k = bytes / facts.block_bytes * facts.block;
     py::array_t<float> out({n, k});
     const auto* source = reinterpret_cast<const std::byte*>(rows.data());
@@ -118,18 +122,25 @@ void bind_quant(py::module_& m) {
     m.def("type_id", &pgs::type_from_name, py::arg("name"));
     m.def("kernels", [] { return std::string(pgs::choose_kernels().name); });
     m.def("ggml_version", &pgs::ggml_version_text);
-    m.def("quantize", [](const py::array_t<float, array_style>& rows, std::int32_t type, const py::object& importance, int threads,
-                         bool best) {
-        return quantize(rows, checked_type(type), importance, threads, best);
-    }, py::arg("rows"), py::arg("type"), py::arg("importance"), py::arg("threads"), py::arg("best") = false);
-    m.def("first_invalid_block", [](const py::array_t<std::uint8_t, array_style>& data, std::int32_t type) {
-        const auto* bytes = reinterpret_cast<const std::byte*>(data.data());
-        const std::uint64_t n = data.nbytes();
-        if (n % pgs::type_table()[checked_type(type)].block_bytes) throw py::value_error("not whole blocks");
-        py::gil_scoped_release release;
-        return pgs::first_invalid_block(type, bytes, n);
-    }, py::arg("data"), py::arg("type"));
-    m.def("dequantize", [](const py::array_t<std::uint8_t, array_style>& rows, std::int32_t type, int threads) {
-        return dequantize(rows, checked_type(type), threads);
-    }, py::arg("rows"), py::arg("type"), py::arg("threads"));
+    m.def(
+        "quantize",
+        [](const py::array_t<float, array_style>& rows, std::int32_t type, const py::object& importance, int threads,
+           bool best) { return quantize(rows, checked_type(type), importance, threads, best); },
+        py::arg("rows"), py::arg("type"), py::arg("importance"), py::arg("threads"), py::arg("best") = false);
+    m.def(
+        "first_invalid_block",
+        [](const py::array_t<std::uint8_t, array_style>& data, std::int32_t type) {
+            const auto* bytes = reinterpret_cast<const std::byte*>(data.data());
+            const std::uint64_t n = data.nbytes();
+            if (n % pgs::type_table()[checked_type(type)].block_bytes) throw py::value_error("not whole blocks");
+            py::gil_scoped_release release;
+            return pgs::first_invalid_block(type, bytes, n);
+        },
+        py::arg("data"), py::arg("type"));
+    m.def(
+        "dequantize",
+        [](const py::array_t<std::uint8_t, array_style>& rows, std::int32_t type, int threads) {
+            return dequantize(rows, checked_type(type), threads);
+        },
+        py::arg("rows"), py::arg("type"), py::arg("threads"));
 }

@@ -36,8 +36,11 @@ struct Buffers {
     PageBuffer source, target, floats, importance_row, sums;
     ImportanceReader importance;
     Buffers(const TileBuffers& b, const Sources& sources)
-        : source(page_buffer(b.source)), target(page_buffer(b.target)), floats(page_buffer(b.floats)),
-          importance_row(page_buffer(b.importance)), sums(page_buffer(b.sums)),
+        : source(page_buffer(b.source)),
+          target(page_buffer(b.target)),
+          floats(page_buffer(b.floats)),
+          importance_row(page_buffer(b.importance)),
+          sums(page_buffer(b.sums)),
           importance(sources, floats_of(importance_row)) {}
 };
 
@@ -143,7 +146,8 @@ void remap_tile(const Job& job, const std::byte* source, std::byte* target, std:
         std::memcpy(column.data(), source + at, column_bytes);
         for (auto& id : column) {
             if (id < 0 || static_cast<std::size_t>(id) >= remap.table.size())
-                throw Error(Kind::bad_file, "expert id out of range").got(std::to_string(id))
+                throw Error(Kind::bad_file, "expert id out of range")
+                    .got(std::to_string(id))
                     .want("0 to " + std::to_string(remap.table.size() - 1));
         }
         // Kept ids first, so that a substitute never repeats one that comes later in the column.
@@ -154,7 +158,8 @@ void remap_tile(const Job& job, const std::byte* source, std::byte* target, std:
             const auto free = std::find_if(remap.substitutes.begin(), remap.substitutes.end(), [&](std::int32_t s) {
                 return std::find(out.begin(), out.end(), s) == out.end();
             });
-            if (free == remap.substitutes.end()) throw Error(Kind::bad_plan, "too few experts are left to replace dropped ids");
+            if (free == remap.substitutes.end())
+                throw Error(Kind::bad_plan, "too few experts are left to replace dropped ids");
             id = *free;
         }
         std::memcpy(target + at, out.data(), column_bytes);
@@ -185,7 +190,8 @@ Layout lay_out(const std::vector<Output>& outputs, const Jobs& jobs, const Sourc
         in_order.push_back(job.get());
     }
     std::stable_sort(in_order.begin(), in_order.end(), [](const Job* a, const Job* b) {
-        return std::tie(a->file, a->target_offset, a->target_bytes) < std::tie(b->file, b->target_offset, b->target_bytes);
+        return std::tie(a->file, a->target_offset, a->target_bytes) <
+               std::tie(b->file, b->target_offset, b->target_bytes);
     });
     auto next = in_order.begin();
     for (std::size_t file = 0; file < outputs.size(); ++file) {
@@ -201,7 +207,8 @@ Layout lay_out(const std::vector<Output>& outputs, const Jobs& jobs, const Sourc
         };
         for (; next != in_order.end() && (*next)->file == file; ++next) {
             const Job& job = **next;
-            if (job.target_offset < at) throw Error(Kind::bad_plan, "target overlaps what comes before it").on(job.name);
+            if (job.target_offset < at)
+                throw Error(Kind::bad_plan, "target overlaps what comes before it").on(job.name);
             if (job.target_offset + job.target_bytes > file_bytes)
                 throw Error(Kind::bad_plan, "tensors reach beyond the file").on(job.name);
             pad_to(job.target_offset);

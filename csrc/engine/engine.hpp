@@ -83,7 +83,7 @@ struct RunOptions {
 
 struct RunStats {
     std::uint64_t bytes_read = 0, bytes_written = 0, elements_encoded = 0;  // of tensors; importance rows do not count
-    std::uint64_t buffer_bytes = 0;  // the most that all buffers of the run held
+    std::uint64_t buffer_bytes = 0;                                         // the most that all buffers of the run held
     int threads = 0;
 };
 

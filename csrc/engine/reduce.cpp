@@ -42,7 +42,8 @@ std::vector<double> reduce_rows(const std::vector<std::shared_ptr<Source>>& inpu
                                 const RunOptions& options, Cancel& cancel,
                                 const std::function<void(std::uint64_t, std::uint64_t)>& poll) {
     check_job(job, inputs);
-    if (rows_per_group == 0 || job.rows % rows_per_group) throw Error(Kind::bad_plan, "groups do not divide the rows").on(job.name);
+    if (rows_per_group == 0 || job.rows % rows_per_group)
+        throw Error(Kind::bad_plan, "groups do not divide the rows").on(job.name);
     if (!type_can_decode(job.source_type))
         throw Error(Kind::unsupported, "no decoder for this type").on(job.name).got(type_table()[job.source_type].name);
     const auto sources = reopen_sources(inputs, options.io);

@@ -23,7 +23,8 @@ constexpr std::uint64_t smallest_tile = 256ull << 10;
 constexpr std::uint64_t io_bytes = 4ull << 20;
 
 std::uint64_t rows_per_tile(const Job& job, std::uint64_t tile_bytes) {
-    const std::uint64_t row = std::max(row_bytes(job.source_type, job.row_elements), row_bytes(job.target_type, job.row_elements));
+    const std::uint64_t row =
+        std::max(row_bytes(job.source_type, job.row_elements), row_bytes(job.target_type, job.row_elements));
     return std::max<std::uint64_t>(1, tile_bytes / std::max<std::uint64_t>(1, row));
 }
 
@@ -87,8 +88,10 @@ TileBuffers tile_buffers(const Job& job, std::uint64_t tile_bytes) {
         case Work::merge:
         case Work::encode: break;
     }
-    const std::uint64_t rows = job.merge ? merge_step(job, tile_bytes) : std::min(job.rows, rows_per_tile(job, tile_bytes));
-    TileBuffers b{rows * row_bytes(job.source_type, job.row_elements), rows * row_bytes(job.target_type, job.row_elements) + block,
+    const std::uint64_t rows =
+        job.merge ? merge_step(job, tile_bytes) : std::min(job.rows, rows_per_tile(job, tile_bytes));
+    TileBuffers b{rows * row_bytes(job.source_type, job.row_elements),
+                  rows * row_bytes(job.target_type, job.row_elements) + block,
                   std::min(job.rows, chunk_rows(job.row_elements)) * job.row_elements * sizeof(float)};
     if (!std::all_of(job.importance_rows.begin(), job.importance_rows.end(), as_is))
         b.importance = (job.merge ? 2 : 1) * job.row_elements * sizeof(float);
@@ -107,8 +110,10 @@ Budget fit_budget(const RunOptions& options, const std::string& name, std::uint6
         if (tile > smallest_tile) continue;
         threads = static_cast<int>(std::min<std::uint64_t>(memory / each, static_cast<std::uint64_t>(threads)));
         if (threads) return {threads, tile, each * static_cast<std::uint64_t>(threads) + shared};
-        throw Error(Kind::bad_plan, "a row does not fit the memory budget").on(name)
-            .got(std::to_string(options.memory) + " bytes").want("at least " + std::to_string(each + shared))
+        throw Error(Kind::bad_plan, "a row does not fit the memory budget")
+            .on(name)
+            .got(std::to_string(options.memory) + " bytes")
+            .want("at least " + std::to_string(each + shared))
             .advise("raise memory");
     }
 }
@@ -133,14 +138,15 @@ void check_importance_rows(const Job& job, const std::vector<std::shared_ptr<Sou
             if (!values || *values > job.importance.size())
                 throw fail("no such importance row in memory").got(std::to_string(row.at));
         } else {
-            if (row.source >= sources.size()) throw fail("no such source of importance").got(std::to_string(row.source));
+            if (row.source >= sources.size())
+                throw fail("no such source of importance").got(std::to_string(row.source));
             const auto end = checked_add(row.at, bytes);
             if (!end || *end > sources[row.source]->size())
                 throw fail("importance row reaches beyond its source").at(row.at);
         }
         auto check_order = [&](std::uint32_t order) {
-            if (order != Merge::as_is && !(job.merge && order < job.merge->orders.size() &&
-                                           job.merge->orders[order].size() == job.row_elements))
+            if (order != Merge::as_is &&
+                !(job.merge && order < job.merge->orders.size() && job.merge->orders[order].size() == job.row_elements))
                 throw fail("no such order of an importance row");
         };
         check_order(row.order);
@@ -182,7 +188,8 @@ void check_merge(const Job& job, std::uint64_t source_bytes) {
         }
     }
     if (decodes && (!type_can_decode(job.source_type) || !type_can_encode(job.target_type)))
-        throw Error(Kind::unsupported, "experts of this type cannot be merged").on(job.name)
+        throw Error(Kind::unsupported, "experts of this type cannot be merged")
+            .on(job.name)
             .got(type_table()[job.source_type].name + " to " + type_table()[job.target_type].name);
 }
 
@@ -192,7 +199,8 @@ void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sourc
     auto fail = [&](const char* problem) -> Error { return std::move(Error(Kind::bad_plan, problem).on(job.name)); };
     const auto& table = type_table();
     for (std::int32_t type : {job.source_type, job.target_type}) {
-        if (type < 0 || static_cast<std::size_t>(type) >= table.size() || table[type].name.empty()) throw fail("unknown tensor type");
+        if (type < 0 || static_cast<std::size_t>(type) >= table.size() || table[type].name.empty())
+            throw fail("unknown tensor type");
         if (job.row_elements % table[type].block) throw fail("row length is no multiple of the block");
     }
     if (job.rows > INT64_MAX) throw fail("size overflows");
@@ -219,13 +227,16 @@ void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sourc
         throw fail("source size does not follow from the shape");
     }
     if (job.source_type != job.target_type && (!type_can_decode(job.source_type) || !type_can_encode(job.target_type)))
-        throw Error(Kind::unsupported, "no conversion between these types").on(job.name)
+        throw Error(Kind::unsupported, "no conversion between these types")
+            .on(job.name)
             .got(table[job.source_type].name + " to " + table[job.target_type].name);
     // The encoders write blocks in place; the buffer agrees with the file in its lowest bits. GGUF aligns to 8 at least.
-    if ((work_of(job) == Work::encode || job.merge) && job.target_bytes && job.target_offset % 8) throw fail("an encoded target is not aligned");
+    if ((work_of(job) == Work::encode || job.merge) && job.target_bytes && job.target_offset % 8)
+        throw fail("an encoded target is not aligned");
     if (job.remap) {
         if (table[job.source_type].name != "I32" || job.source_type != job.target_type) throw fail("remap needs I32");
-        if (job.remap->column == 0 || job.row_elements % job.remap->column) throw fail("remap column does not divide the row");
+        if (job.remap->column == 0 || job.row_elements % job.remap->column)
+            throw fail("remap column does not divide the row");
     }
     check_importance_rows(job, sources);
 }
@@ -242,7 +253,7 @@ const float* ImportanceReader::row(const Job& job, std::uint64_t index) {
     const float* held = in_memory ? job.importance.data() + where.at * job.row_elements : nullptr;
     if (as_is(where)) return held;
     if (job_ == &job && index_ == index) return buffer_;
-    job_ = nullptr;  // until all of it is there
+    job_ = nullptr;                                                        // until all of it is there
     float* const part = job.merge ? buffer_ + job.row_elements : buffer_;  // sums of several are added in the buffer
     auto read = [&](std::uint64_t at, std::uint32_t order, bool add) {
         if (in_memory)
@@ -265,7 +276,8 @@ const float* ImportanceReader::row(const Job& job, std::uint64_t index) {
     return buffer_;
 }
 
-RunReader::RunReader(const Job& job, const std::vector<std::unique_ptr<Source>>& sources) : job_(job), sources_(sources) {
+RunReader::RunReader(const Job& job, const std::vector<std::unique_ptr<Source>>& sources)
+    : job_(job), sources_(sources) {
     std::uint64_t at = 0;
     for (const Run& run : job.runs) {
         starts_.push_back(at);
@@ -278,13 +290,15 @@ void RunReader::read_at(std::uint64_t offset, std::span<std::byte> out) const {
         std::copy_n(reinterpret_cast<const std::byte*>(job_.literal.data()) + offset, out.size(), out.data());
         return;
     }
-    std::size_t i = static_cast<std::size_t>(std::upper_bound(starts_.begin(), starts_.end(), offset) - starts_.begin()) - 1;
+    std::size_t i =
+        static_cast<std::size_t>(std::upper_bound(starts_.begin(), starts_.end(), offset) - starts_.begin()) - 1;
     while (!out.empty()) {
         const Run& run = job_.runs[i];
         const std::uint64_t inside = offset - starts_[i];
         const std::uint64_t n = std::min<std::uint64_t>(out.size(), run.nbytes - inside);
         if (run.source == Run::fill) {
-            for (std::uint64_t j = 0; j < n; ++j) out[j] = static_cast<std::byte>(run.offset >> (8 * ((inside + j) % 4)) & 255);
+            for (std::uint64_t j = 0; j < n; ++j)
+                out[j] = static_cast<std::byte>(run.offset >> (8 * ((inside + j) % 4)) & 255);
         } else if (n) {
             sources_[run.source]->read_at(run.offset + inside, out.first(n));
         }

@@ -50,7 +50,8 @@ std::vector<std::unique_ptr<Source>> reopen_sources(const std::vector<std::share
 class ImportanceReader {
 public:
     // `buffer` holds tile_buffers().importance bytes. No job may go away before the reader.
-    ImportanceReader(const std::vector<std::unique_ptr<Source>>& sources, float* buffer) : sources_(sources), buffer_(buffer) {}
+    ImportanceReader(const std::vector<std::unique_ptr<Source>>& sources, float* buffer)
+        : sources_(sources), buffer_(buffer) {}
     // Importance row `index`, divided and checked, until the next call.
     const float* row(const Job& job, std::uint64_t index);
 

@@ -12,8 +12,8 @@ namespace pgs {
 
 // What the reader and writer need to know of a ggml type; filled from ggml by quant/types, index = type id.
 struct TypeFacts {
-    std::string name;              // upper case, "Q4_K"; empty: no such type
-    std::uint64_t block = 0;       // elements per block
+    std::string name;         // upper case, "Q4_K"; empty: no such type
+    std::uint64_t block = 0;  // elements per block
     std::uint64_t block_bytes = 0;
 };
 using TypeTable = std::vector<TypeFacts>;
@@ -63,7 +63,7 @@ struct TensorInfo {
     std::string name;
     std::vector<std::uint64_t> ne;  // ggml order, fastest first; empty is a scalar
     std::int32_t type = 0;
-    std::uint64_t offset = 0;       // relative to the data section
+    std::uint64_t offset = 0;  // relative to the data section
     std::uint64_t nbytes = 0;
 };
 

@@ -19,9 +19,9 @@ namespace pgs {
 namespace {
 
 constexpr std::uint64_t first_window = 1 << 20;
-constexpr std::uint64_t fixed_header_bytes = 24;  // magic, version, number of tensors, number of keys
-constexpr std::uint64_t smallest_kv = 8 + 1 + 4 + 1;              // key length, one letter, type, one byte
-constexpr std::uint64_t smallest_tensor = 8 + 4 + 4 + 8;          // name length, n_dims, type, offset
+constexpr std::uint64_t fixed_header_bytes = 24;          // magic, version, number of tensors, number of keys
+constexpr std::uint64_t smallest_kv = 8 + 1 + 4 + 1;      // key length, one letter, type, one byte
+constexpr std::uint64_t smallest_tensor = 8 + 4 + 4 + 8;  // name length, n_dims, type, offset
 constexpr std::size_t most_warnings = 200;
 
 // The first bytes of the file in memory; grows by doubling, so it never holds more than twice what the header needs.
@@ -191,11 +191,15 @@ private:
         pos_ = 4;
         const auto version = take<std::uint32_t>("version");
         if (version != 0 && (version & 0xFFFF) == 0)
-            throw bad("big-endian GGUF file", 4, "version").got(std::to_string(version)).want("2 or 3").advise(
-                "convert it with gguf-py's gguf_convert_endian");
+            throw bad("big-endian GGUF file", 4, "version")
+                .got(std::to_string(version))
+                .want("2 or 3")
+                .advise("convert it with gguf-py's gguf_convert_endian");
         if (version == 1)
-            throw bad("GGUF version 1 is no longer supported", 4, "version").got("1").want("2 or 3").advise(
-                "convert the model again");
+            throw bad("GGUF version 1 is no longer supported", 4, "version")
+                .got("1")
+                .want("2 or 3")
+                .advise("convert the model again");
         if (version != 2 && version != 3)
             throw bad("unknown GGUF version", 4, "version").got(std::to_string(version)).want("2 or 3");
         header_.version = version;
@@ -288,8 +292,8 @@ private:
         const std::uint64_t at = pos_;
         take_raw(value, value.count * smallest, object);  // bounded above by the file: no overflow
         if (value.element != ValueType::boolean) return;
-        const auto odd = std::find_if(value.raw.begin(), value.raw.end(),
-                                      [](char c) { return static_cast<unsigned char>(c) > 1; });
+        const auto odd =
+            std::find_if(value.raw.begin(), value.raw.end(), [](char c) { return static_cast<unsigned char>(c) > 1; });
         if (odd != value.raw.end())
             warn("array has a bool that is neither 0 nor 1", at + static_cast<std::uint64_t>(odd - value.raw.begin()),
                  object);

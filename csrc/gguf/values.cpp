@@ -17,7 +17,7 @@ struct ValueTypeFacts {
 
 // Index = id in the file.
 constexpr ValueTypeFacts value_types[value_type_count] = {
-    {"u8", 1},   {"i8", 1},  {"u16", 2},  {"i16", 2}, {"u32", 4}, {"i32", 4}, {"f32", 4},
+    {"u8", 1},   {"i8", 1},  {"u16", 2},   {"i16", 2}, {"u32", 4}, {"i32", 4}, {"f32", 4},
     {"bool", 1}, {"str", 0}, {"array", 0}, {"u64", 8}, {"i64", 8}, {"f64", 8},
 };
 
@@ -30,13 +30,13 @@ std::size_t sequence_bytes(const unsigned char* p, const unsigned char* end) {
     if (lead < 0x80) return 1;
     if (lead >= 0xC2 && lead <= 0xDF) return continues(1) ? 2 : 0;
     if (lead >= 0xE0 && lead <= 0xEF) {
-        const unsigned low = lead == 0xE0 ? 0xA0 : 0x80;    // below: an overlong form
-        const unsigned high = lead == 0xED ? 0x9F : 0xBF;   // above: a surrogate
+        const unsigned low = lead == 0xE0 ? 0xA0 : 0x80;   // below: an overlong form
+        const unsigned high = lead == 0xED ? 0x9F : 0xBF;  // above: a surrogate
         return continues(1, low, high) && continues(2) ? 3 : 0;
     }
     if (lead >= 0xF0 && lead <= 0xF4) {
         const unsigned low = lead == 0xF0 ? 0x90 : 0x80;
-        const unsigned high = lead == 0xF4 ? 0x8F : 0xBF;   // above U+10FFFF
+        const unsigned high = lead == 0xF4 ? 0x8F : 0xBF;  // above U+10FFFF
         return continues(1, low, high) && continues(2) && continues(3) ? 4 : 0;
     }
     return 0;

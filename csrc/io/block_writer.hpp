@@ -44,7 +44,7 @@ private:
     std::atomic<Way> way_{Way::plain};
     std::atomic<std::uint64_t> written_{0};
 
-    std::mutex mutex_;  // guards all below
+    std::mutex mutex_;                        // guards all below
     std::map<std::uint64_t, Block> pending_;  // by the offset of the block
     Block tail_;                              // the last block, not whole, which O_DIRECT cannot write
     std::deque<Range> dirty_;                 // written, and perhaps still only in memory; oldest first

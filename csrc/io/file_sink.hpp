@@ -35,9 +35,9 @@ public:
     void step_aside();   // gives the old file, if there is one, a hidden name
     void place_alone();  // gives the output its name; EEXIST if a file is there, even with `overwrite`
     void sync_folder();
-    bool withdraw() noexcept;   // takes back place_alone; true if the new file is not at the target
-    bool restore() noexcept;    // takes back step_aside; false if it fails
-    void drop_old() noexcept;   // removes what step_aside has moved, after success
+    bool withdraw() noexcept;  // takes back place_alone; true if the new file is not at the target
+    bool restore() noexcept;   // takes back step_aside; false if it fails
+    void drop_old() noexcept;  // removes what step_aside has moved, after success
 
     const Target& target() const { return target_; }
     int fd() const { return temp_.fd.get(); }

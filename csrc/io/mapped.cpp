@@ -8,8 +8,7 @@
 
 namespace pgs {
 
-MappedSource::MappedSource(OpenedFile file)
-    : PositionalSource(std::move(file)), mapping_(path_, identity_) {
+MappedSource::MappedSource(OpenedFile file) : PositionalSource(std::move(file)), mapping_(path_, identity_) {
     // No read-ahead and no fault-around: read_at asks for exactly the pages of its range.
     if (size() > 0) ::madvise(const_cast<std::byte*>(mapping_.bytes().data()), size(), MADV_RANDOM);
 }

@@ -30,9 +30,8 @@ Temp make_temp(const Target& target) {
     }
     for (;;) {
         std::string name = hidden_name(target, Hidden::temp);
-        Fd fd(retry([&] {
-            return ::openat(folder, name.c_str(), O_CREAT | O_EXCL | O_NOFOLLOW | O_RDWR | O_CLOEXEC, 0666);
-        }));
+        Fd fd(retry(
+            [&] { return ::openat(folder, name.c_str(), O_CREAT | O_EXCL | O_NOFOLLOW | O_RDWR | O_CLOEXEC, 0666); }));
         if (!fd) {
             if (errno == EEXIST) continue;
             throw os_error(errno, "create", target.path);
@@ -132,8 +131,7 @@ void FileSink::commit() {
 
 // The output is complete; without this a power cut may still bring back the old one.
 void FileSink::sync_folder() {
-    if (::fsync(target_.folder_fd()) != 0)
-        throw os_error(errno, "write the folder to the disk", target_.folder_path);
+    if (::fsync(target_.folder_fd()) != 0) throw os_error(errno, "write the folder to the disk", target_.folder_path);
 }
 
 void FileSink::remove_temp() noexcept {
@@ -144,8 +142,8 @@ void FileSink::remove_temp() noexcept {
 // Only root may give a file away; others keep at least the group if they may.
 void FileSink::keep_owner_and_mode(const struct stat& old) {
     const int fd = temp_.fd.get();
-    const bool owned = ::fchown(fd, old.st_uid, old.st_gid) == 0 ||
-                       ::fchown(fd, static_cast<uid_t>(-1), old.st_gid) == 0;
+    const bool owned =
+        ::fchown(fd, old.st_uid, old.st_gid) == 0 || ::fchown(fd, static_cast<uid_t>(-1), old.st_gid) == 0;
     static_cast<void>(owned);
     if (::fchmod(fd, old.st_mode & 0777) != 0 && errno != EPERM && errno != EOPNOTSUPP)
         throw os_error(errno, "set the mode", target_.path);

@@ -103,8 +103,7 @@ void Source::check_unchanged() const {
 std::unique_ptr<Source> open_source(const std::string& path, Io io, const Identity* expected) {
     OpenedFile file = open_regular(path, expected);
     if (io == Io::mapped) return std::make_unique<MappedSource>(std::move(file));
-    const bool direct =
-        io == Io::direct || (io == Io::automatic && !has_dontcache(file.fd.get(), file.identity.size));
+    const bool direct = io == Io::direct || (io == Io::automatic && !has_dontcache(file.fd.get(), file.identity.size));
     if (direct)
         if (Fd fd = open_direct(file)) return std::make_unique<DirectSource>(std::move(file), std::move(fd));
     return std::make_unique<PositionalSource>(std::move(file));

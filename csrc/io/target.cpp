@@ -76,9 +76,8 @@ Target resolve_target(const std::string& path) {
         const std::string to = read_link(at);
         at = to.starts_with('/') ? to : target.folder_path + "/" + to;
     }
-    target.folder = std::make_shared<const Fd>(retry([&] {
-        return ::open(target.folder_path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NONBLOCK);
-    }));
+    target.folder = std::make_shared<const Fd>(
+        retry([&] { return ::open(target.folder_path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NONBLOCK); }));
     if (!*target.folder) {
         if (errno != ENOENT) throw os_error(errno, "open the output folder", target.folder_path);
         Error error(Kind::os, "the output folder does not exist");

@@ -12,8 +12,8 @@
 namespace pgs {
 
 struct Target {
-    std::string path;  // as asked for, for messages
-    std::string folder_path, name;  // after following symbolic links
+    std::string path;                  // as asked for, for messages
+    std::string folder_path, name;     // after following symbolic links
     std::shared_ptr<const Fd> folder;  // shared by the targets in one folder, since there may be hundreds
 
     int folder_fd() const { return folder->get(); }

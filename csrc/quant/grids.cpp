@@ -25,11 +25,14 @@ namespace {
 
 bool has_grid(std::int32_t type) {
     switch (type) {
-        case GGML_TYPE_IQ2_XXS: case GGML_TYPE_IQ2_XS: case GGML_TYPE_IQ2_S: case GGML_TYPE_IQ1_S: case GGML_TYPE_IQ1_M:
-        case GGML_TYPE_IQ3_XXS: case GGML_TYPE_IQ3_S:
-            return true;
-        default:
-            return false;
+        case GGML_TYPE_IQ2_XXS:
+        case GGML_TYPE_IQ2_XS:
+        case GGML_TYPE_IQ2_S:
+        case GGML_TYPE_IQ1_S:
+        case GGML_TYPE_IQ1_M:
+        case GGML_TYPE_IQ3_XXS:
+        case GGML_TYPE_IQ3_S: return true;
+        default: return false;
     }
 }
 
@@ -58,7 +61,8 @@ void sort_neighbours(Neighbour* neighbours, std::size_t n) {
     sorted.resize(n);
     for (std::size_t i = 0; i < n; ++i) ++starts[static_cast<std::size_t>(neighbours[i].distance) + 1];
     for (std::size_t d = 1; d < starts.size(); ++d) starts[d] += starts[d - 1];
-    for (std::size_t i = 0; i < n; ++i) sorted[starts[static_cast<std::size_t>(neighbours[i].distance)]++] = neighbours[i];
+    for (std::size_t i = 0; i < n; ++i)
+        sorted[starts[static_cast<std::size_t>(neighbours[i].distance)]++] = neighbours[i];
     for (std::size_t i = 0; i < n; ++i) neighbours[i] = sorted[i];
 }
 
@@ -131,7 +135,9 @@ const Grid* read_grid(std::int32_t type) {
         for (std::size_t j = 1; j <= n; ++j) {
             const unsigned packed = owned->codes[lists[start + j]];
             unsigned code = packed;
-            if (iq3) code = (packed & 7) | (packed & 070) << 1 | 0x80 | (packed & 0700) << 2 | (packed & 07000) << 3 | 0x8000;
+            if (iq3)
+                code =
+                    (packed & 7) | (packed & 070) << 1 | 0x80 | (packed & 0700) << 2 | (packed & 07000) << 3 | 0x8000;
             owned->list_codes[start + j] = static_cast<std::uint16_t>(code);
         }
     }

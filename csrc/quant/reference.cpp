@@ -44,7 +44,8 @@ void install_abort_net() {
 Error value_error(const char* problem, std::uint64_t row, std::uint64_t column, float value) {
     char text[32];
     std::snprintf(text, sizeof text, "%g", static_cast<double>(value));
-    Error e(Kind::bad_plan, std::string(problem) + " in row " + std::to_string(row) + ", column " + std::to_string(column));
+    Error e(Kind::bad_plan,
+            std::string(problem) + " in row " + std::to_string(row) + ", column " + std::to_string(column));
     e.found = text;
     return e;
 }
@@ -57,9 +58,8 @@ Error invalid_error(std::int32_t type, const float* source, const std::byte* tar
     if (const auto bad = first_invalid_block(type, target, rows * row_bytes(type, row_elements))) {
         const std::uint64_t at = *bad * facts.block;
         const float* x = source + at;
-        const float* largest = std::max_element(x, x + facts.block, [](float a, float b) {
-            return (a < 0 ? -a : a) < (b < 0 ? -b : b);
-        });
+        const float* largest =
+            std::max_element(x, x + facts.block, [](float a, float b) { return (a < 0 ? -a : a) < (b < 0 ? -b : b); });
         return value_error((facts.name + " has no valid encoding of the block").c_str(), first_row + at / row_elements,
                            at % row_elements, *largest)
             .advise("its largest value is out of range; choose another type for this tensor");
@@ -69,9 +69,9 @@ Error invalid_error(std::int32_t type, const float* source, const std::byte* tar
 
 }  // namespace
 
-void decode_rows(std::int32_t type, const std::byte* source, float* target, std::uint64_t rows, std::uint64_t row_elements) {
-    if (!type_can_decode(type))
-        throw Error(Kind::unsupported, "no decoder for this type").got(type_table()[type].name);
+void decode_rows(std::int32_t type, const std::byte* source, float* target, std::uint64_t rows,
+                 std::uint64_t row_elements) {
+    if (!type_can_decode(type)) throw Error(Kind::unsupported, "no decoder for this type").got(type_table()[type].name);
     const std::uint64_t elements = rows * row_elements;
     if (elements == 0) return;
     if (type == GGML_TYPE_F32) {
@@ -90,10 +90,9 @@ void decode_rows(std::int32_t type, const std::byte* source, float* target, std:
 
 bool type_has_best(std::int32_t type) { return lanes::scalar::kernels.encode_best[type] != nullptr; }
 
-void encode_rows(std::int32_t type, const float* source, std::byte* target, std::uint64_t rows, std::uint64_t row_elements,
-                 const float* importance, std::uint64_t first_row, bool best) {
-    if (!type_can_encode(type))
-        throw Error(Kind::unsupported, "no encoder for this type").got(type_table()[type].name);
+void encode_rows(std::int32_t type, const float* source, std::byte* target, std::uint64_t rows,
+                 std::uint64_t row_elements, const float* importance, std::uint64_t first_row, bool best) {
+    if (!type_can_encode(type)) throw Error(Kind::unsupported, "no encoder for this type").got(type_table()[type].name);
     const std::uint64_t elements = rows * row_elements;
     if (elements == 0) return;
     const Kernels& lanes = kernels();
@@ -108,7 +107,8 @@ void encode_rows(std::int32_t type, const float* source, std::byte* target, std:
     best = best && type_has_best(type);
     if (!best && !type_uses_importance(type)) importance = nullptr;
     const Grid* grid = grid_of(type);
-    const bool ordinary = largest < extreme_bits && (!importance || lanes.largest(importance, row_elements) < extreme_bits);
+    const bool ordinary =
+        largest < extreme_bits && (!importance || lanes.largest(importance, row_elements) < extreme_bits);
     auto encoded_by = [&](Encode encode) {
         return ordinary && encode &&
                encode({source, importance, rows, row_elements, reinterpret_cast<unsigned char*>(target), grid});
@@ -117,8 +117,8 @@ void encode_rows(std::int32_t type, const float* source, std::byte* target, std:
     if (!done && best) {  // only the rows that need it become ggml's
         const std::uint64_t bytes = row_bytes(type, row_elements);
         for (std::uint64_t row = 0; rows > 1 && row < rows; ++row)
-            encode_rows(type, source + row * row_elements, target + row * bytes, 1, row_elements, importance, first_row + row,
-                        true);
+            encode_rows(type, source + row * row_elements, target + row * bytes, 1, row_elements, importance,
+                        first_row + row, true);
         if (rows > 1) return;
         done = encoded_by(lanes.encode[type]);
     }
@@ -144,7 +144,8 @@ std::optional<std::uint64_t> first_invalid_block(std::int32_t type, const std::b
     return std::nullopt;
 }
 
-void check_importance(const float* importance, std::uint64_t rows, std::uint64_t row_elements, std::uint64_t first_row) {
+void check_importance(const float* importance, std::uint64_t rows, std::uint64_t row_elements,
+                      std::uint64_t first_row) {
     for (std::uint64_t row = 0; row < rows; ++row) {
         const float* x = importance + row * row_elements;
         bool any = row_elements == 0;

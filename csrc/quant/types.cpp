@@ -87,18 +87,22 @@ bool type_needs_importance(std::int32_t type) {
 bool type_uses_importance(std::int32_t type) {
     if (!traits(type).is_quantized || !type_can_encode(type)) return false;
     switch (type) {
-        case GGML_TYPE_Q8_0: case GGML_TYPE_MXFP4: case GGML_TYPE_NVFP4: case GGML_TYPE_TQ1_0: case GGML_TYPE_TQ2_0:
-        case GGML_TYPE_Q1_0: case GGML_TYPE_Q2_0:
-            return false;
-        default:
-            return true;
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_MXFP4:
+        case GGML_TYPE_NVFP4:
+        case GGML_TYPE_TQ1_0:
+        case GGML_TYPE_TQ2_0:
+        case GGML_TYPE_Q1_0:
+        case GGML_TYPE_Q2_0: return false;
+        default: return true;
     }
 }
 
 std::uint64_t row_bytes(std::int32_t type, std::uint64_t elements) {
     traits(type);
     // No block has 128 bytes per element, so that sums and small multiples of the result do not overflow either.
-    if (elements > (std::uint64_t{1} << 56)) throw Error(Kind::bad_plan, "a row is too long").got(std::to_string(elements));
+    if (elements > (std::uint64_t{1} << 56))
+        throw Error(Kind::bad_plan, "a row is too long").got(std::to_string(elements));
     const TypeFacts& facts = type_table()[type];
     return elements / facts.block * facts.block_bytes;
 }

@@ -61,7 +61,8 @@ LANE float half_at(const unsigned char* p) {
 #if PGS_WIDTH >= 8
     return _cvtsh_ss(h);
 #else
-    const uint32_t twice = (uint32_t)h << 17, bits = twice < 1u << 27 ? twice >> 17 | 126u << 23 : (twice >> 4) + (0xE0u << 23);
+    const uint32_t twice = (uint32_t)h << 17,
+                   bits = twice < 1u << 27 ? twice >> 17 | 126u << 23 : (twice >> 4) + (0xE0u << 23);
     float v;
     __builtin_memcpy(&v, &bits, sizeof v);
     v = twice < 1u << 27 ? v - 0.5f : v * 0x1.0p-112f;

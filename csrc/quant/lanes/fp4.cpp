@@ -33,9 +33,9 @@ LANE vf value_of(vi code) {
 // mantissa changes log2 x by 2^-24 / ln 2, so floor(ln 2 * 2^k) of them round up. tests/test_kernels.py compares all of them
 // with ggml.
 LANE vi rounded_up(vi exponent) {
-    const vi power = exponent - 126;  // log2 of the power of two above
+    const vi power = exponent - 126;                                   // log2 of the power of two above
     const vi below = select(greater(power, vi{}), power - 1, -power);  // |log2 x| just below it, rounded down
-    constexpr int more[6] = {1, 1, 3, 6, 11, 22};  // floor(ln 2 * 2^k) is 0, 1, 2, 5, 11, 22, 44
+    constexpr int more[6] = {1, 1, 3, 6, 11, 22};                      // floor(ln 2 * 2^k) is 0, 1, 2, 5, 11, 22, 44
     vi count = {};
     for (int k = 0; k < 6; ++k) count += select(less(below, splat(2 << k)), vi{}, splat(more[k]));
     return count;

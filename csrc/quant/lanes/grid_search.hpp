@@ -15,7 +15,8 @@ LANE int nearest_point(const uint16_t* codes, int n, const float* x, const float
     constexpr int bits = 16 / AXES;  // 4 or 2
 #if PGS_WIDTH == 16
     // The terms of all axes in two vectors: 4 axes of 8 entries, or 8 of 4 (one unused), which are then spread.
-    const vi lower = AXES == 4 ? vi{0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1} : vi{0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+    const vi lower = AXES == 4 ? vi{0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1}
+                               : vi{0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
     const vi upper = lower + AXES / 2;
     vf q, xs, ws, table[AXES];
     if constexpr (AXES == 4) {
@@ -28,7 +29,8 @@ LANE int nearest_point(const uint16_t* codes, int n, const float* x, const float
         ws = _mm512_castps256_ps512(_mm256_loadu_ps(w));
     }
     const vf sq = scale * q;
-    const vf da = sq - (vf)_mm512_permutexvar_ps((__m512i)lower, xs), db = sq - (vf)_mm512_permutexvar_ps((__m512i)upper, xs);
+    const vf da = sq - (vf)_mm512_permutexvar_ps((__m512i)lower, xs),
+             db = sq - (vf)_mm512_permutexvar_ps((__m512i)upper, xs);
     const vf a = (vf)_mm512_permutexvar_ps((__m512i)lower, ws) * da * da;
     const vf b = (vf)_mm512_permutexvar_ps((__m512i)upper, ws) * db * db;
     if constexpr (AXES == 4) {
@@ -87,7 +89,8 @@ LANE int nearest_point(const uint16_t* codes, int n, const float* x, const float
     m = _mm_min_ss(m, _mm_shuffle_ps(m, m, 1));
     const vf least = _mm256_broadcastss_ps(m);
     const vi candidates = select(best == least, where, splat(-1));
-    __m128i c = _mm_min_epu32(_mm256_castsi256_si128((__m256i)candidates), _mm256_extracti128_si256((__m256i)candidates, 1));
+    __m128i c =
+        _mm_min_epu32(_mm256_castsi256_si128((__m256i)candidates), _mm256_extracti128_si256((__m256i)candidates, 1));
     c = _mm_min_epu32(c, _mm_unpackhi_epi64(c, c));
     c = _mm_min_epu32(c, _mm_shuffle_epi32(c, 1));
     return _mm_cvtsi128_si32(c);
@@ -134,7 +137,7 @@ LANE void by_lane(const vf* columns, float (*rows)[N]) {
 // N numbers of each lane's superblock, for points of AXES axes.
 template <int AXES, int N>
 struct Part {
-    vf x[N], w[N], wx[N];             // magnitudes (one of eight may be negative), their weights, w * x
+    vf x[N], w[N], wx[N];           // magnitudes (one of eight may be negative), their weights, w * x
     float rows[W][N], roots[W][N];  // x and sqrt(w), lane by lane
     static constexpr int bits = AXES == 4 ? 3 : 2, mask = (1 << bits) - 1, highest = AXES == 4 ? 7 : 2;
 
@@ -150,7 +153,8 @@ struct Part {
 
     // The point for group k of numbers at a scale: its packed codes, and whether they were on the grid as they are. False
     // where ggml would not find one.
-    LANE_MEMBER bool points_at(const Grid& grid, int k, vf inverse, const float* scale, vm wanted, vi& codes, vm& on_grid) const {
+    LANE_MEMBER bool points_at(const Grid& grid, int k, vf inverse, const float* scale, vm wanted, vi& codes,
+                               vm& on_grid) const {
         static constexpr float values[8] = {1, 3, 5, 7, 9, 11, 13, 15};
         codes = vi{};
         for (int i = 0; i < AXES; ++i)
@@ -165,7 +169,8 @@ struct Part {
         for (; open; open &= open - 1) {
             const int lane = __builtin_ctz(open);
             const uint16_t* list = grid.list_codes + starts[lane];
-            const int best = nearest_point<AXES>(list + 1, list[0], rows[lane] + AXES * k, roots[lane] + AXES * k, scale[lane], values);
+            const int best = nearest_point<AXES>(list + 1, list[0], rows[lane] + AXES * k, roots[lane] + AXES * k,
+                                                 scale[lane], values);
             if (best < 0) return false;
             const int c = list[1 + best];
             found[lane] = AXES == 8 ? c : (c & 7) | (c >> 1 & 070) | (c >> 2 & 0700) | (c >> 3 & 07000);
@@ -224,8 +229,8 @@ struct Points {
 // Of 2 * tries + 1 scales around most / highest the one whose points, with their best scale, fit best, in the lanes `some`;
 // p.scale and p.certain are what stays where none does. False where only ggml may decide.
 template <int AXES, int N, int G = N / AXES>
-LANE bool search_points(const Part<AXES, N>& part, const Grid& grid, vf most, vm some, float highest, float delta, int tries,
-                        Points<G>& p) {
+LANE bool search_points(const Part<AXES, N>& part, const Grid& grid, vf most, vm some, float highest, float delta,
+                        int tries, Points<G>& p) {
     vf best = {};
     for (int step = -tries; step <= tries; ++step) {
         const vf inverse = (highest + (float)step * delta) / most;

@@ -58,7 +58,8 @@ LANE void codes_of(const Split& split, const vi* place, vi* words) {
         const vi at = splat(j);
         const vi level = select(less(at, split.first), vi{}, select(less(at, split.second), splat(1), splat(2)));
         const vi bits = (vi)((vu)level << (vu)((place[j] & 15) * 2));
-        if (n == 16) words[0] |= bits;
+        if (n == 16)
+            words[0] |= bits;
         else
             for (int k = 0; k < n / 16; ++k) words[k] |= select(equal(place[j] >> 4, splat(k)), bits, vi{});
     }
@@ -67,8 +68,8 @@ LANE void codes_of(const Split& split, const vi* place, vi* words) {
 // Codes of eight numbers onto the grid: those of the nearest point in lanes of `wanted` that are off it. False where ggml
 // would not find one.
 template <int N>
-LANE bool onto_grid(const Grid& grid, const Group& group, int at, const float (*weights)[N], int k, vf scale, vm is_up, vm wanted,
-                    vi& codes, vm& on_grid) {
+LANE bool onto_grid(const Grid& grid, const Group& group, int at, const float (*weights)[N], int k, vf scale, vm is_up,
+                    vm wanted, vi& codes, vm& on_grid) {
     const vi index = gather(grid.map, codes);
     on_grid = negate(less(index, vi{}));
     unsigned open = bits_of((vm)(negate(on_grid) & wanted));
@@ -82,8 +83,8 @@ LANE bool onto_grid(const Grid& grid, const Group& group, int at, const float (*
     for (; open; open &= open - 1) {
         const int lane = __builtin_ctz(open);
         const uint16_t* list = grid.list_codes + starts[lane];
-        const int best = nearest_point<8>(list + 1, list[0], group.values[lane] + at + 8 * k, weights[lane] + 8 * k, scales[lane],
-                                          ups >> lane & 1 ? up : down);
+        const int best = nearest_point<8>(list + 1, list[0], group.values[lane] + at + 8 * k, weights[lane] + 8 * k,
+                                          scales[lane], ups >> lane & 1 ? up : down);
         if (best < 0) return false;
         found[lane] = list[1 + best];
     }
@@ -212,7 +213,8 @@ LANE bool encode_m(const Group& group, bool weighted, const Grid& grid) {
     for (int j = 0; j < 16; ++j) {
         const vf* xs = x + 16 * j;
         vf* const ws = w + 16 * j;
-        if (weighted) load_weights(group, 16 * j, N, xs, sigma2, ws);
+        if (weighted)
+            load_weights(group, 16 * j, N, xs, sigma2, ws);
         else
             for (int i = 0; i < N; ++i) ws[i] = xs[i] * xs[i];
         scales[j] = vf{};
@@ -346,7 +348,8 @@ bool encode_iq1_s(const Rows& rows) {
 
 bool encode_iq1_m(const Rows& rows) {
     bool sure = true;
-    for_groups(rows, 256, 56, [&](const Group& group) { sure = sure && encode_m(group, rows.importance != nullptr, *rows.grid); });
+    for_groups(rows, 256, 56,
+               [&](const Group& group) { sure = sure && encode_m(group, rows.importance != nullptr, *rows.grid); });
     return sure;
 }
 

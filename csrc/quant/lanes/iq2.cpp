@@ -21,7 +21,8 @@ LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
     for (int j = 0; j < parts; ++j) {
         Part<8, N> p;
         load_values(group, N * j, N, p.x);
-        if (weighted) load_weights(group, N * j, N, p.x, sigma2, p.w);
+        if (weighted)
+            load_weights(group, N * j, N, p.x, sigma2, p.w);
         else
             for (int i = 0; i < N; ++i) p.w[i] = 0.25f * sigma2 + p.x[i] * p.x[i];
         vi signs[groups];
@@ -75,12 +76,16 @@ LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
     vi packed[2] = {};
     for (int j = 0; j < parts; ++j) {
         const vi l = select(empty, vi{}, clamp(nearest_int(0.5f * (inverse * scales[j] - 1.0f)), 0, 15));
-        if (KIND == xxs) words[2 * j + 1] |= l << 28;
-        else packed[j / 8] |= l << 4 * (j % 8);
+        if (KIND == xxs)
+            words[2 * j + 1] |= l << 28;
+        else
+            packed[j / 8] |= l << 4 * (j % 8);
     }
     for (int j = 0; j < 16; ++j) {
-        if (KIND == s) store_words(j < 8 ? words[j] : sign_words[j - 8], group.target, 2 + 4 * j);
-        else store_words(select(empty, vi{}, words[j]), group.target, 2 + 4 * j);
+        if (KIND == s)
+            store_words(j < 8 ? words[j] : sign_words[j - 8], group.target, 2 + 4 * j);
+        else
+            store_words(select(empty, vi{}, words[j]), group.target, 2 + 4 * j);
     }
     for (int j = 0; j < 2; ++j) {
         if (KIND == s) store_words(high[j], group.target, 66 + 4 * j);

@@ -25,7 +25,8 @@ LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
     for (int j = 0; j < 8; ++j) {
         Part<4, 32> p;
         load_values(group, 32 * j, 32, p.x);
-        if (weighted) load_weights(group, 32 * j, 32, p.x, sigma2, p.w);
+        if (weighted)
+            load_weights(group, 32 * j, 32, p.x, sigma2, p.w);
         else
             for (int i = 0; i < 32; ++i) p.w[i] = p.x[i] * p.x[i];
         vi signs = {};
@@ -84,8 +85,10 @@ LANE bool encode_group(const Group& group, bool weighted, const Grid& grid) {
     store_halves(half, group.target, 0);
     for (int j = 0; j < 8; ++j) {
         const vi l = select(empty, vi{}, clamp(nearest_int(0.5f * (inverse * scales[j] - 1.0f)), 0, 15));
-        if (S) packed |= l << 4 * j;
-        else store_words(select(empty, vi{}, signs_of[j] | l << 28), group.target, 66 + 4 * j);
+        if (S)
+            packed |= l << 4 * j;
+        else
+            store_words(select(empty, vi{}, signs_of[j] | l << 28), group.target, 66 + 4 * j);
     }
     if (S) {
         store_words(high, group.target, 66);

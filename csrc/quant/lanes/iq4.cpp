@@ -45,9 +45,7 @@ LANE __m512i place_of(vf x) {
     const vf split = _mm512_permutex2var_ps(load(tables.split), bucket, load(tables.split + W));
     return _mm512_mask_add_epi32(bucket, greater_equal(x, split), bucket, _mm512_set1_epi32(1));
 }
-LANE vf value_at(__m512i place) {
-    return _mm512_permutex2var_ps(load(tables.value), place, load(tables.value + W));
-}
+LANE vf value_at(__m512i place) { return _mm512_permutex2var_ps(load(tables.value), place, load(tables.value + W)); }
 LANE vi index_at(__m512i place) {
     return (vi)_mm512_permutex2var_epi32((__m512i)load_int(tables.index), place, (__m512i)load_int(tables.index + W));
 }

@@ -70,8 +70,7 @@ LANE SixBits pack_six_bits(const vi* ls, const vi* lm, const Group& group) {
         byte[j + 4] = (lm[j] | (lm[j + 4] >> 4) << 6) & 0xff;
         byte[j + 8] = (ls[j + 4] & 15) | (lm[j + 4] & 15) << 4;
     }
-    for (int j = 0; j < 12; j += 4)
-        store_words(word_of(byte + j), group.target, 4 + j);
+    for (int j = 0; j < 12; j += 4) store_words(word_of(byte + j), group.target, 4 + j);
     SixBits six;
     for (int j = 0; j < 4; ++j) {
         six.scale[j] = byte[j] & 63;
@@ -118,7 +117,8 @@ LANE void encode_group(const Group& group, bool weighted) {
     for (int p = 0; p < 4; ++p) {
         vi L[2][32];
         for (int k = 0; k < 2; ++k)
-            final_levels<32, levels>(s, 2 * p + k, d * to_float(six.scale[2 * p + k]), m * to_float(six.minimum[2 * p + k]), L[k]);
+            final_levels<32, levels>(s, 2 * p + k, d * to_float(six.scale[2 * p + k]),
+                                     m * to_float(six.minimum[2 * p + k]), L[k]);
         for (int i = 0; i < 32; i += 4) {
             vi word = {};
             for (int b = 0; b < 4; ++b) {
@@ -170,8 +170,7 @@ LANE void encode_q2_k_group(const Group& group) {
         m = select(some_m, most_m / 15.f, vf{});
     }
     for (int j = 0; j < 16; ++j) both[j] = (ls[j] | lm[j] << 4) & 0xff;
-    for (int j = 0; j < 16; j += 4)
-        store_words(word_of(both + j), group.target, j);
+    for (int j = 0; j < 16; j += 4) store_words(word_of(both + j), group.target, j);
     store_words((vi)float_to_half(d) | (vi)float_to_half(m) << 16, group.target, 80);
     d = final_scale(d);
     m = final_scale(m);
@@ -184,16 +183,17 @@ LANE void encode_q2_k_group(const Group& group) {
                 final_levels<16, 3>(s, j, d * to_float(both[j] & 15), m * to_float(both[j] >> 4), L);
                 for (int i = 0; i < 16; ++i) byte[16 * k + i] |= L[i] << 2 * q;
             }
-        for (int i = 0; i < 32; i += 4)
-            store_words(word_of(byte + i), group.target, 16 + 32 * h + i);
+        for (int i = 0; i < 32; i += 4) store_words(word_of(byte + i), group.target, 16 + 32 * h + i);
     }
 }
 
 }  // namespace
 
 bool encode_q2_k(const Rows& rows) {
-    if (rows.importance) for_groups(rows, 256, 84, [](const Group& group) { encode_q2_k_group<true>(group); });
-    else for_groups(rows, 256, 84, [](const Group& group) { encode_q2_k_group<false>(group); });
+    if (rows.importance)
+        for_groups(rows, 256, 84, [](const Group& group) { encode_q2_k_group<true>(group); });
+    else
+        for_groups(rows, 256, 84, [](const Group& group) { encode_q2_k_group<false>(group); });
     return true;
 }
 

@@ -54,8 +54,8 @@ LANE void refine(const vf (*x)[N], vf (*l)[N], vf* scale) {
             for (int k = 0; k < K; ++k) {
                 lx[k] += wx[k][i] * now[k];
                 l2[k] += w[k][i] * now[k] * now[k];
-                const vm better = (vm)(moved[k] & greater(l2[k], vf{}) &
-                                       greater(lx[k] * lx[k] * sl2[k], slx[k] * slx[k] * l2[k]));
+                const vm better =
+                    (vm)(moved[k] & greater(l2[k], vf{}) & greater(lx[k] * lx[k] * sl2[k], slx[k] * slx[k] * l2[k]));
                 l[k][i] = select(better, now[k], l[k][i]);
                 slx[k] = select(better, lx[k], slx[k]);
                 sl2[k] = select(better, l2[k], sl2[k]);
@@ -182,8 +182,7 @@ LANE void encode_q6_k_group(const Group& group) {
     for (int j = 0; j < 16; ++j)
         ls[j] = select(empty, vi{}, lesser(splat(127), nearest_int(iscale * scales[j])) << 24 >> 24);
     for (int j = 0; j < 16; j += 4)
-        store_words(word_of(ls[j] & 255, ls[j + 1] & 255, ls[j + 2] & 255, ls[j + 3]), group.target,
-                    192 + j);
+        store_words(word_of(ls[j] & 255, ls[j + 1] & 255, ls[j + 2] & 255, ls[j + 3]), group.target, 192 + j);
     for (int h = 0; h < 2; ++h)
         for (int at = 0; at < 2; ++at) {  // 16 of the 32 columns of this half
             vi L[4][N];
@@ -216,14 +215,18 @@ LANE void encode_q6_k_group(const Group& group) {
 bool encode_q3_k(const Rows& rows) {
     bool done = true;
     const auto weighted = [&](const Group& group) { done &= encode_q3_k_group<true>(group); };
-    if (rows.importance) for_groups(rows, 256, 110, weighted);
-    else for_groups(rows, 256, 110, [](const Group& group) { encode_q3_k_group<false>(group); });
+    if (rows.importance)
+        for_groups(rows, 256, 110, weighted);
+    else
+        for_groups(rows, 256, 110, [](const Group& group) { encode_q3_k_group<false>(group); });
     return done;
 }
 
 bool encode_q6_k(const Rows& rows) {
-    if (rows.importance) for_groups(rows, 256, 210, [](const Group& group) { encode_q6_k_group<true>(group); });
-    else for_groups(rows, 256, 210, [](const Group& group) { encode_q6_k_group<false>(group); });
+    if (rows.importance)
+        for_groups(rows, 256, 210, [](const Group& group) { encode_q6_k_group<true>(group); });
+    else
+        for_groups(rows, 256, 210, [](const Group& group) { encode_q6_k_group<false>(group); });
     return true;
 }
 

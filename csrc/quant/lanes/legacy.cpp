@@ -107,7 +107,7 @@ LANE void for_weighted_groups(const Rows& all, uint32_t bytes, Work work) {
 
 template <int BITS>
 bool encode_weighted_scale(const Rows& rows) {
-    for_weighted_groups(rows, BITS == 4 ? 18 : 22, [](const vf (*x)[32], const vf (*w)[32], const Group* groups) {
+    for_weighted_groups(rows, BITS == 4 ? 18 : 22, [](const vf(*x)[32], const vf(*w)[32], const Group* groups) {
         vf wx[2][32];
         Scale found[2];
         for (int k = 0; k < 2; ++k)
@@ -126,13 +126,14 @@ bool encode_weighted_scale(const Rows& rows) {
 template <int BITS>
 bool encode_weighted_scale_min(const Rows& rows) {
     constexpr int levels = (1 << BITS) - 1;
-    for_weighted_groups(rows, BITS == 4 ? 20 : 24, [](const vf (*x)[32], const vf (*w)[32], const Group* groups) {
+    for_weighted_groups(rows, BITS == 4 ? 20 : 24, [](const vf(*x)[32], const vf(*w)[32], const Group* groups) {
         Found found[2];
         search_scale_min<32, levels, false, 2>(x, w, Steps{-0.9f, 0.05f, 36}, found);
         for (int k = 0; k < 2; ++k) {
             vi l[32];
             for (int i = 0; i < 32; ++i) l[i] = searched_level<levels>(found[k], x[k][i]);
-            store_words((vi)float_to_half(found[k].scale) | (vi)float_to_half(-found[k].minimum) << 16, groups[k].target, 0);
+            store_words((vi)float_to_half(found[k].scale) | (vi)float_to_half(-found[k].minimum) << 16,
+                        groups[k].target, 0);
             store_levels<BITS>(l, groups[k].target, 4);
         }
     });

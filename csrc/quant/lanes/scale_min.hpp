@@ -13,9 +13,9 @@ struct Steps {
 
 // The best scale and minimum of one sub-block per lane, and what gives its levels once more.
 struct Found {
-    vf scale, minimum;    // as ggml returns them: the minimum negated
-    vf iscale, base;      // level = nearest_int(iscale * (x - base)), clamped
-    vm flat;              // all levels are zero
+    vf scale, minimum;  // as ggml returns them: the minimum negated
+    vf iscale, base;    // level = nearest_int(iscale * (x - base)), clamped
+    vm flat;            // all levels are zero
 };
 
 // The level of t = iscale * (x - min), as a float. Fast where |t| <= 4194303 in all lanes: then the bits of t + magic are
@@ -35,7 +35,8 @@ LANE vf cost(vf difference) {
 }
 
 template <int N, int LEVELS, bool FAST, int K>
-LANE void sums(const vf (*x)[N], const vf (*w)[N], vf (*l)[N], const vf* iscale, const vf* base, vf* sl, vf* sl2, vf* sxl) {
+LANE void sums(const vf (*x)[N], const vf (*w)[N], vf (*l)[N], const vf* iscale, const vf* base, vf* sl, vf* sl2,
+               vf* sxl) {
     for (int k = 0; k < K; ++k) sl[k] = sl2[k] = sxl[k] = vf{};
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i)
@@ -62,7 +63,8 @@ LANE void errors(const vf (*x)[N], const vf (*w)[N], const vf (*l)[N], const vf*
 // K sub-blocks of each lane's superblock at once: their sums do not wait for each other.
 template <int N, int LEVELS, bool MAD, int K>
 LANE void search_scale_min(const vf (*x)[N], const vf (*w)[N], const Steps& steps, Found* found) {
-    vf lowest[K], highest[K], least[K], sw[K], sx[K], base[K], iscale[K], scale[K], best[K], best_iscale[K], best_base[K];
+    vf lowest[K], highest[K], least[K], sw[K], sx[K], base[K], iscale[K], scale[K], best[K], best_iscale[K],
+        best_base[K];
     vm flat[K];
     vf l[K][N], sl[K], sl2[K], sxl[K];
     bool fast = true;
@@ -93,8 +95,10 @@ LANE void search_scale_min(const vf (*x)[N], const vf (*w)[N], const Steps& step
         best_base[k] = base[k];
         fast = fast && all(small(k, iscale[k]));
     }
-    if (fast) sums<N, LEVELS, true, K>(x, w, l, iscale, base, sl, sl2, sxl);
-    else sums<N, LEVELS, false, K>(x, w, l, iscale, base, sl, sl2, sxl);
+    if (fast)
+        sums<N, LEVELS, true, K>(x, w, l, iscale, base, sl, sl2, sxl);
+    else
+        sums<N, LEVELS, false, K>(x, w, l, iscale, base, sl, sl2, sxl);
     errors<N, MAD, K>(x, w, l, scale, base, best);
     for (int step = 0; step <= steps.steps; ++step) {
         const float wanted = steps.first + steps.delta * (float)step + (float)LEVELS;
@@ -103,8 +107,10 @@ LANE void search_scale_min(const vf (*x)[N], const vf (*w)[N], const Steps& step
             iscale[k] = wanted / (highest[k] - base[k]);
             fast = fast && all(small(k, iscale[k]));
         }
-        if (fast) sums<N, LEVELS, true, K>(x, w, l, iscale, base, sl, sl2, sxl);
-        else sums<N, LEVELS, false, K>(x, w, l, iscale, base, sl, sl2, sxl);
+        if (fast)
+            sums<N, LEVELS, true, K>(x, w, l, iscale, base, sl, sl2, sxl);
+        else
+            sums<N, LEVELS, false, K>(x, w, l, iscale, base, sl, sl2, sxl);
         vf new_scale[K], new_base[K], error[K];
         vm valid[K];
         for (int k = 0; k < K; ++k) {
@@ -128,7 +134,8 @@ LANE void search_scale_min(const vf (*x)[N], const vf (*w)[N], const Steps& step
     }
     for (int k = 0; k < K; ++k) {
         const vf first = select(greater(lowest[k], vf{}), vf{}, lowest[k]);
-        found[k] = {select(flat[k], vf{}, scale[k]), -select(flat[k], first, base[k]), best_iscale[k], best_base[k], flat[k]};
+        found[k] = {select(flat[k], vf{}, scale[k]), -select(flat[k], first, base[k]), best_iscale[k], best_base[k],
+                    flat[k]};
     }
 }
 

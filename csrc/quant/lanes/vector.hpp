@@ -119,9 +119,9 @@ LANE vi clamp(vi v, int lowest, int highest) { return lesser(larger(v, splat(low
 
 LANE vf absolute(vf v) { return (vf)((vi)v & 0x7fffffff); }
 
-constexpr float magic = 12582912.f;             // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+constexpr float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
 constexpr int32_t magic_bits = 0x4B400000;
-constexpr float group_max_eps = 1e-15f;         // ggml's GROUP_MAX_EPS: what is below in all of a block is nothing
+constexpr float group_max_eps = 1e-15f;  // ggml's GROUP_MAX_EPS: what is below in all of a block is nothing
 
 // ggml's nearest_int, also for values that are too large for it.
 LANE vi nearest_int(vf v) { return ((vi)(v + magic) & 0x007fffff) - 0x00400000; }
@@ -220,7 +220,8 @@ LANE void transpose(vf* v) {
         }
     for (int k = 0; k < 4; ++k) {
         const __m512 a = _mm512_shuffle_f32x4(u[k], u[4 + k], 0x88), b = _mm512_shuffle_f32x4(u[k], u[4 + k], 0xdd);
-        const __m512 c = _mm512_shuffle_f32x4(u[8 + k], u[12 + k], 0x88), d = _mm512_shuffle_f32x4(u[8 + k], u[12 + k], 0xdd);
+        const __m512 c = _mm512_shuffle_f32x4(u[8 + k], u[12 + k], 0x88),
+                     d = _mm512_shuffle_f32x4(u[8 + k], u[12 + k], 0xdd);
         v[k] = _mm512_shuffle_f32x4(a, c, 0x88);
         v[8 + k] = _mm512_shuffle_f32x4(a, c, 0xdd);
         v[4 + k] = _mm512_shuffle_f32x4(b, d, 0x88);
