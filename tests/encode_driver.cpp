@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "base/error.hpp"
-#include "quant/lanes/kernels.hpp"
-#include "quant/reference.hpp"
+#include "quant/dispatch.hpp"
+#include "quant/rows.hpp"
 #include "quant/types.hpp"
 
 template <class T>

@@ -34,11 +34,11 @@ def driver(tmp_path_factory):
               f"-I{GGML}/include", f"-I{GGML}/src", f"-I{folder}"]
     c = ["aarch64-linux-gnu-gcc", *common, "-O3", "-fexceptions", "-D_GNU_SOURCE", "-DNDEBUG", *QUIET]
     cpp = ["aarch64-linux-gnu-g++", "-std=c++20", *common]
-    lanes = sorted(p for p in (ROOT / "csrc/quant/lanes").glob("*.cpp") if p.name != "dispatch.cpp")
+    lanes = sorted((ROOT / "csrc/quant/lanes").glob("*.cpp"))
     jobs = [[*c, GGML / "src/ggml.c"], [*c, ROOT / "csrc/quant/ggml_grids.c"], [*cpp, GGML / "src/ggml-threading.cpp"]]
     jobs += [[*cpp, ROOT / "csrc" / name] for name in (
-        "base/error.cpp", "base/parallel.cpp", "quant/types.cpp", "quant/grids.cpp", "quant/reference.cpp",
-        "quant/lanes/dispatch.cpp")] + [[*cpp, ROOT / "tests/encode_driver.cpp"]]
+        "base/error.cpp", "base/parallel.cpp", "quant/types.cpp", "quant/grids.cpp", "quant/rows.cpp",
+        "quant/dispatch.cpp")] + [[*cpp, ROOT / "tests/encode_driver.cpp"]]
     for name, width in (("neon", 4), ("scalar", 1)):
         jobs += [[*cpp, "-O3", "-fwrapv", f"-DPGS_SET={name}", f"-DPGS_WIDTH={width}", path] for path in lanes]
     objects = [str(folder / f"{i}.o") for i in range(len(jobs))]

@@ -16,4 +16,6 @@ Error os_error(int os_errno, const std::string& action, const std::string& path)
     return e;
 }
 
+std::string bytes_text(std::uint64_t n) { return std::to_string(n) + " bytes"; }
+
 }  // namespace pgs

@@ -45,4 +45,7 @@ struct Error : std::exception {
 // The error of a failed system call; `action` is what was tried ("open", "write").
 Error os_error(int os_errno, const std::string& action, const std::string& path);
 
+// "7 bytes", for `found` and `expected`.
+std::string bytes_text(std::uint64_t n);
+
 }  // namespace pgs

@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "base/error.hpp"
 #include "io/source.hpp"
@@ -26,8 +27,13 @@ struct PySource {
 // str, bytes or os.PathLike, as open() takes them.
 std::string path_bytes(const py::object& path);
 
+// Text, whose bytes that are not UTF-8 travel through Python as lone surrogates.
+py::str text_of(std::string_view bytes);
+std::string bytes_of(py::handle text);
+
 void bind_errors(py::module_& m);
-void bind_gguf(py::module_& m);    // Value, TensorInfo, Header, read_header, encode_header
+void bind_value(py::module_& m);   // Value
+void bind_gguf(py::module_& m);    // TensorInfo, Header, read_header, encode_header
 void bind_io(py::module_& m);      // Source, Sink
 void bind_quant(py::module_& m);   // types, quantize, dequantize
 void bind_engine(py::module_& m);  // Job, plan_budget, run, reduce_rows

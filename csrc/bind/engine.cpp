@@ -3,8 +3,9 @@
 #include <algorithm>
 
 #include "engine/engine.hpp"
-#include "quant/lanes/kernels.hpp"
-#include "quant/reference.hpp"
+#include "engine/reduce.hpp"
+#include "quant/dispatch.hpp"
+#include "quant/rows.hpp"
 
 namespace {
 

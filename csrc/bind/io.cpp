@@ -1,5 +1,6 @@
-#include "base/error.hpp"
 #include "bind/bind.hpp"
+
+#include "base/error.hpp"
 #include "io/sink.hpp"
 
 std::string path_bytes(const py::object& path) {
@@ -22,17 +23,8 @@ PySource open_py(const py::object& path, const std::string& io) {
     return {pgs::open_source(name, how), nullptr};
 }
 
-void check_range(const pgs::Source& source, std::uint64_t offset, std::uint64_t nbytes) {
-    if (nbytes > source.size() || offset > source.size() - nbytes)
-        throw pgs::Error(pgs::Kind::bad_file, "a range beyond the end of the file")
-            .in(source.path())
-            .at(offset)
-            .got(std::to_string(source.size()) + " bytes")
-            .want("at least " + std::to_string(nbytes) + " bytes from there");
-}
-
 py::array_t<std::uint8_t> read_bytes(const PySource& self, std::uint64_t offset, std::uint64_t nbytes) {
-    check_range(self.get(), offset, nbytes);                  // before memory is asked for
+    self.get().check_range(offset, nbytes);                   // before memory is asked for
     const std::shared_ptr<pgs::Source> source = self.source;  // another thread may close meanwhile
     py::array_t<std::uint8_t> out(static_cast<py::ssize_t>(nbytes));
     std::span<std::byte> bytes(reinterpret_cast<std::byte*>(out.mutable_data()), nbytes);
@@ -43,7 +35,7 @@ py::array_t<std::uint8_t> read_bytes(const PySource& self, std::uint64_t offset,
 
 py::array view_bytes(PySource& self, std::uint64_t offset, std::uint64_t nbytes) {
     const pgs::Source& source = self.get();
-    check_range(source, offset, nbytes);
+    source.check_range(offset, nbytes);
     if (!self.mapping) self.mapping = std::make_shared<pgs::Mapping>(source.path(), source.identity());
     auto owner = std::make_unique<std::shared_ptr<pgs::Mapping>>(self.mapping);
     py::capsule keep(owner.get(), [](void* p) { delete static_cast<std::shared_ptr<pgs::Mapping>*>(p); });

@@ -5,6 +5,7 @@ PYBIND11_MODULE(_core, m) {
     m.attr("__version__") = PGS_VERSION;
     bind_errors(m);
     bind_io(m);
+    bind_value(m);
     bind_gguf(m);
     bind_quant(m);
     bind_engine(m);

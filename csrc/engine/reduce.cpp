@@ -1,11 +1,13 @@
+#include "engine/reduce.hpp"
+
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "base/checked.hpp"
 #include "base/error.hpp"
-#include "engine/tiles.hpp"
 #include "io/sys.hpp"
-#include "quant/reference.hpp"
+#include "quant/rows.hpp"
 
 namespace pgs {
 

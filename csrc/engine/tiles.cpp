@@ -1,21 +1,17 @@
 #include "engine/tiles.hpp"
 
 #include <algorithm>
-#include <bit>
-#include <cmath>
 
 #include "base/checked.hpp"
 #include "base/error.hpp"
-#include "quant/reference.hpp"
-
-static_assert(std::endian::native == std::endian::little, "importance rows are read as they are");
+#include "base/words.hpp"
+#include "quant/rows.hpp"
 
 namespace pgs {
 
 namespace {
 
 constexpr std::uint64_t block = 4096;
-constexpr std::uint64_t chunk_elements = 32768;
 // Long enough reads and writes for a fast disk, short enough to stop soon and to fit any budget with many threads.
 constexpr std::uint64_t largest_tile = 4ull << 20;
 constexpr std::uint64_t smallest_tile = 256ull << 10;
@@ -39,22 +35,6 @@ std::uint64_t merge_step(const Job& job, std::uint64_t tile_bytes) {
 }
 
 }  // namespace
-
-bool by_row(const Job& job) {
-    const Work work = work_of(job);
-    return work == Work::encode || work == Work::remap || work == Work::merge;
-}
-
-Work work_of(const Job& job) {
-    if (job.remap) return Work::remap;
-    if (job.merge) return Work::merge;
-    if (job.source_type != job.target_type) return Work::encode;
-    return job.runs.empty() ? Work::literal : Work::move;
-}
-
-std::uint64_t chunk_rows(std::uint64_t row_elements) {
-    return std::max<std::uint64_t>(1, chunk_elements / std::max<std::uint64_t>(1, row_elements));
-}
 
 std::uint64_t tile_count(const Job& job, std::uint64_t tile_bytes) {
     if (job.target_bytes == 0) return 0;  // though it may have rows: of no elements
@@ -112,137 +92,14 @@ Budget fit_budget(const RunOptions& options, const std::string& name, std::uint6
         if (threads) return {threads, tile, each * static_cast<std::uint64_t>(threads) + shared};
         throw Error(Kind::bad_plan, "a row does not fit the memory budget")
             .on(name)
-            .got(std::to_string(options.memory) + " bytes")
+            .got(bytes_text(options.memory))
             .want("at least " + std::to_string(each + shared))
             .advise("raise memory");
     }
 }
 
-namespace {
-
-void check_importance_rows(const Job& job, const std::vector<std::shared_ptr<Source>>& sources) {
-    auto fail = [&](const char* problem) -> Error { return std::move(Error(Kind::bad_plan, problem).on(job.name)); };
-    if (job.importance_rows.empty()) {
-        if (!job.importance.empty()) throw fail("importance that no row uses");
-        return;
-    }
-    if (work_of(job) != Work::encode && !job.merge) throw fail("importance of a tensor that is not encoded");
-    if (job.rows % job.importance_rows.size()) throw fail("importance does not fit the rows");
-    const std::uint64_t bytes = job.row_elements * sizeof(float);  // row_bytes has bounded the row
-    for (const ImportanceRow& row : job.importance_rows) {
-        if (!std::isfinite(row.divisor) || row.divisor <= 0)
-            throw fail("importance divisor is not a positive number").got(std::to_string(row.divisor));
-        if (row.source == ImportanceRow::in_memory) {
-            const auto end = checked_add<std::uint64_t>(row.at, 1);
-            const auto values = end ? checked_mul(*end, job.row_elements) : std::nullopt;
-            if (!values || *values > job.importance.size())
-                throw fail("no such importance row in memory").got(std::to_string(row.at));
-        } else {
-            if (row.source >= sources.size())
-                throw fail("no such source of importance").got(std::to_string(row.source));
-            const auto end = checked_add(row.at, bytes);
-            if (!end || *end > sources[row.source]->size())
-                throw fail("importance row reaches beyond its source").at(row.at);
-        }
-        auto check_order = [&](std::uint32_t order) {
-            if (order != Merge::as_is &&
-                !(job.merge && order < job.merge->orders.size() && job.merge->orders[order].size() == job.row_elements))
-                throw fail("no such order of an importance row");
-        };
-        check_order(row.order);
-        for (const ImportanceRow::More& more : row.more) {
-            if (row.source == ImportanceRow::in_memory) throw fail("sums of importance in memory");
-            const auto end = checked_add(more.at, bytes);
-            if (!end || *end > sources[row.source]->size())
-                throw fail("importance row reaches beyond its source").at(more.at);
-            check_order(more.order);
-        }
-    }
-}
-
-// source_bytes: of all runs.
-void check_merge(const Job& job, std::uint64_t source_bytes) {
-    auto fail = [&](const char* problem) -> Error { return std::move(Error(Kind::bad_plan, problem).on(job.name)); };
-    const Merge& merge = *job.merge;
-    const auto rows = checked_mul<std::uint64_t>(merge.slice_rows, merge.groups.size());
-    if (!merge.slice_rows || rows != job.rows) throw fail("groups do not give the rows");
-    const auto slice_bytes = checked_mul(merge.slice_rows, row_bytes(job.source_type, job.row_elements));
-    if (!slice_bytes || !*slice_bytes || source_bytes % *slice_bytes) throw fail("the source has no whole slices");
-    const std::uint64_t neurons = merge.columns ? job.row_elements : merge.slice_rows;
-    for (const auto& order : merge.orders) {
-        std::vector<bool> seen(neurons);
-        if (order.size() != neurons) throw fail("an order of another length");
-        for (const std::uint32_t i : order) {
-            if (i >= neurons || seen[i]) throw fail("an order that is no permutation");
-            seen[i] = true;
-        }
-    }
-    bool decodes = job.source_type != job.target_type;
-    for (const auto& group : merge.groups) {
-        if (group.empty()) throw fail("an empty group");
-        for (const Merge::Part& part : group) {
-            if (part.slice >= source_bytes / *slice_bytes) throw fail("no such slice").got(std::to_string(part.slice));
-            if (part.order != Merge::as_is && part.order >= merge.orders.size()) throw fail("no such order");
-            if (!std::isfinite(part.weight)) throw fail("a weight that is not finite");
-            decodes |= group.size() > 1 || part.order != Merge::as_is;
-        }
-    }
-    if (decodes && (!type_can_decode(job.source_type) || !type_can_encode(job.target_type)))
-        throw Error(Kind::unsupported, "experts of this type cannot be merged")
-            .on(job.name)
-            .got(type_table()[job.source_type].name + " to " + type_table()[job.target_type].name);
-}
-
-}  // namespace
-
-void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sources) {
-    auto fail = [&](const char* problem) -> Error { return std::move(Error(Kind::bad_plan, problem).on(job.name)); };
-    const auto& table = type_table();
-    for (std::int32_t type : {job.source_type, job.target_type}) {
-        if (type < 0 || static_cast<std::size_t>(type) >= table.size() || table[type].name.empty())
-            throw fail("unknown tensor type");
-        if (job.row_elements % table[type].block) throw fail("row length is no multiple of the block");
-    }
-    if (job.rows > INT64_MAX) throw fail("size overflows");
-    const auto source_bytes = checked_mul(job.rows, row_bytes(job.source_type, job.row_elements));
-    const auto target_bytes = checked_mul(job.rows, row_bytes(job.target_type, job.row_elements));
-    if (!source_bytes || !target_bytes || !checked_add(job.target_offset, *target_bytes)) throw fail("size overflows");
-    if (*target_bytes != job.target_bytes) throw fail("target size does not follow from the shape");
-    std::uint64_t sum = job.literal.size();
-    for (const Run& run : job.runs) {
-        if (run.source != Run::fill) {
-            if (run.source >= sources.size()) throw fail("no such source");
-            const auto end = checked_add(run.offset, run.nbytes);
-            if (!end || *end > sources[run.source]->size()) throw fail("run reaches beyond its source");
-        }
-        const auto next = checked_add(sum, run.nbytes);
-        if (!next) throw fail("size overflows");
-        sum = *next;
-    }
-    if (!job.literal.empty() && !job.runs.empty()) throw fail("both runs and literal");
-    if (job.merge) {
-        if (job.remap || !job.literal.empty()) throw fail("a merge of no tensor");
-        check_merge(job, sum);
-    } else if (sum != *source_bytes) {
-        throw fail("source size does not follow from the shape");
-    }
-    if (job.source_type != job.target_type && (!type_can_decode(job.source_type) || !type_can_encode(job.target_type)))
-        throw Error(Kind::unsupported, "no conversion between these types")
-            .on(job.name)
-            .got(table[job.source_type].name + " to " + table[job.target_type].name);
-    // The encoders write blocks in place; the buffer agrees with the file in its lowest bits. GGUF aligns to 8 at least.
-    if ((work_of(job) == Work::encode || job.merge) && job.target_bytes && job.target_offset % 8)
-        throw fail("an encoded target is not aligned");
-    if (job.remap) {
-        if (table[job.source_type].name != "I32" || job.source_type != job.target_type) throw fail("remap needs I32");
-        if (job.remap->column == 0 || job.row_elements % job.remap->column)
-            throw fail("remap column does not divide the row");
-    }
-    check_importance_rows(job, sources);
-}
-
-std::vector<std::unique_ptr<Source>> reopen_sources(const std::vector<std::shared_ptr<Source>>& sources, Io io) {
-    std::vector<std::unique_ptr<Source>> out;
+Sources reopen_sources(const std::vector<std::shared_ptr<Source>>& sources, Io io) {
+    Sources out;
     for (const auto& s : sources) out.push_back(open_source(s->path(), io, &s->identity()));
     return out;
 }
@@ -276,8 +133,7 @@ const float* ImportanceReader::row(const Job& job, std::uint64_t index) {
     return buffer_;
 }
 
-RunReader::RunReader(const Job& job, const std::vector<std::unique_ptr<Source>>& sources)
-    : job_(job), sources_(sources) {
+RunReader::RunReader(const Job& job, const Sources& sources) : job_(job), sources_(sources) {
     std::uint64_t at = 0;
     for (const Run& run : job.runs) {
         starts_.push_back(at);

@@ -1,17 +1,30 @@
 // How jobs become tiles, pieces of work that any thread can do in any order, and how their bytes are read.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
 
-#include "engine/engine.hpp"
+#include "base/parallel.hpp"
+#include "engine/job.hpp"
+#include "io/source.hpp"
 
 namespace pgs {
 
-enum class Work { move, encode, remap, merge, literal };
-Work work_of(const Job& job);
-bool by_row(const Job& job);  // all but move and literal
+struct RunOptions {
+    std::uint64_t memory = 512ull << 20;  // bytes, bounds every buffer of the run
+    int threads = 0;                      // 0: thread_count
+    Io io = Io::automatic;
+    bool overwrite = false;
+};
+
+// Threads and tile size that fit `memory`; Error(bad_plan) names the tensor whose row does not fit with one thread.
+struct Budget {
+    int threads;
+    std::uint64_t tile_bytes;    // of source or target, whichever is larger
+    std::uint64_t buffer_bytes;  // all buffers of all threads
+};
 
 // Bytes [first, first + count) of the target for `move` and `literal`, rows for the others.
 struct Tile {
@@ -36,27 +49,20 @@ TileBuffers tile_buffers(const Job& job, std::uint64_t tile_bytes);
 Budget fit_budget(const RunOptions& options, const std::string& name, std::uint64_t shared,
                   const std::function<std::uint64_t(std::uint64_t)>& bytes);
 
-// Rows that are decoded and encoded at a time: a few ten thousand elements stay in the cache of a core, and even the
-// slowest encoder is through them in tens of milliseconds.
-std::uint64_t chunk_rows(std::uint64_t row_elements);
-
-// Checks that a job's numbers agree with each other and with its sources; Error(bad_plan) on the job's name.
-void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sources);
-
 // The same files, opened for bulk reading; Error(source_changed) if one is no longer what it was.
-std::vector<std::unique_ptr<Source>> reopen_sources(const std::vector<std::shared_ptr<Source>>& sources, Io io);
+using Sources = std::vector<std::unique_ptr<Source>>;
+Sources reopen_sources(const std::vector<std::shared_ptr<Source>>& sources, Io io);
 
 // The importance rows of jobs, for one thread. The last one that was read is kept: chunks and tiles go row by row.
 class ImportanceReader {
 public:
     // `buffer` holds tile_buffers().importance bytes. No job may go away before the reader.
-    ImportanceReader(const std::vector<std::unique_ptr<Source>>& sources, float* buffer)
-        : sources_(sources), buffer_(buffer) {}
+    ImportanceReader(const Sources& sources, float* buffer) : sources_(sources), buffer_(buffer) {}
     // Importance row `index`, divided and checked, until the next call.
     const float* row(const Job& job, std::uint64_t index);
 
 private:
-    const std::vector<std::unique_ptr<Source>>& sources_;
+    const Sources& sources_;
     float* buffer_;
     const Job* job_ = nullptr;  // whose row is in the buffer
     std::uint64_t index_ = 0;
@@ -65,12 +71,12 @@ private:
 // The concatenation of a job's runs, as one readable range of bytes.
 class RunReader {
 public:
-    RunReader(const Job& job, const std::vector<std::unique_ptr<Source>>& sources);
+    RunReader(const Job& job, const Sources& sources);
     void read_at(std::uint64_t offset, std::span<std::byte> out) const;
 
 private:
     const Job& job_;
-    const std::vector<std::unique_ptr<Source>>& sources_;
+    const Sources& sources_;
     std::vector<std::uint64_t> starts_;  // of each run within the concatenation
 };
 

@@ -1,11 +1,11 @@
 // What a file that is no GGUF looks like, for the hint of the error.
+#include "gguf/header.hpp"
+
 #include <cctype>
 #include <cstdint>
 #include <cstring>
 #include <string>
 #include <string_view>
-
-#include "gguf/header.hpp"
 
 namespace pgs {
 

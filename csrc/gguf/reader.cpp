@@ -1,5 +1,7 @@
 // The strict reader. What is refused (Error), what is accepted with a warning, and what is simply accepted follows one
 // rule: refuse what cannot mean anything or would break a reader, warn about what llama.cpp or gguf-py would not write.
+#include "gguf/header.hpp"
+
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
@@ -12,7 +14,6 @@
 
 #include "base/checked.hpp"
 #include "base/error.hpp"
-#include "gguf/header.hpp"
 
 namespace pgs {
 
@@ -144,7 +145,7 @@ private:
     T take(const char* field, const std::string& object = {}) {
         if (left() < sizeof(T))
             throw bad(std::string("file ends inside the ") + field, pos_, object)
-                .got(std::to_string(left()) + " bytes")
+                .got(bytes_text(left()))
                 .want(std::to_string(sizeof(T)))
                 .advise("the file is truncated or damaged");
         window_.fetch(pos_ + sizeof(T));
@@ -164,9 +165,7 @@ private:
                 .want("at most " + std::to_string(left()))
                 .advise("the file is truncated or damaged");
         if (length > max_string_bytes)
-            throw bad(std::string(field) + " is too long", start, object)
-                .got(std::to_string(length) + " bytes")
-                .want("at most 1 GiB");
+            throw bad(std::string(field) + " is too long", start, object).got(bytes_text(length)).want("at most 1 GiB");
         window_.fetch(pos_ + length);
         const std::string_view text(window_.at(pos_), length);
         pos_ += length;
@@ -185,7 +184,7 @@ private:
                 .advise(foreign_format_hint(head));
         if (size_ < fixed_header_bytes)
             throw bad("file ends inside its header", 0)
-                .got(std::to_string(size_) + " bytes")
+                .got(bytes_text(size_))
                 .want("at least 24")
                 .advise("the file is truncated");
         pos_ = 4;
@@ -335,7 +334,7 @@ private:
     void take_raw(Value& value, std::uint64_t bytes, const std::string& object) {
         if (bytes > left())
             throw bad("file ends inside a value", pos_, object)
-                .got(std::to_string(left()) + " bytes")
+                .got(bytes_text(left()))
                 .want(std::to_string(bytes))
                 .advise("the file is truncated or damaged");
         window_.fetch(pos_ + bytes);

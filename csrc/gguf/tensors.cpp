@@ -1,6 +1,7 @@
+#include "gguf/header.hpp"
+
 #include "base/checked.hpp"
 #include "base/error.hpp"
-#include "gguf/header.hpp"
 
 namespace pgs {
 

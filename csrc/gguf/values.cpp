@@ -1,12 +1,12 @@
+#include "gguf/header.hpp"
+
 #include <bit>
 #include <cstring>
 
 #include "base/checked.hpp"
-#include "gguf/header.hpp"
+#include "base/words.hpp"
 
 namespace pgs {
-
-static_assert(std::endian::native == std::endian::little, "GGUF words are copied: little-endian hosts only");
 
 namespace {
 

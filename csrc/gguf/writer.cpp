@@ -1,3 +1,5 @@
+#include "gguf/header.hpp"
+
 #include <bit>
 #include <cstring>
 #include <string_view>
@@ -5,21 +7,14 @@
 
 #include "base/checked.hpp"
 #include "base/error.hpp"
-#include "gguf/header.hpp"
+#include "base/words.hpp"
 
 namespace pgs {
 
 namespace {
 
-template <typename T>
-void put(std::string& out, T word) {
-    char bytes[sizeof word];
-    std::memcpy(bytes, &word, sizeof word);
-    out.append(bytes, sizeof word);
-}
-
 void put_string(std::string& out, std::string_view text) {
-    put(out, static_cast<std::uint64_t>(text.size()));
+    put_word(out, static_cast<std::uint64_t>(text.size()));
     out += text;
 }
 
@@ -31,9 +26,7 @@ void check_name(const char* what, const std::string& name, std::uint64_t longest
     if (name.find('\0') != std::string::npos) throw bad(" contains a NUL byte");
     if (!is_utf8(name)) throw bad(" is not UTF-8");
     if (name.size() > longest)
-        throw bad(" is too long")
-            .got(std::to_string(name.size()) + " bytes")
-            .want("at most " + std::to_string(longest));
+        throw bad(" is too long").got(bytes_text(name.size())).want("at most " + std::to_string(longest));
     if (!seen.insert(name).second) throw bad(" occurs twice");
 }
 
@@ -73,9 +66,9 @@ EncodedHeader encode_header(const std::vector<std::pair<std::string, Value>>& me
     out.reserve(total + alignment);
 
     out = "GGUF";
-    put(out, std::uint32_t{3});
-    put(out, static_cast<std::uint64_t>(tensors.size()));
-    put(out, static_cast<std::uint64_t>(metadata.size()));
+    put_word(out, std::uint32_t{3});
+    put_word(out, static_cast<std::uint64_t>(tensors.size()));
+    put_word(out, static_cast<std::uint64_t>(metadata.size()));
 
     std::unordered_set<std::string_view> seen;
     for (const auto& [key, value] : metadata) {
@@ -83,10 +76,10 @@ EncodedHeader encode_header(const std::vector<std::pair<std::string, Value>>& me
         if (const auto problem = value_problem(value); !problem.empty())
             throw Error(Kind::bad_plan, problem).on(shown(key));
         put_string(out, key);
-        put(out, static_cast<std::uint32_t>(value.type));
+        put_word(out, static_cast<std::uint32_t>(value.type));
         if (value.type == ValueType::array) {
-            put(out, static_cast<std::uint32_t>(value.element));
-            put(out, value.count);
+            put_word(out, static_cast<std::uint32_t>(value.element));
+            put_word(out, value.count);
         }
         if (value.type == ValueType::str)
             put_string(out, value.raw);
@@ -111,10 +104,10 @@ EncodedHeader encode_header(const std::vector<std::pair<std::string, Value>>& me
         data_bytes = *end;
 
         put_string(out, tensor.name);
-        put(out, static_cast<std::uint32_t>(tensor.ne.size()));
-        for (const auto n : tensor.ne) put(out, n);
-        put(out, tensor.type);
-        put(out, tensor.offset);
+        put_word(out, static_cast<std::uint32_t>(tensor.ne.size()));
+        for (const auto n : tensor.ne) put_word(out, n);
+        put_word(out, tensor.type);
+        put_word(out, tensor.offset);
     }
 
     const auto data_offset = checked_pad(static_cast<std::uint64_t>(out.size()), alignment);

@@ -128,8 +128,8 @@ void BlockWriter::finish() {
     if (written_ != size_)
         throw Error(Kind::bad_plan, written_ < size_ ? "bytes of the output are missing" : "bytes were written twice")
             .in(path_)
-            .got(std::to_string(written_) + " bytes")
-            .want(std::to_string(size_) + " bytes");
+            .got(bytes_text(written_))
+            .want(bytes_text(size_));
     if (!tail_.bytes) return;
     if (!set_direct(fd_, false)) throw os_error(errno, "write", path_);
     way_ = Way::plain;

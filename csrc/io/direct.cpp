@@ -1,8 +1,9 @@
+#include "io/readers.hpp"
+
 #include <algorithm>
 #include <cstring>
 
 #include "base/error.hpp"
-#include "io/readers.hpp"
 
 namespace pgs {
 

@@ -1,10 +1,11 @@
+#include "io/readers.hpp"
+
 #include <sys/mman.h>
 #include <sys/stat.h>
 
 #include <cstring>
 
 #include "base/error.hpp"
-#include "io/readers.hpp"
 
 namespace pgs {
 

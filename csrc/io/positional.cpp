@@ -1,5 +1,6 @@
-#include "base/error.hpp"
 #include "io/readers.hpp"
+
+#include "base/error.hpp"
 
 namespace pgs {
 
@@ -7,15 +8,6 @@ PositionalSource::PositionalSource(OpenedFile file)
     : Source(std::move(file.path), file.identity, file.fd.release()),
       dontcache_(has_dontcache(fd_, size())),
       guard_(fd_, size()) {}
-
-void PositionalSource::check_range(std::uint64_t offset, std::size_t nbytes) const {
-    if (nbytes > size() || offset > size() - nbytes)
-        throw Error(Kind::bad_file, "a read beyond the end of the file")
-            .in(path_)
-            .at(offset)
-            .got(std::to_string(size()) + " bytes")
-            .want("at least " + std::to_string(nbytes) + " bytes from there");
-}
 
 void PositionalSource::read_at(std::uint64_t offset, std::span<std::byte> out) {
     check_range(offset, out.size());

@@ -25,8 +25,6 @@ public:
     void read_at(std::uint64_t offset, std::span<std::byte> out) override;
 
 protected:
-    void check_range(std::uint64_t offset, std::size_t nbytes) const;
-
     const bool dontcache_;
     CacheGuard guard_;
 };

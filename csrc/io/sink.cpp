@@ -42,8 +42,6 @@ Temp make_temp(const Target& target) {
     }
 }
 
-std::string bytes_text(std::uint64_t n) { return std::to_string(n) + " bytes"; }
-
 Error no_space(int os_errno, const Target& target, std::uint64_t size, std::uint64_t available,
                const std::string& hint) {
     Error error(Kind::out_of_space, "no space for the output");

@@ -16,8 +16,6 @@ Identity identity_of(const struct stat& st) {
             static_cast<std::int64_t>(st.st_mtim.tv_sec) * 1'000'000'000 + st.st_mtim.tv_nsec};
 }
 
-std::string bytes_text(std::uint64_t n) { return std::to_string(n) + " bytes"; }
-
 // Throws if `now` is not the file that `then` was.
 void check_same(const std::string& path, const Identity& then, const Identity& now) {
     if (now == then) return;
@@ -88,6 +86,15 @@ Error truncated(const std::string& path, int fd, std::uint64_t size) {
 }
 
 Source::~Source() { ::close(fd_); }
+
+void Source::check_range(std::uint64_t offset, std::uint64_t nbytes) const {
+    if (nbytes > size() || offset > size() - nbytes)
+        throw Error(Kind::bad_file, "a range beyond the end of the file")
+            .in(path_)
+            .at(offset)
+            .got(bytes_text(size()))
+            .want("at least " + bytes_text(nbytes) + " from there");
+}
 
 void Source::check_unchanged() const {
     struct stat st;

@@ -38,6 +38,8 @@ public:
     // Fills `out` with the bytes at `offset`. Fewer bytes in the file than when it was opened: Error(source_changed);
     // a range outside size(): Error(bad_file); a failed read: Error(os).
     virtual void read_at(std::uint64_t offset, std::span<std::byte> out) = 0;
+    // Throws Error(bad_file) for a range outside size().
+    void check_range(std::uint64_t offset, std::uint64_t nbytes) const;
     // Throws Error(source_changed) if the file, or what its path now names, is not the one that was opened.
     void check_unchanged() const;
 

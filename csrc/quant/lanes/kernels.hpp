@@ -1,5 +1,5 @@
-// Vector kernels that give the linked ggml's bytes, and which of them runs. Each is written once, over lanes, and compiled
-// for several instruction sets; PGS_KERNELS forces one set. Free of the C++ standard library: kernels include it.
+// Vector kernels that give the linked ggml's bytes. Each is written once, over lanes, and compiled for several instruction
+// sets; quant/dispatch.hpp says which of them runs. Free of the C++ standard library: kernels include it.
 #pragma once
 #include <stdint.h>
 
@@ -31,13 +31,5 @@ struct Kernels {
     // The largest magnitude as bits of a float32, which are in the order of the floats; NaN and infinity are above all.
     uint32_t (*largest)(const float* values, uint64_t elements);
 };
-
-// The set that runs: the best one of this machine, or PGS_KERNELS=ggml|scalar|sse|avx2|avx512|neon; Error(unsupported) for a
-// name that is unknown or a set that this machine lacks. Called where work starts, never from its threads: getenv may crash
-// beside a setenv of another thread.
-const Kernels& choose_kernels();
-
-// The set of the last choice.
-const Kernels& kernels();
 
 }  // namespace pgs

@@ -1,6 +1,7 @@
 // The table of one set; compiled once for each.
-#include "ggml.h"
 #include "quant/lanes/sets.hpp"
+
+#include "ggml.h"
 
 // clang-format off
 #define PGS_ENCODERS(X)                                                                                                  \

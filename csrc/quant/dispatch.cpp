@@ -1,3 +1,5 @@
+#include "quant/dispatch.hpp"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif

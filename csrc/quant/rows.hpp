@@ -7,6 +7,10 @@
 
 namespace pgs {
 
+// Rows that are decoded and encoded at a time: a few ten thousand elements stay in the cache of a core, and even the
+// slowest encoder is through them in tens of milliseconds.
+std::uint64_t chunk_rows(std::uint64_t row_elements);
+
 // Rows of a type to float32. `source` holds rows * row_bytes(type, row_elements) bytes. Any alignment.
 void decode_rows(std::int32_t type, const std::byte* source, float* target, std::uint64_t rows,
                  std::uint64_t row_elements);

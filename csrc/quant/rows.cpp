@@ -1,4 +1,4 @@
-#include "quant/reference.hpp"
+#include "quant/rows.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -10,8 +10,8 @@
 
 #include "base/error.hpp"
 #include "ggml.h"
+#include "quant/dispatch.hpp"
 #include "quant/grids.hpp"
-#include "quant/lanes/kernels.hpp"
 #include "quant/lanes/sets.hpp"
 
 // ggml is compiled with these names in place of printf and fprintf: a library inside a Python host must not print.
@@ -68,6 +68,11 @@ Error invalid_error(std::int32_t type, const float* source, const std::byte* tar
 }
 
 }  // namespace
+
+std::uint64_t chunk_rows(std::uint64_t row_elements) {
+    constexpr std::uint64_t chunk_elements = 32768;
+    return std::max<std::uint64_t>(1, chunk_elements / std::max<std::uint64_t>(1, row_elements));
+}
 
 void decode_rows(std::int32_t type, const std::byte* source, float* target, std::uint64_t rows,
                  std::uint64_t row_elements) {

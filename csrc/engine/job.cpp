@@ -1,0 +1,149 @@
+#include "engine/job.hpp"
+
+#include <cmath>
+#include <utility>
+
+#include "base/checked.hpp"
+#include "base/error.hpp"
+#include "quant/types.hpp"
+
+namespace pgs {
+
+bool by_row(const Job& job) {
+    const Work work = work_of(job);
+    return work == Work::encode || work == Work::remap || work == Work::merge;
+}
+
+Work work_of(const Job& job) {
+    if (job.remap) return Work::remap;
+    if (job.merge) return Work::merge;
+    if (job.source_type != job.target_type) return Work::encode;
+    return job.runs.empty() ? Work::literal : Work::move;
+}
+
+namespace {
+
+Error bad(const Job& job, const char* problem) { return Error(Kind::bad_plan, problem).on(job.name); }
+
+void check_importance_rows(const Job& job, const std::vector<std::shared_ptr<Source>>& sources) {
+    if (job.importance_rows.empty()) {
+        if (!job.importance.empty()) throw bad(job, "importance that no row uses");
+        return;
+    }
+    if (work_of(job) != Work::encode && !job.merge) throw bad(job, "importance of a tensor that is not encoded");
+    if (job.rows % job.importance_rows.size()) throw bad(job, "importance does not fit the rows");
+    const std::uint64_t bytes = job.row_elements * sizeof(float);  // row_bytes has bounded the row
+    for (const ImportanceRow& row : job.importance_rows) {
+        if (!std::isfinite(row.divisor) || row.divisor <= 0)
+            throw bad(job, "importance divisor is not a positive number").got(std::to_string(row.divisor));
+        if (row.source == ImportanceRow::in_memory) {
+            const auto end = checked_add<std::uint64_t>(row.at, 1);
+            const auto values = end ? checked_mul(*end, job.row_elements) : std::nullopt;
+            if (!values || *values > job.importance.size())
+                throw bad(job, "no such importance row in memory").got(std::to_string(row.at));
+        } else {
+            if (row.source >= sources.size())
+                throw bad(job, "no such source of importance").got(std::to_string(row.source));
+            const auto end = checked_add(row.at, bytes);
+            if (!end || *end > sources[row.source]->size())
+                throw bad(job, "importance row reaches beyond its source").at(row.at);
+        }
+        auto check_order = [&](std::uint32_t order) {
+            if (order != Merge::as_is &&
+                !(job.merge && order < job.merge->orders.size() && job.merge->orders[order].size() == job.row_elements))
+                throw bad(job, "no such order of an importance row");
+        };
+        check_order(row.order);
+        for (const ImportanceRow::More& more : row.more) {
+            if (row.source == ImportanceRow::in_memory) throw bad(job, "sums of importance in memory");
+            const auto end = checked_add(more.at, bytes);
+            if (!end || *end > sources[row.source]->size())
+                throw bad(job, "importance row reaches beyond its source").at(more.at);
+            check_order(more.order);
+        }
+    }
+}
+
+// source_bytes: of all runs.
+void check_merge(const Job& job, std::uint64_t source_bytes) {
+    const Merge& merge = *job.merge;
+    const auto rows = checked_mul<std::uint64_t>(merge.slice_rows, merge.groups.size());
+    if (!merge.slice_rows || rows != job.rows) throw bad(job, "groups do not give the rows");
+    const auto slice_bytes = checked_mul(merge.slice_rows, row_bytes(job.source_type, job.row_elements));
+    if (!slice_bytes || !*slice_bytes || source_bytes % *slice_bytes) throw bad(job, "the source has no whole slices");
+    const std::uint64_t neurons = merge.columns ? job.row_elements : merge.slice_rows;
+    for (const auto& order : merge.orders) {
+        std::vector<bool> seen(neurons);
+        if (order.size() != neurons) throw bad(job, "an order of another length");
+        for (const std::uint32_t i : order) {
+            if (i >= neurons || seen[i]) throw bad(job, "an order that is no permutation");
+            seen[i] = true;
+        }
+    }
+    bool decodes = job.source_type != job.target_type;
+    for (const auto& group : merge.groups) {
+        if (group.empty()) throw bad(job, "an empty group");
+        for (const Merge::Part& part : group) {
+            if (part.slice >= source_bytes / *slice_bytes)
+                throw bad(job, "no such slice").got(std::to_string(part.slice));
+            if (part.order != Merge::as_is && part.order >= merge.orders.size()) throw bad(job, "no such order");
+            if (!std::isfinite(part.weight)) throw bad(job, "a weight that is not finite");
+            decodes |= group.size() > 1 || part.order != Merge::as_is;
+        }
+    }
+    if (decodes && (!type_can_decode(job.source_type) || !type_can_encode(job.target_type)))
+        throw Error(Kind::unsupported, "experts of this type cannot be merged")
+            .on(job.name)
+            .got(type_table()[job.source_type].name + " to " + type_table()[job.target_type].name);
+}
+
+}  // namespace
+
+void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sources) {
+    const auto& table = type_table();
+    for (std::int32_t type : {job.source_type, job.target_type}) {
+        if (type < 0 || static_cast<std::size_t>(type) >= table.size() || table[type].name.empty())
+            throw bad(job, "unknown tensor type");
+        if (job.row_elements % table[type].block) throw bad(job, "row length is no multiple of the block");
+    }
+    if (job.rows > INT64_MAX) throw bad(job, "size overflows");
+    const auto source_bytes = checked_mul(job.rows, row_bytes(job.source_type, job.row_elements));
+    const auto target_bytes = checked_mul(job.rows, row_bytes(job.target_type, job.row_elements));
+    if (!source_bytes || !target_bytes || !checked_add(job.target_offset, *target_bytes))
+        throw bad(job, "size overflows");
+    if (*target_bytes != job.target_bytes) throw bad(job, "target size does not follow from the shape");
+    std::uint64_t sum = job.literal.size();
+    for (const Run& run : job.runs) {
+        if (run.source != Run::fill) {
+            if (run.source >= sources.size()) throw bad(job, "no such source");
+            const auto end = checked_add(run.offset, run.nbytes);
+            if (!end || *end > sources[run.source]->size()) throw bad(job, "run reaches beyond its source");
+        }
+        const auto next = checked_add(sum, run.nbytes);
+        if (!next) throw bad(job, "size overflows");
+        sum = *next;
+    }
+    if (!job.literal.empty() && !job.runs.empty()) throw bad(job, "both runs and literal");
+    if (job.merge) {
+        if (job.remap || !job.literal.empty()) throw bad(job, "a merge of no tensor");
+        check_merge(job, sum);
+    } else if (sum != *source_bytes) {
+        throw bad(job, "source size does not follow from the shape");
+    }
+    if (job.source_type != job.target_type && (!type_can_decode(job.source_type) || !type_can_encode(job.target_type)))
+        throw Error(Kind::unsupported, "no conversion between these types")
+            .on(job.name)
+            .got(table[job.source_type].name + " to " + table[job.target_type].name);
+    // The encoders write blocks in place; the buffer agrees with the file in its lowest bits. GGUF aligns to 8 at least.
+    if ((work_of(job) == Work::encode || job.merge) && job.target_bytes && job.target_offset % 8)
+        throw bad(job, "an encoded target is not aligned");
+    if (job.remap) {
+        if (table[job.source_type].name != "I32" || job.source_type != job.target_type)
+            throw bad(job, "remap needs I32");
+        if (job.remap->column == 0 || job.row_elements % job.remap->column)
+            throw bad(job, "remap column does not divide the row");
+    }
+    check_importance_rows(job, sources);
+}
+
+}  // namespace pgs
