@@ -23,20 +23,22 @@ int main() {
     std::int32_t type[2];
     std::uint64_t size[3];
     while (take(type, 2) && take(size, 3)) {
+        const pgs::TypeFacts& facts = pgs::type_facts(type[0]);
         if (type[1] == 2) {
-            std::vector<std::byte> rows(size[0] * pgs::row_bytes(type[0], size[1]));
+            std::vector<std::byte> rows(size[0] * pgs::row_bytes(facts, size[1]));
             std::vector<float> out(size[0] * size[1]);
             if (!take(rows.data(), rows.size())) return 1;
-            pgs::decode_rows(type[0], rows.data(), out.data(), size[0], size[1]);
+            pgs::Decoder(facts, size[1]).decode(rows.data(), out.data(), size[0]);
             give(out.data(), out.size() * sizeof(float));
             continue;
         }
         std::vector<float> rows(size[0] * size[1]), importance(size[2] ? size[1] : 0);
         if (!take(rows.data(), rows.size()) || !take(importance.data(), importance.size())) return 1;
-        std::vector<std::byte> out(size[0] * pgs::row_bytes(type[0], size[1]));
+        std::vector<std::byte> out(size[0] * pgs::row_bytes(facts, size[1]));
         std::uint64_t n = out.size();
         try {
-            pgs::encode_rows(type[0], rows.data(), out.data(), size[0], size[1], size[2] ? importance.data() : nullptr, 0, type[1]);
+            const pgs::Encoder encoder(facts, size[1], type[1] != 0);
+            encoder.encode(rows.data(), out.data(), size[0], size[2] ? importance.data() : nullptr, 0);
         } catch (const pgs::Error&) {
             n = 0;
         }

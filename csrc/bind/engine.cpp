@@ -43,9 +43,7 @@ pgs::Job make_job(
     job.row_elements = row_elements;
     job.rows = rows;
     job.target_offset = target_offset;
-    pgs::type_is_quantized(target_type);  // throws if there is no such type
-    if (__builtin_mul_overflow(rows, pgs::row_bytes(target_type, row_elements), &job.target_bytes))
-        throw pgs::Error(pgs::Kind::bad_plan, "size overflows").on(job.name);
+    pgs::resolve_sizes(job);
     if (runs) {
         if (runs->ndim() != 2 || runs->shape(1) != 3) throw py::value_error("runs must have shape (n, 3)");
         auto r = runs->unchecked<2>();

@@ -12,21 +12,19 @@ constexpr auto array_style = py::array::c_style | py::array::forcecast;
 
 py::list types() {
     py::list out;
-    const auto& table = pgs::type_table();
-    for (std::size_t id = 0; id < table.size(); ++id) {
-        if (table[id].name.empty()) continue;
-        const auto type = static_cast<std::int32_t>(id);
+    for (const pgs::TypeFacts& facts : pgs::type_table()) {
+        if (facts.name.empty()) continue;
         py::dict d;
-        d["id"] = type;
-        d["name"] = table[id].name;
-        d["block"] = table[id].block;
-        d["block_bytes"] = table[id].block_bytes;
-        d["quantized"] = pgs::type_is_quantized(type);
-        d["encodes"] = pgs::type_can_encode(type);
-        d["decodes"] = pgs::type_can_decode(type);
-        d["needs_importance"] = pgs::type_needs_importance(type);
-        d["uses_importance"] = pgs::type_uses_importance(type);
-        d["has_best"] = pgs::type_has_best(type);
+        d["id"] = facts.id;
+        d["name"] = facts.name;
+        d["block"] = facts.block;
+        d["block_bytes"] = facts.block_bytes;
+        d["quantized"] = facts.quantized;
+        d["encodes"] = facts.encodes;
+        d["decodes"] = facts.decodes;
+        d["needs_importance"] = facts.needs_importance;
+        d["uses_importance"] = facts.uses_importance;
+        d["has_best"] = facts.has_best;
         out.append(d);
     }
     return out;
@@ -38,17 +36,12 @@ void poll_signals() {
     if (PyErr_CheckSignals()) throw py::error_already_set();
 }
 
-const pgs::TypeFacts& block_facts(std::int32_t type) {
-    pgs::type_is_quantized(type);  // throws if there is no such type
-    return pgs::type_table()[static_cast<std::size_t>(type)];
-}
-
 using FloatArray = py::array_t<float, array_style>;
 using ByteArray = py::array_t<std::uint8_t, array_style>;
 
 py::array_t<std::uint8_t> quantize(const FloatArray& rows, std::int32_t type,
                                    const std::optional<FloatArray>& importance, int threads, bool best) {
-    const pgs::TypeFacts& facts = block_facts(type);
+    const pgs::TypeFacts& facts = pgs::type_facts(type);
     if (rows.ndim() != 2) throw py::value_error("rows must have two dimensions");
     const pgs::RowsOf shape{static_cast<std::uint64_t>(rows.shape(0)), static_cast<std::uint64_t>(rows.shape(1))};
     if (shape.row_elements % facts.block)
@@ -61,18 +54,18 @@ py::array_t<std::uint8_t> quantize(const FloatArray& rows, std::int32_t type,
             throw py::value_error("importance must have shape (groups, row length)");
         weights = {importance->data(), static_cast<std::size_t>(importance->size())};
     }
-    py::array_t<std::uint8_t> out({shape.rows, pgs::row_bytes(type, shape.row_elements)});
+    py::array_t<std::uint8_t> out({shape.rows, pgs::row_bytes(facts, shape.row_elements)});
     const float* source = rows.data();
     auto* target = reinterpret_cast<std::byte*>(out.mutable_data());
     pgs::choose_kernels();
     py::gil_scoped_release release;
     pgs::Cancel cancel;
-    pgs::quantize_rows(type, shape, source, weights, target, best, threads, cancel, poll_signals);
+    pgs::quantize_rows(facts, shape, source, weights, target, best, threads, cancel, poll_signals);
     return out;
 }
 
 py::array_t<float> dequantize(const ByteArray& rows, std::int32_t type, int threads) {
-    const pgs::TypeFacts& facts = block_facts(type);
+    const pgs::TypeFacts& facts = pgs::type_facts(type);
     if (rows.ndim() != 2) throw py::value_error("rows must have two dimensions");
     const std::uint64_t n = rows.shape(0), bytes = rows.shape(1);
     if (bytes % facts.block_bytes)
@@ -86,17 +79,17 @@ py::array_t<float> dequantize(const ByteArray& rows, std::int32_t type, int thre
     pgs::choose_kernels();
     py::gil_scoped_release release;
     pgs::Cancel cancel;
-    pgs::dequantize_rows(type, shape, source, target, threads, cancel, poll_signals);
+    pgs::dequantize_rows(facts, shape, source, target, threads, cancel, poll_signals);
     return out;
 }
 
 std::optional<std::uint64_t> first_invalid_block(const ByteArray& data, std::int32_t type) {
-    const pgs::TypeFacts& facts = block_facts(type);
+    const pgs::TypeFacts& facts = pgs::type_facts(type);
     const auto* bytes = reinterpret_cast<const std::byte*>(data.data());
     const auto n = static_cast<std::uint64_t>(data.nbytes());
     if (n % facts.block_bytes) throw py::value_error("not whole blocks");
     py::gil_scoped_release release;
-    return pgs::first_invalid_block(type, bytes, n);
+    return pgs::first_invalid_block(facts, bytes, n);
 }
 
 }  // namespace

@@ -10,7 +10,6 @@
 #include "engine/buffers.hpp"
 #include "engine/work.hpp"
 #include "io/sink_set.hpp"
-#include "quant/types.hpp"
 
 namespace pgs {
 
@@ -20,7 +19,7 @@ namespace {
 // that is not complete yet.
 struct Part {
     const Job* job;
-    std::optional<RunReader> reader;
+    std::optional<TileMaker> maker;  // none: padding
     std::size_t file;
     std::uint64_t offset, nbytes;
     std::uint64_t first_item;  // of parallel_for; a job has tile_count of them, padding one
@@ -65,7 +64,7 @@ Layout lay_out(const std::vector<Output>& outputs, const Jobs& jobs, const Sourc
             at = job.target_offset + job.target_bytes;
             if (job.target_bytes)
                 layout.parts.push_back(
-                    {&job, RunReader(job, sources), file, job.target_offset, job.target_bytes, layout.items});
+                    {&job, TileMaker(job, sources), file, job.target_offset, job.target_bytes, layout.items});
             layout.items += tile_count(job, tile_bytes);
         }
         pad_to(file_bytes);
@@ -160,11 +159,11 @@ RunStats run(const std::vector<std::shared_ptr<Source>>& inputs, const std::vect
             if (work_of(job) == Work::literal)
                 return set.put(part.file, job.target_offset + tile.first, job.literal.data() + tile.first, tile.count);
             Buffers& buffers = pool.of(worker);
-            const std::uint64_t target_row = by_row(job) ? row_bytes(job.target_type, job.row_elements) : 1;
+            const std::uint64_t target_row = by_row(job) ? job.target_row_bytes : 1;
             const std::uint64_t offset = job.target_offset + tile.first * target_row;
             // The place in the buffer agrees with the place in the file, so that direct I/O can write from here.
             std::byte* const target = buffers.target.get() + offset % 4096;
-            const TileWork work = do_tile(job, tile, *part.reader, buffers, target, cancel);
+            const TileWork work = part.maker->make(tile, buffers, target, cancel);
             read.fetch_add(work.bytes_read, std::memory_order_relaxed);
             encoded.fetch_add(work.elements_encoded, std::memory_order_relaxed);
             cancel.check();

@@ -69,7 +69,7 @@ void check_merge(const Job& job, std::uint64_t source_bytes) {
     const Merge& merge = *job.merge;
     const auto rows = checked_mul<std::uint64_t>(merge.slice_rows, merge.groups.size());
     if (!merge.slice_rows || rows != job.rows) throw bad(job, "groups do not give the rows");
-    const auto slice_bytes = checked_mul(merge.slice_rows, row_bytes(job.source_type, job.row_elements));
+    const auto slice_bytes = checked_mul(merge.slice_rows, job.source_row_bytes);
     if (!slice_bytes || !*slice_bytes || source_bytes % *slice_bytes) throw bad(job, "the source has no whole slices");
     const std::uint64_t neurons = merge.columns ? job.row_elements : merge.slice_rows;
     for (const auto& order : merge.orders) {
@@ -91,27 +91,32 @@ void check_merge(const Job& job, std::uint64_t source_bytes) {
             decodes |= group.size() > 1 || part.order != Merge::as_is;
         }
     }
-    if (decodes && (!type_can_decode(job.source_type) || !type_can_encode(job.target_type)))
+    const TypeFacts& source = type_facts(job.source_type);
+    const TypeFacts& target = type_facts(job.target_type);
+    if (decodes && (!source.decodes || !target.encodes))
         throw Error(Kind::unsupported, "experts of this type cannot be merged")
             .on(job.name)
-            .got(type_table()[job.source_type].name + " to " + type_table()[job.target_type].name);
+            .got(source.name + " to " + target.name);
 }
 
 }  // namespace
 
+void resolve_sizes(Job& job) {
+    job.source_row_bytes = row_bytes(type_facts(job.source_type), job.row_elements);
+    job.target_row_bytes = row_bytes(type_facts(job.target_type), job.row_elements);
+    const auto bytes = checked_mul(job.rows, job.target_row_bytes);
+    if (!bytes) throw bad(job, "size overflows");
+    job.target_bytes = *bytes;
+}
+
 void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sources) {
-    const auto& table = type_table();
-    for (std::int32_t type : {job.source_type, job.target_type}) {
-        if (type < 0 || static_cast<std::size_t>(type) >= table.size() || table[type].name.empty())
-            throw bad(job, "unknown tensor type");
-        if (job.row_elements % table[type].block) throw bad(job, "row length is no multiple of the block");
-    }
+    const TypeFacts& source = type_facts(job.source_type);
+    const TypeFacts& target = type_facts(job.target_type);
+    if (job.row_elements % source.block || job.row_elements % target.block)
+        throw bad(job, "row length is no multiple of the block");
     if (job.rows > INT64_MAX) throw bad(job, "size overflows");
-    const auto source_bytes = checked_mul(job.rows, row_bytes(job.source_type, job.row_elements));
-    const auto target_bytes = checked_mul(job.rows, row_bytes(job.target_type, job.row_elements));
-    if (!source_bytes || !target_bytes || !checked_add(job.target_offset, *target_bytes))
-        throw bad(job, "size overflows");
-    if (*target_bytes != job.target_bytes) throw bad(job, "target size does not follow from the shape");
+    const auto source_bytes = checked_mul(job.rows, job.source_row_bytes);
+    if (!source_bytes || !checked_add(job.target_offset, job.target_bytes)) throw bad(job, "size overflows");
     std::uint64_t sum = job.literal.size();
     for (const Run& run : job.runs) {
         if (run.source != Run::fill) {
@@ -130,16 +135,15 @@ void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sourc
     } else if (sum != *source_bytes) {
         throw bad(job, "source size does not follow from the shape");
     }
-    if (job.source_type != job.target_type && (!type_can_decode(job.source_type) || !type_can_encode(job.target_type)))
+    if (job.source_type != job.target_type && (!source.decodes || !target.encodes))
         throw Error(Kind::unsupported, "no conversion between these types")
             .on(job.name)
-            .got(table[job.source_type].name + " to " + table[job.target_type].name);
+            .got(source.name + " to " + target.name);
     // The encoders write blocks in place; the buffer agrees with the file in its lowest bits. GGUF aligns to 8 at least.
     if ((work_of(job) == Work::encode || job.merge) && job.target_bytes && job.target_offset % 8)
         throw bad(job, "an encoded target is not aligned");
     if (job.remap) {
-        if (table[job.source_type].name != "I32" || job.source_type != job.target_type)
-            throw bad(job, "remap needs I32");
+        if (source.name != "I32" || job.source_type != job.target_type) throw bad(job, "remap needs I32");
         if (job.remap->column == 0 || job.row_elements % job.remap->column)
             throw bad(job, "remap column does not divide the row");
     }

@@ -61,10 +61,11 @@ struct Job {
     std::uint64_t row_elements = 0, rows = 0;  // as encoded: both types have this shape
     std::vector<Run> runs;
     std::string literal;
-    std::uint64_t target_offset = 0, target_bytes = 0;  // a multiple of 8 if encoded; without padding
-    std::vector<ImportanceRow> importance_rows;         // rows / their number: consecutive rows that share one
-    std::vector<float> importance;                      // the rows in memory, each of row_elements, checked
-    bool best = false;                                  // encode with less error than ggml, where that is possible
+    std::uint64_t target_offset = 0;                                             // a multiple of 8 if encoded
+    std::uint64_t source_row_bytes = 0, target_row_bytes = 0, target_bytes = 0;  // see resolve_sizes; without padding
+    std::vector<ImportanceRow> importance_rows;  // rows / their number: consecutive rows that share one
+    std::vector<float> importance;               // the rows in memory, each of row_elements, checked
+    bool best = false;                           // encode with less error than ggml, where that is possible
     std::optional<Remap> remap;
     std::optional<Merge> merge;  // then the runs are all slices that a group may name
 };
@@ -74,6 +75,10 @@ using Jobs = std::vector<std::shared_ptr<const Job>>;
 enum class Work { move, encode, remap, merge, literal };
 Work work_of(const Job& job);
 bool by_row(const Job& job);  // all but move and literal
+
+// Fills in the numbers of bytes, which follow from the types and the shape. Error(unsupported) for an unknown type,
+// Error(bad_plan) for a size that overflows.
+void resolve_sizes(Job& job);
 
 // Checks that a job's numbers agree with each other and with its sources; Error(bad_plan) on the job's name.
 void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sources);

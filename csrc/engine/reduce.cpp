@@ -46,14 +46,15 @@ std::vector<double> reduce_rows(const std::vector<std::shared_ptr<Source>>& inpu
     check_job(job, inputs);
     if (rows_per_group == 0 || job.rows % rows_per_group)
         throw Error(Kind::bad_plan, "groups do not divide the rows").on(job.name);
-    if (!type_can_decode(job.source_type))
-        throw Error(Kind::unsupported, "no decoder for this type").on(job.name).got(type_table()[job.source_type].name);
+    const TypeFacts& type = type_facts(job.source_type);
+    if (!type.decodes) throw Error(Kind::unsupported, "no decoder for this type").on(job.name).got(type.name);
+    const Decoder decoder(type, job.row_elements);
     const auto sources = reopen_sources(inputs, options.io);
     const RunReader reader(job, sources);
     const std::uint64_t groups = job.rows / rows_per_group;
     if (!weights.empty() && checked_mul<std::uint64_t>(groups, job.row_elements) != weights.size())
         throw Error(Kind::bad_plan, "weights do not fit the groups").on(job.name);
-    const std::uint64_t source_row = row_bytes(job.source_type, job.row_elements);
+    const std::uint64_t source_row = job.source_row_bytes;
 
     // A group is summed by one worker, in order; small groups (router rows) are handed out many at a time.
     const std::uint64_t chunk = std::min(job.rows, chunk_rows(job.row_elements));
@@ -86,7 +87,7 @@ std::vector<double> reduce_rows(const std::vector<std::shared_ptr<Source>>& inpu
             for (std::uint64_t row = 0; row < rows; row += chunk) {
                 cancel.check();
                 const std::uint64_t n = std::min(chunk, rows - row);
-                decode_rows(job.source_type, b->source.get() + row * source_row, floats, n, job.row_elements);
+                decoder.decode(b->source.get() + row * source_row, floats, n);
                 for (std::uint64_t i = 0; i < n; ++i) {
                     const std::uint64_t group = (at + row + i) / rows_per_group;
                     const Sums sums = row_sums(floats + i * job.row_elements, job.row_elements,

@@ -19,8 +19,7 @@ constexpr std::uint64_t smallest_tile = 256ull << 10;
 constexpr std::uint64_t io_bytes = 4ull << 20;
 
 std::uint64_t rows_per_tile(const Job& job, std::uint64_t tile_bytes) {
-    const std::uint64_t row =
-        std::max(row_bytes(job.source_type, job.row_elements), row_bytes(job.target_type, job.row_elements));
+    const std::uint64_t row = std::max(job.source_row_bytes, job.target_row_bytes);
     return std::max<std::uint64_t>(1, tile_bytes / std::max<std::uint64_t>(1, row));
 }
 
@@ -70,8 +69,7 @@ TileBuffers tile_buffers(const Job& job, std::uint64_t tile_bytes) {
     }
     const std::uint64_t rows =
         job.merge ? merge_step(job, tile_bytes) : std::min(job.rows, rows_per_tile(job, tile_bytes));
-    TileBuffers b{rows * row_bytes(job.source_type, job.row_elements),
-                  rows * row_bytes(job.target_type, job.row_elements) + block,
+    TileBuffers b{rows * job.source_row_bytes, rows * job.target_row_bytes + block,
                   std::min(job.rows, chunk_rows(job.row_elements)) * job.row_elements * sizeof(float)};
     if (!std::all_of(job.importance_rows.begin(), job.importance_rows.end(), as_is))
         b.importance = (job.merge ? 2 : 1) * job.row_elements * sizeof(float);

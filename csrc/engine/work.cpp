@@ -2,93 +2,16 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "base/error.hpp"
-#include "quant/rows.hpp"
+#include "quant/types.hpp"
 
 namespace pgs {
 
 namespace {
 
-// Rows [first, first + count), of type `type`: decode a chunk, encode it, next chunk.
-void encode_tile(const Job& job, std::int32_t type, std::uint64_t first, std::uint64_t count, const std::byte* source,
-                 Buffers& buffers, std::byte* target, const Cancel& cancel) {
-    float* const floats = floats_of(buffers.floats);
-    static const std::int32_t f32 = type_from_name("F32");
-    const std::uint64_t source_row = row_bytes(type, job.row_elements);
-    const std::uint64_t target_row = row_bytes(job.target_type, job.row_elements);
-    const std::uint64_t per_importance = job.importance_rows.empty() ? 0 : job.rows / job.importance_rows.size();
-    const std::uint64_t step = chunk_rows(job.row_elements);
-    for (std::uint64_t row = first; row < first + count;) {
-        cancel.check();
-        std::uint64_t n = std::min(step, first + count - row);
-        const float* importance = nullptr;
-        if (per_importance) {  // a chunk never crosses from one importance row to the next
-            n = std::min(n, per_importance - row % per_importance);
-            importance = buffers.importance.row(job, row / per_importance);
-        }
-        const std::byte* from = source + (row - first) * source_row;
-        const bool as_is = type == f32 && reinterpret_cast<std::uintptr_t>(from) % alignof(float) == 0;
-        if (!as_is) decode_rows(type, from, floats, n, job.row_elements);
-        encode_rows(job.target_type, as_is ? reinterpret_cast<const float*>(from) : floats,
-                    target + (row - first) * target_row, n, job.row_elements, importance, row, job.best);
-        row += n;
-    }
-}
-
-// Rows [first, first + count), all of one group: c + sum w (x - c), which leaves a centroid c alone where its members are
-// equal to it. A single expert whose type stays is copied.
-void merge_tile(const Job& job, std::uint64_t first, std::uint64_t count, const RunReader& reader, Buffers& buffers,
-                std::byte* target, const Cancel& cancel) {
-    static const std::int32_t f32 = type_from_name("F32");
-    const Merge& merge = *job.merge;
-    const std::uint64_t k = job.row_elements, rows = merge.slice_rows, begin = first % rows;
-    const std::uint64_t source_row = row_bytes(job.source_type, k);
-    const auto& group = merge.groups[first / rows];
-    std::byte* const source = buffers.source.get();
-    const bool single = group.size() == 1 && group[0].order == Merge::as_is;
-    if (single) {
-        const bool copy = job.source_type == job.target_type;
-        reader.read_at((group[0].slice * rows + begin) * source_row, {copy ? target : source, count * source_row});
-        if (!copy) encode_tile(job, job.source_type, first, count, source, buffers, target, cancel);
-        return;
-    }
-    float* const row = floats_of(buffers.floats);
-    float* const sum = floats_of(buffers.sums);
-    float* const centroid = sum + count * k;
-    for (const Merge::Part& part : group) {
-        const std::uint64_t slice = part.slice * rows;
-        const std::uint32_t* order = part.order == Merge::as_is ? nullptr : merge.orders[part.order].data();
-        const bool mixed = order && !merge.columns;  // rows of the tile lie anywhere in the slice
-        const bool whole = count == rows;
-        if (!mixed || whole) {
-            reader.read_at((slice + begin) * source_row, {source, count * source_row});
-        } else {
-            for (std::uint64_t i = 0; i < count; ++i)
-                reader.read_at((slice + order[begin + i]) * source_row, {source + i * source_row, source_row});
-        }
-        const bool is_first = &part == group.data();
-        for (std::uint64_t i = 0; i < count; ++i) {
-            if (i % 64 == 0) cancel.check();
-            const std::uint64_t from = mixed && whole ? order[i] : i;
-            decode_rows(job.source_type, source + from * source_row, row, 1, k);
-            float* const s = sum + i * k;
-            float* const c = centroid + i * k;
-            const bool permute = order && merge.columns;
-            for (std::uint64_t j = 0; j < k; ++j) {
-                const float x = row[permute ? order[j] : j];
-                if (is_first)
-                    s[j] = c[j] = x;
-                else
-                    s[j] += part.weight * (x - c[j]);
-            }
-        }
-    }
-    encode_tile(job, f32, first, count, reinterpret_cast<const std::byte*>(sum), buffers, target, cancel);
-}
-
-void remap_tile(const Job& job, const std::byte* source, std::byte* target, std::uint64_t bytes) {
-    const Remap& remap = *job.remap;
+void remap_ids(const Remap& remap, const std::byte* source, std::byte* target, std::uint64_t bytes) {
     std::vector<std::int32_t> column(remap.column);
     const std::uint64_t column_bytes = remap.column * sizeof(std::int32_t);
     for (std::uint64_t at = 0; at < bytes; at += column_bytes) {
@@ -115,49 +38,129 @@ void remap_tile(const Job& job, const std::byte* source, std::byte* target, std:
     }
 }
 
-TileWork copy(const Job&, const Tile& tile, const RunReader& reader, std::byte* target) {
-    reader.read_at(tile.first, {target, tile.count});
+}  // namespace
+
+TileMaker::TileMaker(const Job& job, const Sources& sources) : job_(job), reader_(job, sources) {
+    const Work work = work_of(job);
+    if (work != Work::encode && work != Work::merge) return;
+    const TypeFacts& source = type_facts(job.source_type);
+    const TypeFacts& target = type_facts(job.target_type);
+    if (source.decodes) decoder_.emplace(source, job.row_elements);
+    if (target.encodes) encoder_.emplace(target, job.row_elements, job.best);
+}
+
+TileWork TileMaker::make(const Tile& tile, Buffers& buffers, std::byte* target, const Cancel& cancel) const {
+    switch (work_of(job_)) {
+        case Work::literal:
+        case Work::move: return copy(tile, target);
+        case Work::remap: return remap(tile, buffers, target);
+        case Work::encode: return encode(tile, buffers, target, cancel);
+        case Work::merge: return merge(tile, buffers, target, cancel);
+    }
+    return {};
+}
+
+TileWork TileMaker::copy(const Tile& tile, std::byte* target) const {
+    reader_.read_at(tile.first, {target, tile.count});
     return {tile.count, 0};
 }
 
-TileWork remap(const Job& job, const Tile& tile, const RunReader& reader, Buffers& buffers, std::byte* target) {
-    const std::uint64_t row = row_bytes(job.source_type, job.row_elements), nbytes = tile.count * row;
-    std::byte* const source = buffers.source.get();
-    reader.read_at(tile.first * row, {source, nbytes});
-    remap_tile(job, source, target, nbytes);
+TileWork TileMaker::remap(const Tile& tile, Buffers& buffers, std::byte* target) const {
+    const std::uint64_t nbytes = tile.count * job_.source_row_bytes;
+    reader_.read_at(tile.first * job_.source_row_bytes, {buffers.source.get(), nbytes});
+    remap_ids(*job_.remap, buffers.source.get(), target, nbytes);
     return {nbytes, 0};
 }
 
-TileWork encode(const Job& job, const Tile& tile, const RunReader& reader, Buffers& buffers, std::byte* target,
-                const Cancel& cancel) {
-    const std::uint64_t row = row_bytes(job.source_type, job.row_elements), nbytes = tile.count * row;
-    std::byte* const source = buffers.source.get();
-    reader.read_at(tile.first * row, {source, nbytes});
-    encode_tile(job, job.source_type, tile.first, tile.count, source, buffers, target, cancel);
-    return {nbytes, tile.count * job.row_elements};
+TileWork TileMaker::encode(const Tile& tile, Buffers& buffers, std::byte* target, const Cancel& cancel) const {
+    const std::uint64_t nbytes = tile.count * job_.source_row_bytes;
+    reader_.read_at(tile.first * job_.source_row_bytes, {buffers.source.get(), nbytes});
+    encode_rows(tile, buffers.source.get(), &*decoder_, buffers, target, cancel);
+    return {nbytes, tile.count * job_.row_elements};
 }
 
-TileWork merge(const Job& job, const Tile& tile, const RunReader& reader, Buffers& buffers, std::byte* target,
-               const Cancel& cancel) {
-    const auto& group = job.merge->groups[tile.first / job.merge->slice_rows];
-    merge_tile(job, tile.first, tile.count, reader, buffers, target, cancel);
-    const bool encoded = group.size() > 1 || job.source_type != job.target_type;
-    return {group.size() * tile.count * row_bytes(job.source_type, job.row_elements),
-            encoded ? tile.count * job.row_elements : 0};
-}
-
-}  // namespace
-
-TileWork do_tile(const Job& job, const Tile& tile, const RunReader& reader, Buffers& buffers, std::byte* target,
-                 const Cancel& cancel) {
-    switch (work_of(job)) {
-        case Work::literal: break;
-        case Work::move: return copy(job, tile, reader, target);
-        case Work::remap: return remap(job, tile, reader, buffers, target);
-        case Work::encode: return encode(job, tile, reader, buffers, target, cancel);
-        case Work::merge: return merge(job, tile, reader, buffers, target, cancel);
+// The rows of `tile`, which are at `source`: decode a chunk, encode it, next chunk. Without a decoder they are float32.
+void TileMaker::encode_rows(const Tile& tile, const std::byte* source, const Decoder* decoder, Buffers& buffers,
+                            std::byte* target, const Cancel& cancel) const {
+    const std::uint64_t source_row = decoder ? job_.source_row_bytes : job_.row_elements * sizeof(float);
+    const std::uint64_t per_importance = job_.importance_rows.empty() ? 0 : job_.rows / job_.importance_rows.size();
+    const std::uint64_t step = chunk_rows(job_.row_elements);
+    for (std::uint64_t done = 0; done < tile.count;) {
+        cancel.check();
+        const std::uint64_t row = tile.first + done;
+        std::uint64_t n = std::min(step, tile.count - done);
+        const float* importance = nullptr;
+        if (per_importance) {  // a chunk never crosses from one importance row to the next
+            n = std::min(n, per_importance - row % per_importance);
+            importance = buffers.importance.row(job_, row / per_importance);
+        }
+        const std::byte* from = source + done * source_row;
+        const float* values = decoder ? decoder->in_place(from) : reinterpret_cast<const float*>(from);
+        if (!values) {
+            float* const floats = floats_of(buffers.floats);
+            decoder->decode(from, floats, n);
+            values = floats;
+        }
+        encoder_->encode(values, target + done * job_.target_row_bytes, n, importance, row);
+        done += n;
     }
-    return {};
+}
+
+// All rows of a tile are of one group: c + sum w (x - c), which leaves a centroid c alone where its members are equal to
+// it. A single expert whose type stays is copied.
+TileWork TileMaker::merge(const Tile& tile, Buffers& buffers, std::byte* target, const Cancel& cancel) const {
+    const Merge& merge = *job_.merge;
+    const auto& group = merge.groups[tile.first / merge.slice_rows];
+    const std::uint64_t nbytes = tile.count * job_.source_row_bytes;
+    const bool converts = job_.source_type != job_.target_type;
+    const TileWork work{group.size() * nbytes, group.size() > 1 || converts ? tile.count * job_.row_elements : 0};
+    if (group.size() == 1 && group[0].order == Merge::as_is) {
+        std::byte* const source = buffers.source.get();
+        const std::uint64_t row = group[0].slice * merge.slice_rows + tile.first % merge.slice_rows;
+        reader_.read_at(row * job_.source_row_bytes, {converts ? source : target, nbytes});
+        if (converts) encode_rows(tile, source, &*decoder_, buffers, target, cancel);
+        return work;
+    }
+    for (const Merge::Part& part : group) add_member(part, &part == group.data(), tile, buffers, cancel);
+    encode_rows(tile, buffers.sums.get(), nullptr, buffers, target, cancel);
+    return work;
+}
+
+// Adds a member of a group to the sum of the tile's rows, in buffers.sums; behind the sum are the rows of the first one,
+// the centroid.
+void TileMaker::add_member(const Merge::Part& part, bool is_first, const Tile& tile, Buffers& buffers,
+                           const Cancel& cancel) const {
+    const Merge& merge = *job_.merge;
+    const std::uint64_t k = job_.row_elements, rows = merge.slice_rows, begin = tile.first % rows;
+    const std::uint64_t source_row = job_.source_row_bytes, slice = part.slice * rows;
+    std::byte* const source = buffers.source.get();
+    float* const row = floats_of(buffers.floats);
+    float* const sums = floats_of(buffers.sums);
+    float* const centroids = sums + tile.count * k;
+    const std::uint32_t* order = part.order == Merge::as_is ? nullptr : merge.orders[part.order].data();
+    const bool mixed = order && !merge.columns;  // rows of the tile lie anywhere in the slice
+    const bool permute = order && merge.columns;
+    const bool whole = tile.count == rows;
+    if (!mixed || whole) {
+        reader_.read_at((slice + begin) * source_row, {source, tile.count * source_row});
+    } else {
+        for (std::uint64_t i = 0; i < tile.count; ++i)
+            reader_.read_at((slice + order[begin + i]) * source_row, {source + i * source_row, source_row});
+    }
+    for (std::uint64_t i = 0; i < tile.count; ++i) {
+        if (i % 64 == 0) cancel.check();
+        const std::uint64_t from = mixed && whole ? order[i] : i;
+        decoder_->decode(source + from * source_row, row, 1);
+        float* const sum = sums + i * k;
+        float* const centroid = centroids + i * k;
+        for (std::uint64_t j = 0; j < k; ++j) {
+            const float x = row[permute ? order[j] : j];
+            if (is_first)
+                sum[j] = centroid[j] = x;
+            else
+                sum[j] += part.weight * (x - centroid[j]);
+        }
+    }
 }
 
 }  // namespace pgs

@@ -10,13 +10,20 @@
 
 namespace pgs {
 
-// What the reader and writer need to know of a ggml type; filled from ggml by quant/types, index = type id.
+// The facts of a ggml type; quant/types.cpp asks the linked ggml. The reader and the writer need the first four.
 struct TypeFacts {
+    std::int32_t id = -1;
     std::string name;         // upper case, "Q4_K"; empty: no such type
     std::uint64_t block = 0;  // elements per block
     std::uint64_t block_bytes = 0;
+    bool quantized = false;
+    bool encodes = false;           // from float32
+    bool decodes = false;           // to float32
+    bool needs_importance = false;  // ggml refuses to encode without
+    bool uses_importance = false;   // an importance changes the bytes
+    bool has_best = false;          // there is an encoder with less error than ggml's; it uses importance
 };
-using TypeTable = std::vector<TypeFacts>;
+using TypeTable = std::vector<TypeFacts>;  // index = id
 
 enum class ValueType : std::uint32_t { u8, i8, u16, i16, u32, i32, f32, boolean, str, array, u64, i64, f64 };
 inline constexpr std::uint32_t value_type_count = 13;

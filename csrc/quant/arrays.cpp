@@ -20,11 +20,11 @@ void over_rows(RowsOf shape, int threads, Cancel& cancel, const std::function<vo
 
 }  // namespace
 
-void quantize_rows(std::int32_t type, RowsOf shape, const float* source, std::span<const float> importance,
+void quantize_rows(const TypeFacts& type, RowsOf shape, const float* source, std::span<const float> importance,
                    std::byte* target, bool best, int threads, Cancel& cancel, const std::function<void()>& poll) {
     const std::uint64_t k = shape.row_elements, bytes = row_bytes(type, k);
     std::uint64_t per_importance = 0;  // rows that share an importance row
-    if (!importance.empty() && (type_uses_importance(type) || (best && type_has_best(type)))) {
+    if (!importance.empty() && (type.uses_importance || (best && type.has_best))) {
         const std::uint64_t groups = k ? importance.size() / k : 0;
         if (groups == 0 || groups * k != importance.size() || shape.rows % groups)
             throw Error(Kind::bad_plan, "importance does not fit the rows")
@@ -33,22 +33,24 @@ void quantize_rows(std::int32_t type, RowsOf shape, const float* source, std::sp
         check_importance(importance.data(), groups, k);
         per_importance = std::max<std::uint64_t>(1, shape.rows / groups);
     }
+    const Encoder encoder(type, k, best);
     over_rows(shape, threads, cancel, poll, [&](std::uint64_t first, std::uint64_t count) {
         while (count) {  // never across from one importance row to the next
             const std::uint64_t n = per_importance ? std::min(count, per_importance - first % per_importance) : count;
-            encode_rows(type, source + first * k, target + first * bytes, n, k,
-                        per_importance ? importance.data() + first / per_importance * k : nullptr, first, best);
+            encoder.encode(source + first * k, target + first * bytes, n,
+                           per_importance ? importance.data() + first / per_importance * k : nullptr, first);
             first += n;
             count -= n;
         }
     });
 }
 
-void dequantize_rows(std::int32_t type, RowsOf shape, const std::byte* source, float* target, int threads,
+void dequantize_rows(const TypeFacts& type, RowsOf shape, const std::byte* source, float* target, int threads,
                      Cancel& cancel, const std::function<void()>& poll) {
     const std::uint64_t k = shape.row_elements, bytes = row_bytes(type, k);
+    const Decoder decoder(type, k);
     over_rows(shape, threads, cancel, poll, [&](std::uint64_t first, std::uint64_t count) {
-        decode_rows(type, source + first * bytes, target + first * k, count, k);
+        decoder.decode(source + first * bytes, target + first * k, count);
     });
 }
 

@@ -17,10 +17,10 @@ struct RowsOf {
 // `importance` is empty, or holds groups x row_elements values: rows / groups consecutive rows share one. Error(bad_plan)
 // for an importance that does not fit or that check_importance refuses; a type that ignores importance ignores it.
 // `target` holds rows * row_bytes bytes. threads: see thread_count. poll: see parallel_for.
-void quantize_rows(std::int32_t type, RowsOf shape, const float* source, std::span<const float> importance,
+void quantize_rows(const TypeFacts& type, RowsOf shape, const float* source, std::span<const float> importance,
                    std::byte* target, bool best, int threads, Cancel& cancel, const std::function<void()>& poll);
 
-void dequantize_rows(std::int32_t type, RowsOf shape, const std::byte* source, float* target, int threads,
+void dequantize_rows(const TypeFacts& type, RowsOf shape, const std::byte* source, float* target, int threads,
                      Cancel& cancel, const std::function<void()>& poll);
 
 }  // namespace pgs

@@ -12,7 +12,6 @@
 #include "ggml.h"
 #include "quant/dispatch.hpp"
 #include "quant/grids.hpp"
-#include "quant/lanes/sets.hpp"
 
 // ggml is compiled with these names in place of printf and fprintf: a library inside a Python host must not print.
 extern "C" {
@@ -50,23 +49,6 @@ Error value_error(const char* problem, std::uint64_t row, std::uint64_t column, 
     return e;
 }
 
-// What ggml wrote but its own validation, and so llama.cpp, rejects: an infinite scale or half, an MXFP4 exponent of 255
-// (written where the largest value of a block lies in [2^-126, 2^-125)).
-Error invalid_error(std::int32_t type, const float* source, const std::byte* target, std::uint64_t rows,
-                    std::uint64_t row_elements, std::uint64_t first_row) {
-    const TypeFacts& facts = type_table()[type];
-    if (const auto bad = first_invalid_block(type, target, rows * row_bytes(type, row_elements))) {
-        const std::uint64_t at = *bad * facts.block;
-        const float* x = source + at;
-        const float* largest =
-            std::max_element(x, x + facts.block, [](float a, float b) { return (a < 0 ? -a : a) < (b < 0 ? -b : b); });
-        return value_error((facts.name + " has no valid encoding of the block").c_str(), first_row + at / row_elements,
-                           at % row_elements, *largest)
-            .advise("its largest value is out of range; choose another type for this tensor");
-    }
-    return Error(Kind::bad_plan, facts.name + " has no valid encoding of these values");
-}
-
 }  // namespace
 
 std::uint64_t chunk_rows(std::uint64_t row_elements) {
@@ -74,71 +56,101 @@ std::uint64_t chunk_rows(std::uint64_t row_elements) {
     return std::max<std::uint64_t>(1, chunk_elements / std::max<std::uint64_t>(1, row_elements));
 }
 
-void decode_rows(std::int32_t type, const std::byte* source, float* target, std::uint64_t rows,
-                 std::uint64_t row_elements) {
-    if (!type_can_decode(type)) throw Error(Kind::unsupported, "no decoder for this type").got(type_table()[type].name);
-    const std::uint64_t elements = rows * row_elements;
+Decoder::Decoder(const TypeFacts& type, std::uint64_t row_elements)
+    : row_elements_(row_elements),
+      row_bytes_(row_bytes(type, row_elements)),
+      is_float32_(type.id == GGML_TYPE_F32),
+      lane_(kernels().decode[type.id]),
+      ggml_(ggml_get_type_traits(static_cast<ggml_type>(type.id))->to_float) {
+    if (!type.decodes) throw Error(Kind::unsupported, "no decoder for this type").got(type.name);
+}
+
+void Decoder::decode(const std::byte* source, float* target, std::uint64_t rows) const {
+    const std::uint64_t elements = rows * row_elements_;
     if (elements == 0) return;
-    if (type == GGML_TYPE_F32) {
+    if (is_float32_) {
         std::memcpy(target, source, elements * sizeof(float));
         return;
     }
-    if (const Decode decode = kernels().decode[type])
-        return decode(reinterpret_cast<const unsigned char*>(source), target, elements);
+    if (lane_) return lane_(reinterpret_cast<const unsigned char*>(source), target, elements);
     std::vector<std::byte> aligned;
     if (reinterpret_cast<std::uintptr_t>(source) % 4 != 0) {  // the block structs of ggml hold 16- and 32-bit members
-        aligned.assign(source, source + rows * row_bytes(type, row_elements));
+        aligned.assign(source, source + rows * row_bytes_);
         source = aligned.data();
     }
-    ggml_get_type_traits(static_cast<ggml_type>(type))->to_float(source, target, static_cast<std::int64_t>(elements));
+    ggml_(source, target, static_cast<std::int64_t>(elements));
 }
 
-bool type_has_best(std::int32_t type) { return lanes::scalar::kernels.encode_best[type] != nullptr; }
+const float* Decoder::in_place(const std::byte* source) const {
+    const bool as_is = is_float32_ && reinterpret_cast<std::uintptr_t>(source) % alignof(float) == 0;
+    return as_is ? reinterpret_cast<const float*>(source) : nullptr;
+}
 
-void encode_rows(std::int32_t type, const float* source, std::byte* target, std::uint64_t rows,
-                 std::uint64_t row_elements, const float* importance, std::uint64_t first_row, bool best) {
-    if (!type_can_encode(type)) throw Error(Kind::unsupported, "no encoder for this type").got(type_table()[type].name);
-    const std::uint64_t elements = rows * row_elements;
+Encoder::Encoder(const TypeFacts& type, std::uint64_t row_elements, bool best)
+    : type_(type),
+      row_elements_(row_elements),
+      row_bytes_(row_bytes(type, row_elements)),
+      lanes_(kernels()),
+      best_(best && type.has_best) {
+    if (!type.encodes) throw Error(Kind::unsupported, "no encoder for this type").got(type.name);
+}
+
+// What ggml wrote but its own validation, and so llama.cpp, rejects: an infinite scale or half, an MXFP4 exponent of 255
+// (written where the largest value of a block lies in [2^-126, 2^-125)).
+Error Encoder::invalid(const float* source, const std::byte* target, std::uint64_t rows,
+                       std::uint64_t first_row) const {
+    const auto bad = first_invalid_block(type_, target, rows * row_bytes_);
+    if (!bad) return Error(Kind::bad_plan, type_.name + " has no valid encoding of these values");
+    const std::uint64_t at = *bad * type_.block;
+    const float* x = source + at;
+    const float* largest =
+        std::max_element(x, x + type_.block, [](float a, float b) { return (a < 0 ? -a : a) < (b < 0 ? -b : b); });
+    return value_error((type_.name + " has no valid encoding of the block").c_str(), first_row + at / row_elements_,
+                       at % row_elements_, *largest)
+        .advise("its largest value is out of range; choose another type for this tensor");
+}
+
+void Encoder::encode(const float* source, std::byte* target, std::uint64_t rows, const float* importance,
+                     std::uint64_t first_row) const {
+    const std::uint64_t elements = rows * row_elements_;
     if (elements == 0) return;
-    const Kernels& lanes = kernels();
-    const std::uint32_t largest = lanes.largest(source, elements);
+    const std::uint32_t largest = lanes_.largest(source, elements);
     if (largest >= infinity_bits) {
         for (std::uint64_t i = 0; i < elements; ++i)
             if (!std::isfinite(source[i]))
-                throw value_error("not a finite number", first_row + i / row_elements, i % row_elements, source[i]);
+                throw value_error("not a finite number", first_row + i / row_elements_, i % row_elements_, source[i]);
     }
-    if (!importance && type_needs_importance(type))
-        throw Error(Kind::bad_plan, "this type needs an importance matrix").got(type_table()[type].name);
-    best = best && type_has_best(type);
-    if (!best && !type_uses_importance(type)) importance = nullptr;
-    const Grid* grid = grid_of(type);
+    if (!importance && type_.needs_importance)
+        throw Error(Kind::bad_plan, "this type needs an importance matrix").got(type_.name);
+    if (!best_ && !type_.uses_importance) importance = nullptr;
+    const Grid* grid = grid_of(type_.id);
     const bool ordinary =
-        largest < extreme_bits && (!importance || lanes.largest(importance, row_elements) < extreme_bits);
-    auto encoded_by = [&](Encode encode) {
-        return ordinary && encode &&
-               encode({source, importance, rows, row_elements, reinterpret_cast<unsigned char*>(target), grid});
+        largest < extreme_bits && (!importance || lanes_.largest(importance, row_elements_) < extreme_bits);
+    auto encoded_by = [&](pgs::Encode kernel) {
+        return ordinary && kernel &&
+               kernel({source, importance, rows, row_elements_, reinterpret_cast<unsigned char*>(target), grid});
     };
-    bool done = encoded_by(best ? lanes.encode_best[type] : lanes.encode[type]);
-    if (!done && best) {  // only the rows that need it become ggml's
-        const std::uint64_t bytes = row_bytes(type, row_elements);
-        for (std::uint64_t row = 0; rows > 1 && row < rows; ++row)
-            encode_rows(type, source + row * row_elements, target + row * bytes, 1, row_elements, importance,
-                        first_row + row, true);
-        if (rows > 1) return;
-        done = encoded_by(lanes.encode[type]);
+    bool done = encoded_by(best_ ? lanes_.encode_best[type_.id] : lanes_.encode[type_.id]);
+    if (!done && best_) {
+        if (rows > 1) {  // only the rows that need it become ggml's
+            for (std::uint64_t row = 0; row < rows; ++row)
+                encode(source + row * row_elements_, target + row * row_bytes_, 1, importance, first_row + row);
+            return;
+        }
+        done = encoded_by(lanes_.encode[type_.id]);
     }
+    const auto id = static_cast<ggml_type>(type_.id);
     if (!done) {
         install_abort_net();
-        ggml_quantize_chunk(static_cast<ggml_type>(type), source, target, 0, static_cast<std::int64_t>(rows),
-                            static_cast<std::int64_t>(row_elements), type_uses_importance(type) ? importance : nullptr);
+        ggml_quantize_chunk(id, source, target, 0, static_cast<std::int64_t>(rows),
+                            static_cast<std::int64_t>(row_elements_), type_.uses_importance ? importance : nullptr);
     }
-    if (!ggml_validate_row_data(static_cast<ggml_type>(type), target, rows * row_bytes(type, row_elements)))
-        throw invalid_error(type, source, target, rows, row_elements, first_row);
+    if (!ggml_validate_row_data(id, target, rows * row_bytes_)) throw invalid(source, target, rows, first_row);
 }
 
-std::optional<std::uint64_t> first_invalid_block(std::int32_t type, const std::byte* data, std::uint64_t nbytes) {
-    const std::uint64_t bytes = row_bytes(type, type_table().at(static_cast<std::size_t>(type)).block);
-    const auto id = static_cast<ggml_type>(type);
+std::optional<std::uint64_t> first_invalid_block(const TypeFacts& type, const std::byte* data, std::uint64_t nbytes) {
+    const std::uint64_t bytes = type.block_bytes;
+    const auto id = static_cast<ggml_type>(type.id);
     constexpr std::uint64_t step = 4096;  // blocks: look at single ones only where some are bad
     for (std::uint64_t block = 0; block < nbytes / bytes; block += step) {
         const std::uint64_t n = std::min(step, nbytes / bytes - block);

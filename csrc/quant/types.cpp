@@ -6,6 +6,7 @@
 
 #include "base/error.hpp"
 #include "ggml.h"
+#include "quant/lanes/sets.hpp"
 
 namespace pgs {
 
@@ -16,21 +17,41 @@ std::string upper(std::string text) {
     return text;
 }
 
+// ggml cannot be asked this; tests/test_quant.py proves the list against its output.
+bool importance_changes(std::int32_t type) {
+    switch (type) {
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_MXFP4:
+        case GGML_TYPE_NVFP4:
+        case GGML_TYPE_TQ1_0:
+        case GGML_TYPE_TQ2_0:
+        case GGML_TYPE_Q1_0:
+        case GGML_TYPE_Q2_0: return false;
+        default: return true;
+    }
+}
+
 TypeTable ask_ggml() {
     TypeTable table(GGML_TYPE_COUNT);
-    for (int id = 0; id < GGML_TYPE_COUNT; ++id) {
+    for (std::int32_t id = 0; id < GGML_TYPE_COUNT; ++id) {
         const ggml_type_traits* traits = ggml_get_type_traits(static_cast<ggml_type>(id));
         // Removed types keep a slot ("DEPRECATED") with no size.
         if (!traits->type_name || traits->blck_size <= 0 || traits->type_size == 0) continue;
-        table[id] = {upper(traits->type_name), static_cast<std::uint64_t>(traits->blck_size), traits->type_size};
+        TypeFacts& facts = table[static_cast<std::size_t>(id)];
+        facts.id = id;
+        facts.name = upper(traits->type_name);
+        facts.block = static_cast<std::uint64_t>(traits->blck_size);
+        facts.block_bytes = traits->type_size;
+        facts.quantized = traits->is_quantized;
+        facts.decodes = id == GGML_TYPE_F32 || traits->to_float != nullptr;
+        // ggml_quantize_chunk takes exactly the types that ggml can also decode (Q8_1 and Q8_K, which exist only inside
+        // dot products, have no to_float).
+        facts.encodes = facts.decodes;
+        facts.needs_importance = ggml_quantize_requires_imatrix(static_cast<ggml_type>(id));
+        facts.uses_importance = facts.quantized && facts.encodes && importance_changes(id);
+        facts.has_best = lanes::scalar::kernels.encode_best[id] != nullptr;  // each set has the same
     }
     return table;
-}
-
-const ggml_type_traits& traits(std::int32_t type) {
-    if (type < 0 || type >= GGML_TYPE_COUNT || type_table()[type].name.empty())
-        throw Error(Kind::unsupported, "unknown tensor type").got(std::to_string(type));
-    return *ggml_get_type_traits(static_cast<ggml_type>(type));
 }
 
 std::size_t edit_distance(const std::string& a, const std::string& b) {
@@ -55,6 +76,14 @@ const TypeTable& type_table() {
     return table;
 }
 
+const TypeFacts& type_facts(std::int32_t type) {
+    const TypeTable& table = type_table();
+    if (type < 0 || static_cast<std::size_t>(type) >= table.size() ||
+        table[static_cast<std::size_t>(type)].name.empty())
+        throw Error(Kind::unsupported, "unknown tensor type").got(std::to_string(type));
+    return table[static_cast<std::size_t>(type)];
+}
+
 std::int32_t type_from_name(const std::string& name) {
     const std::string wanted = upper(name);
     const TypeTable& table = type_table();
@@ -70,41 +99,11 @@ std::int32_t type_from_name(const std::string& name) {
     throw Error(Kind::unsupported, "unknown tensor type").got(name).advise(hint);
 }
 
-bool type_is_quantized(std::int32_t type) { return traits(type).is_quantized; }
-
-bool type_can_decode(std::int32_t type) { return type == GGML_TYPE_F32 || traits(type).to_float != nullptr; }
-
-// ggml_quantize_chunk takes exactly the types that ggml can also decode (Q8_1 and Q8_K, which exist only inside dot
-// products, have no to_float).
-bool type_can_encode(std::int32_t type) { return type_can_decode(type); }
-
-bool type_needs_importance(std::int32_t type) {
-    traits(type);
-    return ggml_quantize_requires_imatrix(static_cast<ggml_type>(type));
-}
-
-// ggml cannot be asked this; tests/test_quant.py proves the list against its output.
-bool type_uses_importance(std::int32_t type) {
-    if (!traits(type).is_quantized || !type_can_encode(type)) return false;
-    switch (type) {
-        case GGML_TYPE_Q8_0:
-        case GGML_TYPE_MXFP4:
-        case GGML_TYPE_NVFP4:
-        case GGML_TYPE_TQ1_0:
-        case GGML_TYPE_TQ2_0:
-        case GGML_TYPE_Q1_0:
-        case GGML_TYPE_Q2_0: return false;
-        default: return true;
-    }
-}
-
-std::uint64_t row_bytes(std::int32_t type, std::uint64_t elements) {
-    traits(type);
+std::uint64_t row_bytes(const TypeFacts& type, std::uint64_t elements) {
     // No block has 128 bytes per element, so that sums and small multiples of the result do not overflow either.
     if (elements > (std::uint64_t{1} << 56))
         throw Error(Kind::bad_plan, "a row is too long").got(std::to_string(elements));
-    const TypeFacts& facts = type_table()[type];
-    return elements / facts.block * facts.block_bytes;
+    return elements / type.block * type.block_bytes;
 }
 
 const char* ggml_version_text() { return ggml_version(); }

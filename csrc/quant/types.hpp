@@ -9,17 +9,15 @@ namespace pgs {
 
 const TypeTable& type_table();
 
+// Error(unsupported) for a number that no type has.
+const TypeFacts& type_facts(std::int32_t type);
+
 // Id of a type by its name in any case ("q4_k", "Q4_K"); Error(unsupported) names the nearest ones.
 std::int32_t type_from_name(const std::string& name);
 
-bool type_is_quantized(std::int32_t type);
-bool type_can_encode(std::int32_t type);  // from float32
-bool type_can_decode(std::int32_t type);  // to float32
-bool type_needs_importance(std::int32_t type);
-bool type_uses_importance(std::int32_t type);
-
 // `elements` must be a multiple of the block; Error(bad_plan) above 2^56.
-std::uint64_t row_bytes(std::int32_t type, std::uint64_t elements);
+std::uint64_t row_bytes(const TypeFacts& type, std::uint64_t elements);
+
 const char* ggml_version_text();
 
 }  // namespace pgs
