@@ -22,7 +22,7 @@ from ..architecture.keys import (
 )
 from ..architecture.names import layer_of
 from ..base.errors import BadPlan, Unsupported
-from ..files.lineage import KEPT, OF_EXPERTS
+from ..files.lineage import without_layers
 
 if TYPE_CHECKING:
     from ..plan_data.outcome import Draft
@@ -46,7 +46,7 @@ def drop(architecture: str, out: Draft, dropped: Collection[int]) -> None:
             continue
         if word != name and word in LAYER_NUMBERS:
             metadata[name] = like(value, [_renumber(name, x, gone) for x in whole_numbers(metadata, name) or ()])
-        elif word != name and word in PER_LAYER_KEYS or name in PER_LAYER_GLOBAL or name == KEPT:
+        elif word != name and word in PER_LAYER_KEYS or name in PER_LAYER_GLOBAL:
             # Cut by index: some are longer than the number of blocks, some leave the MTP blocks out.
             metadata[name] = like(value, [x for i, x in enumerate(value.value) if _number(i, gone) is not None])
         elif word != name and len(value) in lengths and word not in OTHER_ARRAYS:
@@ -104,13 +104,7 @@ def _new_name(name: str, gone: list[int]) -> str | None:
 
 def _rename(metadata: dict[str, Value], gone: list[int]) -> dict[str, Value]:
     """Keys and lists that name blocks, in their old places."""
-    result: dict[str, Value] = {}
-    for key, value in metadata.items():
-        match = OF_EXPERTS.fullmatch(key)
-        if match is None:
-            result[key] = value
-        elif (number := _number(int(match[1]), gone)) is not None:
-            result[f"pgs.experts.{number}.{match[2]}"] = value
+    result = without_layers(metadata, lambda layer: _number(layer, gone))
     names = result.get("general.tensor_extra.name")
     if names is None or names.type != "str[]":
         return result

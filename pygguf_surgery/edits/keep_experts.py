@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .._core import Value
 from ..architecture.experts import (
     SIGMOID,
     SOFTMAX,
@@ -25,7 +24,7 @@ from ..architecture.loader import MAX_EXPERTS, check_groups, used_experts
 from ..architecture.names import layer_of
 from ..base.errors import BadFile, BadPlan, SurgeryError, Unsupported
 from ..base.words import ranges
-from ..files.lineage import DROPPED, claim_source, set_size_label
+from ..files.lineage import record_cut, set_size_label
 from ..plan_data.edits import KeepExperts
 from ..plan_data.expressions import Copy, OutputTensor, Remap, Repaired, Slices, Take
 from ..plan_data.outcome import Draft
@@ -368,31 +367,9 @@ def _drop_mtp(architecture: str, out: Draft) -> range:
 def _set_metadata(
     model: Model, architecture: str, kept: Kept, edit: KeepExperts, mtp: Collection[int], out: Draft
 ) -> None:
-    metric = edit.metric
     metadata, old = out.metadata, read_count(getter(out.metadata), f"{architecture}.expert_count")
     n = len(next(iter(kept.values())))
     metadata[f"{architecture}.expert_count"] = like(metadata[f"{architecture}.expert_count"], n)
     set_size_label(metadata, old, n, out.warnings)
-    again = claim_source(model, metadata)  # True: a second cut in one plan
-    earlier = {layer: metadata[key].value for layer in kept if (key := f"pgs.experts.{layer}.kept") in metadata}
-    if again and (first := metadata.get("pgs.experts.metric")) and first.value != metric:
-        metric = f"{first.value}, {metric}"
-    merged = {layer: metadata[key].value for layer in kept if (key := f"pgs.experts.{layer}.merged") in metadata}
-    repaired = [layer for layer in kept if f"pgs.experts.{layer}.repaired" in metadata]
-    for key in [k for k in metadata if k.startswith("pgs.experts.")]:
-        del metadata[key]
-    metadata["pgs.experts.metric"] = Value(metric, "str")
-    for layer, ids in kept.items():
-        source = [i for i in ids if i is not None]
-        if layer in earlier:  # a number beyond those is a pad of that cut
-            source = [earlier[layer][i] for i in source if i < len(earlier[layer])]
-        metadata[f"pgs.experts.{layer}.kept"] = Value(source, "u32[]")
-        if len(source) < n:
-            metadata[f"pgs.experts.{layer}.padded"] = Value(n - len(source), "u32")
-        if again and layer in merged:  # old id -> id after the merge -> id now
-            now = {old: new for new, old in enumerate(ids)}
-            metadata[f"pgs.experts.{layer}.merged"] = Value([now.get(i, DROPPED) for i in merged[layer]], "u32[]")
-        if edit.repair is not None and layer not in mtp or again and layer in repaired:
-            metadata[f"pgs.experts.{layer}.repaired"] = Value(True, "bool")
-        if layer in edit.scores and not earlier:  # of all experts of the source
-            metadata[f"pgs.experts.{layer}.scores"] = Value(list(edit.scores[layer]), "f64[]")
+    repaired = [layer for layer in kept if layer not in mtp] if edit.repair is not None else []
+    record_cut(model, metadata, kept, metric=edit.metric, scores=edit.scores, repaired=repaired)

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .._core import Value
 from ..architecture.experts import NEURON_AXES, SCALES
 from ..architecture.names import layer_of
 from ..base.errors import BadPlan, SurgeryError, Unsupported
-from ..files.lineage import DROPPED
+from ..files.lineage import record_merge
 from ..plan_data.edits import KeepExperts, MergeExperts
 from ..plan_data.expressions import Copy, Group, Merge, OutputTensor, Take
 from ..plan_data.outcome import Draft
@@ -46,12 +45,9 @@ def apply(draft: Draft, edit: MergeExperts, context: Context) -> Draft:
             out.tensors[i] = _merged(before[tensor.name], tensor, edit.groups[layer])
         except SurgeryError as error:
             out.block(error)
-    for layer in sorted(merged & {layer_of(t.name) for t in out.tensors}):
-        new = [DROPPED] * experts[layer]
-        for number, group in enumerate(edit.groups[layer]):
-            for member in group.members:
-                new[member] = number
-        out.metadata[f"pgs.experts.{layer}.merged"] = Value(new, "u32[]")
+    if left := merged & {layer_of(t.name) for t in out.tensors}:
+        members = {layer: [group.members for group in edit.groups[layer]] for layer in left}
+        record_merge(out.metadata, members, experts)
     return out
 
 

@@ -10,13 +10,12 @@ import operator
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from .._core import Value
 from ..architecture.keys import getter, mtp_layers, read_count, whole_numbers
 from ..architecture.layers import KNOWN, RECURRENT, obstacles
 from ..architecture.loader import MAX_LAYERS
 from ..architecture.names import layer_of
 from ..base.errors import BadFile, BadPlan, SurgeryError
-from ..files.lineage import KEPT, claim_source, drop_size_label
+from ..files.lineage import drop_size_label, record_layers
 from ..plan_data.edits import PruneLayers
 from ..plan_data.outcome import Draft
 from . import blocks
@@ -32,8 +31,7 @@ def apply(draft: Draft, edit: PruneLayers, context: Context) -> Draft:
     """Drops the blocks that `edit` names and numbers the rest from 0. Reads no tensor data, changes nothing in place.
 
     All that is per block follows: names, arrays with one element per block, counts of leading dense and of MTP blocks,
-    lists of kept experts, general.tensor_extra. `pgs.layers.kept` lists the source's numbers of the blocks that are
-    left. What llama.cpp would not load or would compute otherwise becomes a blocker; nothing is raised.
+    lists of kept experts, general.tensor_extra. The result lists the source's numbers of the layers that are left. What llama.cpp would not load or would compute otherwise becomes a blocker; nothing is raised.
     """
     out, tensors, metadata = draft.copy(), draft.tensors, draft.metadata
     model = context.model
@@ -71,9 +69,7 @@ def apply(draft: Draft, edit: PruneLayers, context: Context) -> Draft:
         blocks.drop(architecture, out, dropped)
         _drop_interval(architecture, out, len(trunk))
         drop_size_label(out.metadata, out.warnings)
-        claim_source(model, out.metadata)
-        kept = [layer for layer in range(count) if layer not in dropped]
-        out.metadata.setdefault(KEPT, Value(kept, "u32[]"))  # there already: a second time, and cut by `drop`
+        record_layers(model, out.metadata, [layer for layer in range(count) if layer not in dropped])
     except SurgeryError as error:
         out.block(error)
     return out

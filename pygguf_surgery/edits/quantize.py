@@ -14,6 +14,7 @@ from ..architecture.keys import getter
 from ..architecture.names import layer_of
 from ..base.errors import BadPlan, SurgeryError
 from ..base.words import tensors_text, with_others
+from ..files.lineage import has_other_layers
 from ..plan_data.edits import Quantize, UseImatrix
 from ..plan_data.expressions import OutputTensor
 from ..plan_data.outcome import Draft, Faults
@@ -243,7 +244,7 @@ def _belongs(imatrix: Imatrix, model: Model, faults: Faults) -> bool:
         )
         return False
     block_count = model.metadata.get(f"{model.architecture}.block_count")
-    if "pgs.layers.kept" in model.metadata and isinstance(block_count, int):  # the layers have other numbers now
+    if has_other_layers(model.metadata) and isinstance(block_count, int):
         beyond = [name for name in strangers if (layer_of(name) or 0) >= block_count]
         if beyond:
             faults.block(

@@ -1,45 +1,290 @@
-"""What a file says of the file it was made from: the keys `pgs.*`, in one place."""
+"""What a file says of the file it was made from: the keys `pgs.*` of models, read and written here and nowhere else."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from .._core import Value, __version__
 from ..architecture.keys import getter, like, read_count
-from ..architecture.loader import MAX_EXPERTS
+from ..architecture.loader import MAX_EXPERTS, MAX_LAYERS
 from ..architecture.names import layer_of
+from ..base.errors import BadFile, BadPlan
+from ..plan_data.choices import Ids
 from ..plan_data.expressions import Slices
-from .model import Model, Tensor
 
-KEPT = "pgs.layers.kept"  # u32[]: the source's number of each block
-OF_EXPERTS = re.compile(r"pgs\.experts\.([0-9]+)\.(\w+)")
+if TYPE_CHECKING:
+    from .model import Model
+
+VERSION = "pgs.version"
+SOURCE_SHA256 = "pgs.source.header_sha256"
+SOURCE_NAME = "pgs.source.name"
+KEPT_LAYERS = "pgs.layers.kept"
+METRIC = "pgs.experts.metric"
+_EXPERTS = "pgs.experts."
+_OF_LAYER = re.compile(r"pgs\.experts\.([0-9]{1,9})\.(\w+)")  # pgs.experts.N.kept and so on
+
+DROPPED = 0xFFFFFFFF  # in `merged`: in no group
 
 _IDS = ("general.uuid", "general.doi", "general.source.uuid", "general.source.doi")  # of the original, not of this file
 _BASE_MODEL = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
 
 
-# --- what the result says of its source ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Lineage:
+    """What the keys say. Layers are numbers in this file; ids of experts are those of the source.
+
+    version: of the program that made the file. source_sha256, source_name: the hash of the source's header, its
+    general.name. layers: the source's number of each layer, None where none was dropped. metric: what chose the experts.
+    By layer: kept, ids of its experts, ascending; padded, how many experts of zeros follow them; merged, for each expert
+    of the source the one that it is in, or DROPPED; scores, of all experts of the source. repaired: layers whose down
+    projections are new.
+    """
+
+    version: str | None = None
+    source_sha256: str | None = None
+    source_name: str | None = None
+    layers: tuple[int, ...] | None = None
+    metric: str | None = None
+    kept: Ids = field(default_factory=dict)
+    padded: Mapping[int, int] = field(default_factory=dict)
+    merged: Ids = field(default_factory=dict)
+    scores: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    repaired: frozenset[int] = frozenset()
+
+    # --- the keys ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Value], *, strict: bool = False) -> Lineage:
+        """What a file says. A list that somebody changed into something else is as good as missing, or, if strict, a
+        BadFile."""
+
+        def ids(key: str) -> tuple[int, ...] | None:
+            value = metadata[key].value
+            if isinstance(value, list) and all(type(i) is int for i in value):
+                return tuple(value)
+            if strict:
+                raise BadFile("not an array of whole numbers", object=key)
+            return None
+
+        kept: Ids = {}
+        merged: Ids = {}
+        padded: dict[int, int] = {}
+        scores: dict[int, tuple[float, ...]] = {}
+        repaired: set[int] = set()
+        for key, value in metadata.items():
+            if (match := _OF_LAYER.fullmatch(key)) is None:
+                continue
+            layer, word = int(match[1]), match[2]
+            if word in ("kept", "merged"):
+                if (numbers := ids(key)) is not None:
+                    (kept if word == "kept" else merged)[layer] = numbers
+            elif word == "padded" and type(value.value) is int and 0 < value.value <= MAX_EXPERTS:
+                padded[layer] = value.value
+            elif word == "scores" and value.type == "f64[]":
+                scores[layer] = tuple(value.value)
+            elif word == "repaired":
+                repaired.add(layer)
+        texts = {
+            key: str(metadata[key].value) for key in (VERSION, SOURCE_SHA256, SOURCE_NAME, METRIC) if key in metadata
+        }
+        return cls(
+            version=texts.get(VERSION),
+            source_sha256=texts.get(SOURCE_SHA256),
+            source_name=texts.get(SOURCE_NAME),
+            layers=ids(KEPT_LAYERS) if KEPT_LAYERS in metadata else None,
+            metric=texts.get(METRIC),
+            kept=kept,
+            padded=padded,
+            merged=merged,
+            scores=scores,
+            repaired=frozenset(repaired),
+        )
+
+    def write(self, metadata: dict[str, Value]) -> None:
+        """Sets the keys of all that is known. Those that are there already keep their places."""
+        metadata.update(self._keys())
+
+    def _keys(self) -> Iterator[tuple[str, Value]]:
+        for key, text in (
+            (VERSION, self.version),
+            (SOURCE_SHA256, self.source_sha256),
+            (SOURCE_NAME, self.source_name),
+        ):
+            if text is not None:
+                yield key, Value(text, "str")
+        if self.layers is not None:
+            yield KEPT_LAYERS, Value(list(self.layers), "u32[]")
+        if self.metric is not None:
+            yield METRIC, Value(self.metric, "str")
+        for layer in sorted({*self.kept, *self.padded, *self.merged, *self.scores, *self.repaired}):
+            prefix = f"{_EXPERTS}{layer}."
+            if layer in self.kept:
+                yield prefix + "kept", Value(list(self.kept[layer]), "u32[]")
+            if layer in self.padded:
+                yield prefix + "padded", Value(self.padded[layer], "u32")
+            if layer in self.merged:
+                yield prefix + "merged", Value(list(self.merged[layer]), "u32[]")
+            if layer in self.repaired:
+                yield prefix + "repaired", Value(True, "bool")
+            if layer in self.scores:
+                yield prefix + "scores", Value(list(self.scores[layer]), "f64[]")
+
+    # --- what edits add ---------------------------------------------------------------------------------------------
+
+    def after_cut(
+        self, kept: Mapping[int, Slices], *, metric: str, scores: Mapping[int, Sequence[float]], repaired: Collection[int]
+    ) -> Lineage:
+        """After one more cut of experts. kept: ids as they are before it, None for experts of zeros; repaired: the layers
+        that it repaired. Ids of a first cut are the source's; those of a second count in what the first one left."""
+        now = replace(
+            self,
+            metric=metric if self.metric in (None, "", metric) else f"{self.metric}, {metric}",
+            kept={layer: self._source_ids(layer, ids) for layer, ids in kept.items()},
+            repaired=frozenset(repaired) | self.repaired & kept.keys(),
+            scores={} if self.kept else {layer: tuple(scores[layer]) for layer in kept if layer in scores},
+        )
+        return replace(
+            now,
+            padded={layer: n for layer, ids in kept.items() if (n := len(ids) - len(now.kept[layer]))},
+            merged={layer: _follow(self.merged[layer], ids) for layer, ids in kept.items() if layer in self.merged},
+        )
+
+    def _source_ids(self, layer: int, ids: Slices) -> tuple[int, ...]:
+        real = [i for i in ids if i is not None]
+        if layer not in self.kept:
+            return tuple(real)
+        before = self.kept[layer]
+        return tuple(before[i] for i in real if i < len(before))  # a number beyond those is an expert of zeros
+
+    def after_merge(self, groups: Mapping[int, Sequence[Sequence[int]]], experts: Mapping[int, int]) -> Lineage:
+        """After experts became one: by layer, the members of each group, and how many experts there were."""
+        merged = dict(self.merged)
+        for layer, members_of in groups.items():
+            group_of = {member: number for number, members in enumerate(members_of) for member in members}
+            merged[layer] = tuple(group_of.get(expert, DROPPED) for expert in range(experts[layer]))
+        return replace(self, merged=merged)
+
+    # --- a result beside its source ---------------------------------------------------------------------------------
+
+    def since(self, source: Lineage) -> Lineage:
+        """What happened between that file and this one. Lists that both have are of an earlier cut, whose experts and
+        layers have the same numbers in both."""
+        earlier = self.source_sha256 is not None and self.source_sha256 == source.source_sha256
+        return replace(
+            self,
+            layers=None if earlier else self.layers,
+            kept={} if earlier else self.kept,
+            padded={} if earlier else self.padded,
+            merged={layer: ids for layer, ids in self.merged.items() if layer not in source.merged},
+            repaired=self.repaired - source.repaired,
+        )
+
+    def slices(self) -> dict[int, Slices]:
+        """layer -> the id in the source of each expert, None for experts of zeros."""
+        return {layer: (*ids, *(None,) * self.padded.get(layer, 0)) for layer, ids in self.kept.items()}
+
+    def is_repaired(self, tensor: str) -> bool:
+        """Its numbers are others than those of the source, on purpose."""
+        return tensor.endswith(".ffn_down_exps.weight") and layer_of(tensor) in self.repaired
+
+    def merged_slices(self, tensor: str) -> set[int]:
+        """The experts of this tensor that were made of several of the source's."""
+        layer = layer_of(tensor)
+        if layer not in self.merged or not re.search(r"_exps\.(weight|bias)$", tensor):
+            return set()
+        return {expert for expert, n in Counter(self.merged[layer]).items() if n > 1}
 
 
-def claim_source(model: Model, metadata: dict[str, Value]) -> bool:
-    """Writes down which source this was cut from; True if an earlier edit of the plan did. What the source says of its
-    own source, and the ids of the original, go; the source becomes a base model."""
-    digest = metadata.get("pgs.source.header_sha256")
-    again = digest is not None and digest.value == model.header_sha256
-    if not again:
-        for key in [k for k in metadata if k in _IDS or k == KEPT or k.startswith("pgs.experts.")]:
+def _follow(merged: tuple[int, ...], ids: Slices) -> tuple[int, ...]:
+    """id in the source -> id after the merge -> id now."""
+    now = {old: new for new, old in enumerate(ids)}
+    return tuple(now.get(i, DROPPED) for i in merged)
+
+
+def source_experts(metadata: Mapping[str, Value]) -> Ids:
+    """layer of the source -> ids of its experts that a model kept, to cut something else as the source was cut.
+
+    BadFile for lists that are not of whole numbers. BadPlan where nothing was cut, or where experts were merged.
+    """
+    lineage = Lineage.of(metadata, strict=True)
+    layers = range(MAX_LAYERS) if lineage.layers is None else lineage.layers
+    kept = {layers[layer]: ids for layer, ids in lineage.kept.items() if layer < len(layers)}
+    if lineage.merged:
+        raise BadPlan(
+            "the model's experts were merged: how their neurons were matched is not in the file",
+            hint="quantize with the importance matrix in the run that merges",
+        )
+    if not kept:
+        raise BadPlan("this model does not say which experts it kept", expected=f"keys {_EXPERTS}N.kept")
+    return kept
+
+
+# --- what edits write down -------------------------------------------------------------------------------------------
+
+
+def claim_source(model: Model, metadata: dict[str, Value]) -> None:
+    """Writes down which source this was cut from, once for all edits of a plan. What the source says of its own source,
+    and the ids of the original, go; the source becomes a base model."""
+    if Lineage.of(metadata).source_sha256 != model.header_sha256:
+        for key in [k for k in metadata if k in _IDS or k == KEPT_LAYERS or k.startswith(_EXPERTS)]:
             del metadata[key]
         _add_base_model(model, metadata)
-    metadata["pgs.version"] = Value(__version__, "str")
-    metadata["pgs.source.header_sha256"] = Value(model.header_sha256, "str")
-    metadata["pgs.source.name"] = Value(model.name, "str")
-    return again
+    Lineage(version=__version__, source_sha256=model.header_sha256, source_name=model.name).write(metadata)
 
 
-def drop_size_label(metadata: dict[str, Value], warnings: list[str]) -> None:
-    if (label := metadata.pop("general.size_label", None)) is not None:
-        warnings.append(f"general.size_label {label.value!r} is no longer true and is dropped")
+def record_cut(
+    model: Model,
+    metadata: dict[str, Value],
+    kept: Mapping[int, Slices],
+    *,
+    metric: str,
+    scores: Mapping[int, Sequence[float]],
+    repaired: Collection[int],
+) -> None:
+    """Writes down a cut of experts; arguments as in `Lineage.after_cut`."""
+    claim_source(model, metadata)
+    lineage = Lineage.of(metadata).after_cut(kept, metric=metric, scores=scores, repaired=repaired)
+    for key in [k for k in metadata if k.startswith(_EXPERTS)]:
+        del metadata[key]
+    lineage.write(metadata)
+
+
+def record_merge(
+    metadata: dict[str, Value], groups: Mapping[int, Sequence[Sequence[int]]], experts: Mapping[int, int]
+) -> None:
+    """Writes down, after the cut to the centroids, which experts became one; arguments as in `Lineage.after_merge`."""
+    Lineage.of(metadata).after_merge(groups, experts).write(metadata)
+
+
+def record_layers(model: Model, metadata: dict[str, Value], kept: Sequence[int]) -> None:
+    """Writes down which layers stay, by their numbers in the source. A list of an earlier edit of the plan stands:
+    `without_layers` has shortened it."""
+    claim_source(model, metadata)
+    metadata.setdefault(KEPT_LAYERS, Value(list(kept), "u32[]"))
+
+
+def without_layers(metadata: Mapping[str, Value], number: Callable[[int], int | None]) -> dict[str, Value]:
+    """The metadata after layers are gone, every key in its old place. number: of a layer, what it is afterwards, or
+    None if it is gone."""
+    result: dict[str, Value] = {}
+    for key, value in metadata.items():
+        match = _OF_LAYER.fullmatch(key)
+        if key == KEPT_LAYERS and value.type.endswith("[]"):
+            result[key] = like(value, [x for i, x in enumerate(value.value) if number(i) is not None])
+        elif match is None:
+            result[key] = value
+        elif (layer := number(int(match[1]))) is not None:
+            result[f"{_EXPERTS}{layer}.{match[2]}"] = value
+    return result
+
+
+def has_other_layers(metadata: Collection[str]) -> bool:
+    """Whether the keys say that layers were dropped, so that the rest have other numbers than in the source."""
+    return KEPT_LAYERS in metadata
 
 
 def _add_base_model(model: Model, metadata: dict[str, Value]) -> None:
@@ -61,7 +306,7 @@ def _add_base_model(model: Model, metadata: dict[str, Value]) -> None:
         metadata[f"general.base_model.{index}.{word}"] = Value(text, "str")
 
 
-DROPPED = 0xFFFFFFFF  # in pgs.experts.LAYER.merged: in no group
+# --- general.size_label ---------------------------------------------------------------------------------------------
 
 
 def set_size_label(metadata: dict[str, Value], old: int, new: int, warnings: list[str]) -> None:
@@ -73,50 +318,6 @@ def set_size_label(metadata: dict[str, Value], old: int, new: int, warnings: lis
         drop_size_label(metadata, warnings)
 
 
-# --- where the rows of a result come from --------------------------------------------------------------------------
-
-
-def kept_experts(result: Model, source: Model) -> dict[int, Slices]:
-    """The lists that pruning left in the result's metadata (`pgs.experts.LAYER.kept`). Empty when there are none, or
-    when the source has the same ones: then they tell of an earlier cut."""
-    kept = {}
-    for key in () if _of_earlier_cut(result, source) else result.metadata:
-        match = re.fullmatch(r"pgs\.experts\.([0-9]+)\.kept", key)
-        if match and result.metadata.value(key).type.endswith("[]"):
-            pads = result.metadata.get(f"pgs.experts.{match[1]}.padded", 0)
-            pads = pads if isinstance(pads, int) and 0 < pads <= MAX_EXPERTS else 0
-            kept[int(match[1])] = (*result.metadata[key], *(None,) * pads)
-    return kept
-
-
-def kept_layers(result: Model, source: Model) -> tuple[int, ...] | None:
-    """The source's number of each block of the result (`pgs.layers.kept`). None when it lists none, or when the source
-    has the same list: then blocks have the same numbers in both."""
-    if KEPT not in result.metadata or _of_earlier_cut(result, source):
-        return None
-    value = result.metadata.value(KEPT)
-    return tuple(value.value) if value.type in ("u32[]", "i32[]") else None
-
-
-def _of_earlier_cut(result: Model, source: Model) -> bool:
-    key = "pgs.source.header_sha256"
-    return key in source.metadata and source.metadata[key] == result.metadata.get(key)
-
-
-def is_repaired(tensor: Tensor, model: Model, source: Model) -> bool:
-    """A cut with a repair gave it other numbers on purpose."""
-    key = f"pgs.experts.{layer_of(tensor.name)}.repaired"
-    return tensor.name.endswith(".ffn_down_exps.weight") and key in model.metadata and key not in source.metadata
-
-
-def merged_slices(tensor: Tensor, model: Model, source: Model) -> set[int]:
-    """The experts of this tensor that were made of several of the source's."""
-    key = f"pgs.experts.{layer_of(tensor.name)}.merged"
-    if (
-        not re.search(r"_exps\.(weight|bias)$", tensor.name)
-        or key not in model.metadata
-        or key in source.metadata
-        or not model.metadata.value(key).type.endswith("[]")
-    ):
-        return set()
-    return {expert for expert, n in Counter(model.metadata[key]).items() if n > 1}
+def drop_size_label(metadata: dict[str, Value], warnings: list[str]) -> None:
+    if (label := metadata.pop("general.size_label", None)) is not None:
+        warnings.append(f"general.size_label {label.value!r} is no longer true and is dropped")

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..architecture.names import ROLES, role_of
 from ..base.errors import BadPlan
-from ..files.lineage import kept_experts, kept_layers
+from ..files.lineage import Lineage
 from ..files.model import Model, Tensor
 from ..quant.types import tensor_type
 from .origin import chunks, decode_rows, origin_of, source_name, whole
@@ -79,8 +79,9 @@ def compare(source: Model, result: Model, *, kept: Kept | None = None) -> dict[s
     Tensors of integers are left out, and so are those of the source that the result lacks. Streamed: a few MiB whatever
     the sizes. BadPlan names a tensor that has no counterpart.
     """
-    kept = kept_experts(result, source) if kept is None else kept
-    layers = kept_layers(result, source)
+    lineage = Lineage.of(result.metadata.exact()).since(Lineage.of(source.metadata.exact()))
+    kept = lineage.slices() if kept is None else kept
+    layers = lineage.layers
     tensors, roles = [], {}
     for tensor in result.tensors.values():
         role = role_of(tensor.name)

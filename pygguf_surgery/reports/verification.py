@@ -15,7 +15,7 @@ from ..architecture.keys import PER_LAYER_KEYS
 from ..architecture.loader import MAX_LAYERS, NAME_BYTES, NUMBERS, check_embedding, check_numbers
 from ..architecture.names import layer_of
 from ..base.errors import BadFile, SurgeryError
-from ..files.lineage import KEPT, is_repaired, merged_slices
+from ..files.lineage import KEPT_LAYERS, SOURCE_SHA256, Lineage
 from ..files.model import Model, Tensor
 from ..files.open import open as open_model
 from ..quant.types import row_bytes, tensor_type
@@ -298,7 +298,6 @@ def _check_data(model: Model, tensor: Tensor, report: Report) -> None:
 
 
 def _check_against(model: Model, source: Model, report: Report) -> None:
-    from ..files.lineage import kept_experts, kept_layers
     from .origin import origin_of, source_name
 
     if source.architecture != model.architecture:
@@ -308,23 +307,26 @@ def _check_against(model: Model, source: Model, report: Report) -> None:
             found=model.architecture,
             expected=source.architecture,
         )
-    key = "pgs.source.header_sha256"
-    claimed = model.metadata.get(key)
-    if claimed not in (None, source.header_sha256, source.metadata.get(key)):  # the last: of an earlier cut
+    mine, theirs = Lineage.of(model.metadata.exact()), Lineage.of(source.metadata.exact())
+    if mine.source_sha256 not in (None, source.header_sha256, theirs.source_sha256):  # the last: of an earlier cut
         report.problem(
-            "made from another file, by its own account", object=key, found=claimed, expected=source.header_sha256
+            "made from another file, by its own account",
+            object=SOURCE_SHA256,
+            found=mine.source_sha256,
+            expected=source.header_sha256,
         )
-    kept, layers = kept_experts(model, source), kept_layers(model, source)
+    lineage = mine.since(theirs)
+    kept, layers = lineage.slices(), lineage.layers
     for tensor in model.tensors.values():
         origin = origin_of(tensor, source, kept, layers)
-        if is_repaired(tensor, model, source) and not isinstance(origin, str):
+        if lineage.is_repaired(tensor.name) and not isinstance(origin, str):
             report.repaired.append(tensor.name)
             continue
         if isinstance(origin, str):
             report.problem(origin, object=tensor.name)
             continue
         rule = expert_rule(tensor.name)
-        if (merged := merged_slices(tensor, model, source)) and not isinstance(origin, str):
+        if merged := lineage.merged_slices(tensor.name):
             report.merged.append(tensor.name)
             _check_singles(model, tensor, origin, merged, report)
         elif rule is not None and rule.axis == "values":
@@ -336,7 +338,7 @@ def _check_against(model: Model, source: Model, report: Report) -> None:
     blocks = model.get("block_count")
     left = range(blocks) if layers is None and isinstance(blocks, int) else layers
     if layers is not None and len(layers) != blocks:
-        report.problem("not one number per block", object=KEPT, found=len(layers), expected=blocks)
+        report.problem("not one number per block", object=KEPT_LAYERS, found=len(layers), expected=blocks)
     here = {source_name(name, layers) for name in model.tensors}
     for name in source.tensors:
         if name in here:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...base.units import human
@@ -44,7 +44,6 @@ POSITIONALS = {
 }
 # fmt: on
 
-_KEPT = re.compile(r"pgs\.experts\.([0-9]{1,9})\.kept")
 _SHOWN = 16  # ids of experts in a line
 
 
@@ -91,10 +90,10 @@ def convert(args: Namespace) -> int:
     return _written(args.output)
 
 
-def read_kept(path: str) -> dict[int, list[int]]:
-    """layer -> ids, of {"kept": {"0": [ids]}} in a JSON file or of the keys pgs.experts.N.kept in a pruned GGUF."""
-    from ...architecture.loader import MAX_LAYERS
-    from ...base.errors import BadPlan
+def read_kept(path: str) -> Mapping[int, Sequence[int]]:
+    """layer -> ids, of {"kept": {"0": [ids]}} in a JSON file or of what a pruned GGUF says of itself."""
+    from ...base.errors import BadPlan, SurgeryError
+    from ...files.lineage import source_experts
     from ...files.open import open as open_model
 
     with open(path, "rb") as file:
@@ -102,23 +101,11 @@ def read_kept(path: str) -> dict[int, list[int]]:
     if magic == b"GGUF":
         with open_model(path, metadata_only=True) as model:
             # The imatrix has the layers of the model that was cut, which may have lost some too.
-            layers = _whole(path, "pgs.layers.kept", model.metadata.get("pgs.layers.kept", range(MAX_LAYERS)))
-            kept = {
-                layers[int(match[1])]: _whole(path, key, model.metadata[key])
-                for key in model.metadata
-                if (match := _KEPT.fullmatch(key)) and int(match[1]) < len(layers)
-            }
-            if any(re.fullmatch(r"pgs\.experts\.[0-9]+\.merged", key) for key in model.metadata):
-                raise BadPlan(
-                    "the model's experts were merged: how their neurons were matched is not in the file",
-                    path=path,
-                    hint="quantize with the importance matrix in the run that merges",
-                )
-        if not kept:
-            raise BadPlan(
-                "this model does not say which experts it kept", path=path, expected="keys pgs.experts.N.kept"
-            )
-        return kept
+            try:
+                return source_experts(model.metadata.exact())
+            except SurgeryError as error:
+                error.path = path
+                raise
     form = '{"kept": {"0": [ids]}}'
     try:
         with open(path, encoding="utf-8") as file:
@@ -129,14 +116,6 @@ def read_kept(path: str) -> dict[int, list[int]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadPlan(f"not a list of experts: {error}", path=path, expected=form) from None
     return layers
-
-
-def _whole(path: str, key: str, values: Any) -> list[int]:
-    from ...base.errors import BadFile
-
-    if not isinstance(values, (list, range)) or any(type(i) is not int for i in values):
-        raise BadFile("not an array of whole numbers", path=path, object=key)
-    return list(values)
 
 
 def _check_output(args: Namespace) -> None:
