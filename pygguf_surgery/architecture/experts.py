@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..base.errors import BadFile, SurgeryError, Unsupported
-from .keys import NOT_MTP, read_count
+from .keys import Get, mtp_fault, mtp_layers, read_count
 from .names import layer_of, local_name
 
 # --- which tensors have an expert axis ------------------------------------------------------------------------------
@@ -54,6 +53,11 @@ def expert_rule(name: str) -> ExpertRule | None:
     return EXPERT_RULES.get(local_name(name)) if layer_of(name) is not None else None
 
 
+def is_single_expert(name: str) -> bool:
+    """A tensor that is one expert, as in files of 2023."""
+    return layer_of(name) is not None and _ONE_EXPERT.match(local_name(name)) is not None
+
+
 # --- the experts of one model ---------------------------------------------------------------------------------------
 
 
@@ -82,7 +86,7 @@ def moe_layers(names: Iterable[str]) -> tuple[int, ...]:
     )
 
 
-def layout(architecture: str, names: Iterable[str], get: Callable[[str], Any]) -> Layout:
+def layout(architecture: str, names: Iterable[str], get: Get) -> Layout:
     """names: all tensors; get(key): a metadata value or None.
 
     BadFile for metadata that contradicts itself, Unsupported for one tensor per expert (files of 2023).
@@ -90,7 +94,7 @@ def layout(architecture: str, names: Iterable[str], get: Callable[[str], Any]) -
     """
     names = list(names)
     for name in names:
-        if layer_of(name) is not None and _ONE_EXPERT.match(local_name(name)):
+        if is_single_expert(name):
             raise Unsupported(
                 "one tensor per expert, a layout that llama.cpp no longer loads",
                 object=name,
@@ -100,20 +104,14 @@ def layout(architecture: str, names: Iterable[str], get: Callable[[str], Any]) -
     if not layers:
         return Layout((), (), 0, 0, 1)
     experts = read_count(get, f"{architecture}.expert_count")
-    blocks = read_count(get, f"{architecture}.block_count")
-    nextn = 0 if architecture in NOT_MTP else read_count(get, f"{architecture}.nextn_predict_layers", 0)
-    if nextn > blocks:
+    count, nextn = read_count(get, f"{architecture}.block_count"), mtp_layers(architecture, get)
+    if fault := mtp_fault(architecture, count, nextn):
+        raise fault
+    if layers[-1] >= count:
         raise BadFile(
-            "more MTP blocks than blocks",
-            object=f"{architecture}.nextn_predict_layers",
-            found=nextn,
-            expected=f"at most {blocks}",
-        )
-    if layers[-1] >= blocks:
-        raise BadFile(
-            "a block with experts beyond the last one",
+            "a layer with experts beyond the last one",
             object=f"blk.{layers[-1]}.ffn_down_exps.weight",
-            expected=f"blocks 0..{blocks - 1}",
+            expected=f"layers 0..{count - 1}",
         )
     groups = read_count(get, f"{architecture}.expert_group_count", 0)
     chunk = 1
@@ -135,7 +133,7 @@ def layout(architecture: str, names: Iterable[str], get: Callable[[str], Any]) -
         )
     if groups > 1 and chunk > 1:
         raise Unsupported("routing groups and chunk experts in one model", object=f"{architecture}.experts_per_group")
-    return Layout(layers, tuple(range(blocks - nextn, blocks)), experts, groups, chunk)
+    return Layout(layers, tuple(range(count - nextn, count)), experts, groups, chunk)
 
 
 def check_shape(name: str, shape: tuple[int, ...], model: Layout) -> SurgeryError | None:
@@ -203,7 +201,7 @@ def pad_value(architecture: str, name: str) -> float:
     return _NEVER_PICKED if name.split(".", 2)[2] in selection_biases(architecture) else 0.0
 
 
-def most_used(architecture: str, get: Callable[[str], Any]) -> int:
+def most_used(architecture: str, get: Get) -> int:
     """The most experts per token, or 1 where the file does not say."""
     value = get(f"{architecture}.expert_used_count")
     numbers_of = value if isinstance(value, list) else [value]

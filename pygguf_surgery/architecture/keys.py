@@ -6,16 +6,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .._core import Value
-from ..base.errors import BadFile
+from ..base.errors import BadFile, SurgeryError
 
-# Numbers under "{architecture}." that count the first blocks, which differ from the rest.
+Get = Callable[[str], Any]  # the value of a key, None where it is missing
+
+# Numbers under "{architecture}." that count the first layers, which differ from the rest.
 LEADING = ("leading_dense_block_count", "hash_layer_count")
-# Arrays of block numbers, and arrays with one element per block that are not under "{architecture}." (apertus).
+# Arrays of numbers of layers, and arrays with one element per layer that are not under "{architecture}." (apertus).
 LAYER_NUMBERS = ("ple.layers",)
 PER_LAYER_GLOBAL = ("xielu.alpha_n", "xielu.alpha_p", "xielu.beta", "xielu.eps")
 
 
-def getter(metadata: dict[str, Value]) -> Callable[[str], Any]:
+def getter(metadata: Mapping[str, Value]) -> Get:
     return lambda key: metadata[key].value if key in metadata else None
 
 
@@ -34,22 +36,33 @@ def whole_numbers(metadata: Mapping[str, Value], key: str) -> list[int] | None:
     return value.value
 
 
-def mtp_layers(architecture: str, metadata: dict[str, Value]) -> int:
-    """How many of the last blocks are MTP blocks. BadFile where that is no count."""
-    if architecture in NOT_MTP:
-        return 0
-    return read_count(getter(metadata), f"{architecture}.nextn_predict_layers", 0)
+def mtp_layers(architecture: str, get: Get) -> int:
+    """How many of the last layers are MTP layers. BadFile where the file's number is not a count."""
+    return 0 if architecture in NOT_MTP else read_count(get, f"{architecture}.nextn_predict_layers", 0)
+
+
+def mtp_fault(architecture: str, layers: int, nextn: int, kind: type[SurgeryError] = BadFile) -> SurgeryError | None:
+    """What is wrong where more layers predict ahead than there are."""
+    if nextn <= layers:
+        return None
+    return kind(
+        "more MTP layers than layers",
+        object=f"{architecture}.nextn_predict_layers",
+        found=nextn,
+        expected=f"at most {layers}",
+    )
 
 
 # fmt: off
-# Arrays under "{architecture}." with one element per block, MTP blocks included: cut when those are dropped.
+# Arrays under "{architecture}." with one element per layer, MTP layers included: cut when those are dropped.
 PER_LAYER_KEYS = frozenset((
     "activation_sparsity_scale", "attention.compress_ratios", "attention.head_count", "attention.head_count_kv",
     "attention.indexer.types", "attention.recurrent_layers", "attention.rope_pattern",
     "attention.sliding_window_pattern", "deepstack_mapping", "expert_feed_forward_length", "expert_used_count",
     "feed_forward_length", "swiglu_clamp_exp", "swiglu_clamp_shexp"))
 # fmt: on
-# Arrays under "{architecture}." that have another meaning, even where their length happens to be the number of blocks.
+WITHOUT_MTP_KEYS = ("attention.indexer.types",)  # those that may leave the MTP layers out
+# Arrays under "{architecture}." that have another meaning, even where their length happens to be the number of layers.
 OTHER_ARRAYS = frozenset(
     (
         "adapters.token_ids_activate",
@@ -63,12 +76,12 @@ OTHER_ARRAYS = frozenset(
         "target_layers",
     )
 )
-# Here nextn_predict_layers counts the adapter router's layer, not MTP blocks.
+# Here nextn_predict_layers counts the adapter router's layer, not MTP layers.
 NOT_MTP = frozenset(("graniteswitch",))
 
 
-def read_count(get: Callable[[str], Any], key: str, default: int | None = None) -> int:
-    """The value of `key` as a count; BadFile where it is missing (without a default) or no whole number >= 0."""
+def read_count(get: Get, key: str, default: int | None = None) -> int:
+    """The value of `key` as a count; BadFile where it is missing (without a default) or not a whole number >= 0."""
     value = get(key)
     if value is None and default is not None:
         return default

@@ -37,7 +37,10 @@ def drop(architecture: str, out: Draft, dropped: Collection[int]) -> None:
     array that nobody knows and that may have one element per block.
     """
     metadata = dict(out.metadata)
-    blocks, nextn = read_count(getter(metadata), f"{architecture}.block_count"), mtp_layers(architecture, metadata)
+    blocks, nextn = (
+        read_count(getter(metadata), f"{architecture}.block_count"),
+        mtp_layers(architecture, getter(metadata)),
+    )
     gone = sorted(dropped)
     lengths = {blocks, blocks - nextn} if gone and gone[0] < blocks - nextn else {blocks}
     for name, value in metadata.items():

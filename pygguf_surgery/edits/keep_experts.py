@@ -20,7 +20,7 @@ from ..architecture.experts import (
     selection_biases,
 )
 from ..architecture.keys import NOT_MTP, getter, like, read_count
-from ..architecture.loader import MAX_EXPERTS, check_groups, used_experts
+from ..architecture.loader import check_expert_count, check_groups, used_experts
 from ..architecture.names import layer_of
 from ..base.errors import BadFile, BadPlan, SurgeryError, Unsupported
 from ..base.words import ranges
@@ -193,15 +193,8 @@ def _check_routing(architecture: str, found: Layout, kept: Kept, out: Draft) -> 
     n = len(kept[found.layers[0]])
     least = min(sum(i is not None for i in ids) for ids in kept.values())
     get = getter(out.metadata)
-    if n > MAX_EXPERTS:
-        out.block(
-            Unsupported(
-                "more experts than llama.cpp loads",
-                object=f"{architecture}.expert_count",
-                found=n,
-                expected=f"at most {MAX_EXPERTS}",
-            )
-        )
+    if fault := check_expert_count(architecture, n):
+        out.block(fault)
     try:
         used = used_experts(get, f"{architecture}.expert_used_count")
         if least < used:
@@ -213,7 +206,7 @@ def _check_routing(architecture: str, found: Layout, kept: Kept, out: Draft) -> 
                 )
             )
         if found.groups:
-            check_groups(architecture, found, kept, n, used, out.blockers, get)
+            out.blockers += check_groups(architecture, found, kept, n, used, get)
     except SurgeryError as error:
         out.block(error)
     if found.chunk > 1:

@@ -10,9 +10,9 @@ import operator
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from ..architecture.keys import getter, mtp_layers, read_count, whole_numbers
+from ..architecture.keys import getter, mtp_fault, mtp_layers, read_count, whole_numbers
 from ..architecture.layers import KNOWN, RECURRENT, obstacles
-from ..architecture.loader import MAX_LAYERS
+from ..architecture.loader import check_layer_count
 from ..architecture.names import layer_of
 from ..base.errors import BadFile, BadPlan, SurgeryError
 from ..files.lineage import drop_size_label, record_layers
@@ -38,21 +38,9 @@ def apply(draft: Draft, edit: PruneLayers, context: Context) -> Draft:
     architecture = model.architecture
     try:
         count = read_count(getter(metadata), f"{architecture}.block_count")
-        if not 0 < count <= MAX_LAYERS:
-            raise BadFile(
-                "out of llama.cpp's range",
-                object=f"{architecture}.block_count",
-                found=count,
-                expected=f"1..{MAX_LAYERS}",
-            )
-        nextn = mtp_layers(architecture, metadata)
-        if nextn > count:
-            raise BadFile(
-                "more MTP blocks than blocks",
-                object=f"{architecture}.nextn_predict_layers",
-                found=nextn,
-                expected=f"at most {count}",
-            )
+        nextn = mtp_layers(architecture, getter(metadata))
+        if fault := check_layer_count(architecture, count) or mtp_fault(architecture, count, nextn):
+            raise fault
         dropped = _check_named(edit, count, nextn, [t.name for t in tensors])
         if not dropped:
             return out

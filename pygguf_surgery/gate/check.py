@@ -12,9 +12,9 @@ from typing import Any
 from .._core import Value, plan_budget
 from ..architecture.loader import (
     ALIGNMENT_LEAST,
-    NAME_BYTES,
     NUMBERS,
     check_embedding,
+    check_name,
     check_numbers,
     check_required,
     check_tensor_extra,
@@ -236,16 +236,8 @@ def _edit_metadata(draft: Draft, work: _Work, *, own: bool) -> Draft:
 
 def _check_tensor(tensor: OutputTensor, weighed: bool, faults: Faults) -> None:
     """weighed: a quantize edit has looked whether its type has the importance that it needs."""
-    nbytes = len(tensor.name.encode("utf-8", "surrogateescape"))
-    if nbytes == 0 or nbytes > NAME_BYTES:
-        faults.block(
-            BadPlan(
-                "a tensor name that llama.cpp cannot load",
-                object=tensor.name,
-                found=f"{nbytes} bytes",
-                expected=f"1..{NAME_BYTES}",
-            )
-        )
+    if fault := check_name(tensor.name):
+        faults.block(fault)
     row, target = tensor.shape[-1] if tensor.shape else 1, tensor_type(tensor.type)
     if row % target.block:
         faults.block(

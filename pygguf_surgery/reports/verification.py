@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .._core import first_invalid_block
 from .._core import quantize as encode
-from ..architecture.experts import check_shape, expert_rule, layout
-from ..architecture.keys import PER_LAYER_KEYS
-from ..architecture.loader import MAX_LAYERS, NAME_BYTES, NUMBERS, check_embedding, check_numbers
+from ..architecture.experts import expert_rule
+from ..architecture.loader import check_alignment, check_file, check_name
 from ..architecture.names import layer_of
-from ..base.errors import BadFile, SurgeryError
+from ..base.errors import BadFile, BadPlan, SurgeryError
 from ..files.lineage import KEPT_LAYERS, SOURCE_SHA256, Lineage
 from ..files.model import Model, Tensor
 from ..files.open import open as open_model
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 16 << 20
 SAMPLE_ROWS = 64  # of a re-encoded tensor, spread over it
-TRUNK_KEYS = ("attention.indexer.types",)  # arrays that leave the MTP blocks out
 LEAST_COSINE = 0.5  # below, a re-encoded tensor is not a coarse copy of its source but another tensor
 
 
@@ -53,6 +50,15 @@ class Report:
 
     def problem(self, text: str, **fields: Any) -> None:
         self.problems.append(BadFile(text, path=self.path, **fields))
+
+    def faults(self, faults: Iterable[SurgeryError | None]) -> None:
+        """Those that rules of the loader have found, without their advice on what to plan."""
+        for fault in faults:
+            if fault is not None:
+                fault.path = self.path
+                if isinstance(fault, BadPlan):
+                    fault.hint = None
+                self.problems.append(fault)
 
     def summary(self) -> str:
         parts = [f"{self.tensors} tensors", f"{self.bytes_checked} bytes of numbers checked"]
@@ -107,7 +113,12 @@ def verify(path: str | os.PathLike[str], against: str | os.PathLike[str] | None 
         report.tensors = len(model.tensors)
         report.warnings += model.warnings
         _check_layout(model, report)
-        _check_loader(model, report)
+        shapes = {tensor.name: tensor.shape for tensor in model.tensors.values()}
+        report.faults(check_file(model.architecture, model.metadata.exact(), shapes))
+        if model.architecture and "tokenizer.ggml.model" not in model.metadata:
+            report.warnings.append(
+                "tokenizer.ggml.model: missing; llama.cpp loads such a file only without its vocabulary"
+            )
         if data:
             for tensor in model.tensors.values():
                 _check_data(model, tensor, report)
@@ -122,12 +133,10 @@ def verify(path: str | os.PathLike[str], against: str | os.PathLike[str] | None 
 
 
 def _check_layout(model: Model, report: Report) -> None:
-    if model.alignment < 32:
-        report.problem("alignment below 32: llama.cpp aborts on it", object="general.alignment", found=model.alignment)
+    report.faults([check_alignment(model.alignment)])
     ends: dict[int, int] = {}
     for tensor in model.tensors.values():
-        if not 0 < len(tensor.name.encode(errors="surrogateescape")) <= NAME_BYTES:
-            report.problem("a name that llama.cpp cannot hold", object=tensor.name, expected=f"1 to {NAME_BYTES} bytes")
+        report.faults([check_name(tensor.name)])
         end = ends.get(tensor.source)
         if end is not None:
             expected = _aligned(end, model.alignment)
@@ -155,123 +164,6 @@ def _aligned(offset: int, alignment: int) -> int:
 def _check_padding(model: Model, source: int, begin: int, end: int, what: str, report: Report) -> None:
     if begin < end and model.sources[source].read(begin, end - begin).any():
         report.problem("padding is not zero", object=what, offset=begin)
-
-
-# --- what llama.cpp's loader asks (llama-model.cpp load_hparams, llama-model-loader.cpp check_tensor_dims) ----------
-
-
-def _check_loader(model: Model, report: Report) -> None:
-    if not model.architecture:
-        report.problem("missing key", object="general.architecture")
-        return
-    if "tokenizer.ggml.model" not in model.metadata:
-        report.warnings.append("tokenizer.ggml.model: missing; llama.cpp loads such a file only without its vocabulary")
-    for suffix in ("block_count", "context_length", "embedding_length"):
-        _u32(model, suffix, report, required=True)
-    _check_blocks(model, report)
-    if (tensor := model.tensors.get("token_embd.weight")) is not None:
-        _add(report, check_embedding(model.architecture, model.metadata.exact(), tensor.shape))
-    _check_experts(model, report)
-
-
-def _u32(model: Model, suffix: str, report: Report, *, required: bool = False, array: bool = False) -> Any:
-    """A number as the loader takes it: of type u32 and, with `array`, one per block as an alternative; else None."""
-    key = f"{model.architecture}.{suffix}"
-    if key not in model.metadata:
-        if required:
-            report.problem("missing key", object=key, expected="u32")
-        return None
-    value = model.metadata.value(key)
-    if value.type == "u32" or (array and value.type in ("u32[]", "i32[]")):
-        return value.value
-    report.problem("wrong type for llama.cpp", object=key, found=value.type, expected="u32")
-    return None
-
-
-def _check_blocks(model: Model, report: Report) -> None:
-    blocks = _u32(model, "block_count", Report(report.path))
-    if blocks is None:
-        return
-    key = f"{model.architecture}.block_count"
-    if not 1 <= blocks <= MAX_LAYERS:
-        report.problem("out of llama.cpp's range", object=key, found=blocks, expected=f"1..{MAX_LAYERS}")
-        return
-    present = {layer_of(name) for name in model.tensors} - {None}
-    for layer in sorted(present - set(range(blocks))):
-        report.problem(f"tensors of block {layer}, which it does not count", object=key, found=blocks)
-    nextn = _u32(model, "nextn_predict_layers", report)
-    missing, trunk = set(range(blocks)) - present, set(range(blocks - (nextn or 0)))
-    # llama.cpp loads files without any MTP block, and files with nothing else, whose block_count counts all of them.
-    if not nextn or missing not in (trunk, set(range(blocks)) - trunk):
-        for layer in sorted(missing):
-            report.problem(f"no tensor of block {layer}, which it counts", object=key, found=blocks)
-    if nextn is not None and nextn > blocks:
-        report.problem(
-            "more prediction blocks than blocks",
-            object=f"{model.architecture}.nextn_predict_layers",
-            found=nextn,
-            expected=f"at most {blocks}",
-        )
-    for suffix in sorted(PER_LAYER_KEYS):
-        key = f"{model.architecture}.{suffix}"
-        if key in model.metadata and model.metadata.value(key).type.endswith("[]"):
-            length = len(model.metadata.value(key))
-            if length != blocks and (suffix not in TRUNK_KEYS or length != blocks - (nextn or 0)):
-                report.problem("an array with not one entry per block", object=key, found=length, expected=blocks)
-
-
-def _add(report: Report, errors: Iterable[SurgeryError]) -> None:
-    """Faults found by the rules of check(), without its advice on what to plan."""
-    for error in errors:
-        error.path, error.hint = report.path, None
-        report.problems.append(error)
-
-
-_SINGLE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
-
-
-def _check_experts(model: Model, report: Report) -> None:
-    for suffix in NUMBERS[2:]:
-        _u32(model, suffix, report, array=suffix == "expert_used_count")
-    _add(report, check_numbers(model.architecture, model.metadata.exact()))
-    for name in model.tensors:
-        if _SINGLE_EXPERT.fullmatch(name):
-            report.problem("a tensor per expert, as in old files: current llama.cpp loads none", object=name)
-    try:
-        moe = layout(model.architecture, model.tensors, model.metadata.get)
-    except SurgeryError as error:
-        if not any(_SINGLE_EXPERT.fullmatch(name) for name in model.tensors):
-            report.problems.append(error)
-        return
-    for tensor in model.tensors.values():
-        if (error := check_shape(tensor.name, tensor.shape, moe)) is not None:
-            report.problems.append(error)
-    for layer in moe.layers:
-        _check_layer(model, f"blk.{layer}.", report)
-
-
-def _check_layer(model: Model, block: str, report: Report) -> None:
-    """The matrices of one MoE layer fit each other: gate and up [E, n_ff, n], down [E, m, n_ff], router [E, n_embd]."""
-    down, router = model.tensors[block + "ffn_down_exps.weight"], model.tensors.get(block + "ffn_gate_inp.weight")
-    parts = {name: model.tensors.get(block + f"ffn_{name}_exps.weight") for name in ("gate", "up", "gate_up")}
-    if parts["up"] is None and parts["gate_up"] is None:
-        report.problem("missing expert matrix", object=block + "ffn_up_exps.weight")
-    for name, tensor in parts.items():
-        expected = down.ne[0] * (2 if name == "gate_up" else 1)
-        if tensor is not None and tensor.ne[1:2] != (expected,):
-            report.problem(
-                "its rows do not match the columns of ffn_down_exps",
-                object=tensor.name,
-                found=list(tensor.shape),
-                expected=f"{expected} rows per expert",
-            )
-    width = model.get("embedding_length")
-    if router is None:
-        report.problem("missing router", object=block + "ffn_gate_inp.weight")
-    elif isinstance(width, int) and router.ne[0] != width:
-        report.problem(
-            "its rows do not have embedding_length elements", object=router.name, found=router.ne[0], expected=width
-        )
 
 
 # --- the numbers (ggml-quants.c ggml_validate_row_data) -------------------------------------------------------------
