@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ._core import Value
+from .base.codec import loads
 from .base.errors import BadPlan, SourceChanged
 from .base.limits import Limits
 from .base.progress import Progress
@@ -343,10 +344,7 @@ class Plan:
     @classmethod
     def from_json(cls, text: str, model: Model | None = None) -> Plan:
         """The plan of to_json(). Opens its source unless `model` is given. SourceChanged if the header is another."""
-        try:
-            data = plan_from_json(json.loads(text))
-        except (ValueError, RecursionError) as error:
-            raise BadPlan(f"not JSON: {error}") from None
+        data = plan_from_json(loads(text))
         if model is None:
             model = open_model(data.source)
         if model.header_sha256 != data.header_sha256:

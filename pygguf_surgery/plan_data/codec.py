@@ -1,37 +1,74 @@
-"""The plan as JSON, both ways, lossless."""
+"""The plan as JSON, both ways, lossless: derived by base.codec from the dataclasses, but for what stands here."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+import re
+import typing
+from functools import cache
+from typing import Any
 
 from .._core import Value
-from ..base.errors import BadPlan
-from .edits import (
-    KeepExperts,
-    MergeExperts,
-    PlanData,
-    PruneLayers,
-    Quantize,
-    RemoveMetadata,
-    SetMetadata,
-    Split,
-    UseImatrix,
-    UseRepair,
-)
-from .expressions import Copy, Group, Merge, Remap, Repaired, Stack, Take
-
-if TYPE_CHECKING:
-    from .edits import Edit
-    from .expressions import Expression
-
+from ..base.codec import Convert, decoder, encode, exactly
+from ..base.errors import BadPlan, SurgeryError
+from .edits import Edit, PlanData
+from .expressions import Expression, Merge, Take
 
 FORMAT = 1
 
+# {"edit": "keep_experts", ...} for KeepExperts
+EDITS: dict[str, type] = {
+    re.sub("(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower(): kind for kind in typing.get_args(Edit)
+}
 
-# --- JSON, both ways -----------------------------------------------------------------------------------------------
+
+def plan_to_json(plan: PlanData) -> dict[str, Any]:
+    inner: dict[Any, Convert] = {Value: value_to_json, bytes: lambda x: base64.b64encode(x).decode()}
+    words = {kind: word for word, kind in EDITS.items()}
+    edits: dict[Any, Convert] = dict.fromkeys(words, lambda edit: {"edit": words[type(edit)], **encode(edit, inner)})
+    return {"format": FORMAT, **encode(plan, edits)}
+
+
+def plan_from_json(data: Any) -> PlanData:
+    """The plan in what base.codec.loads gave. BadPlan, its object the path, for anything that plan_to_json cannot give,
+    but for keys of a default, which may be missing."""
+    version = data.get("format") if isinstance(data, dict) else data
+    if type(version) is not int or version != FORMAT:
+        found = version if isinstance(version, int) else type(version).__name__
+        raise BadPlan("not a plan of this version", object="format", found=found, expected=FORMAT)
+    try:
+        plan: PlanData = _plan_decoder()({key: x for key, x in data.items() if key != "format"})
+        return plan
+    except BadPlan as error:
+        raise BadPlan(
+            f"not a plan: {error.problem}",
+            object=(error.object or "").removeprefix(".") or None,
+            found=error.found,
+            expected=error.expected,
+            hint=error.hint,
+        ) from None
+
+
+@cache
+def _plan_decoder() -> Convert:
+    inner: dict[Any, Convert] = {Value: value_from_json, bytes: _bytes_from_json}
+    edits = {word: decoder(kind, inner) for word, kind in EDITS.items()}
+
+    def edit_from_json(data: Any) -> Any:
+        word = exactly(dict, data).get("edit")
+        if not isinstance(word, str) or word not in edits:
+            found = f"{word:.80}" if isinstance(word, str) else None
+            raise BadPlan("unknown edit", object=".edit", found=found, expected=", ".join(edits))
+        return edits[word]({key: x for key, x in data.items() if key != "edit"})
+
+    return decoder(PlanData, {Edit: edit_from_json})
+
+
+def _bytes_from_json(data: Any) -> bytes:
+    try:
+        return base64.b64decode(exactly(str, data), validate=True)
+    except ValueError:
+        raise BadPlan("not base64") from None
 
 
 def value_to_json(value: Value) -> dict[str, Any]:
@@ -42,224 +79,44 @@ def value_to_json(value: Value) -> dict[str, Any]:
     return {"type": value.type, "hex": value.raw.hex()}
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _is_plain(x: Any) -> bool:
     if isinstance(x, list):
         return all(_is_plain(e) for e in x)
     if isinstance(x, float):
         return x - x == 0  # finite
     if isinstance(x, str):
-        return not any("\ud800" <= c <= "\udfff" for c in x)
+        return not _SURROGATE.search(x)
     return True
 
 
-def value_from_json(data: dict[str, Any]) -> Value:
-    if "hex" in data:
-        return Value.from_raw(data["type"], bytes.fromhex(data["hex"]))
-    return Value(data["value"], data["type"])
-
-
-def _per_layer(numbers: dict[int, tuple[Any, ...]]) -> dict[str, list[Any]]:
-    return {str(layer): list(values) for layer, values in numbers.items()}
-
-
-def _group_to_json(group: Group) -> dict[str, Any]:
-    return {
-        "members": list(group.members),
-        "weights": list(group.weights),
-        "orders": [base64.b64encode(order).decode() for order in group.orders],
-    }
-
-
-def _group_from_json(data: Any) -> Group:
-    return Group(
-        _numbers(data["members"]),
-        tuple(float(x) for x in _typed(data["weights"], list, "a list")),
-        tuple(base64.b64decode(order, validate=True) for order in _texts(data["orders"])),
-    )
-
-
-def edit_to_json(edit: Edit) -> dict[str, Any]:
-    match edit:
-        case KeepExperts():
-            return {
-                "edit": "keep_experts",
-                "kept": _per_layer(edit.kept),
-                "metric": edit.metric,
-                "mtp": edit.mtp,
-                "order": _per_layer(edit.order),
-                "scores": _per_layer(edit.scores),
-                "repair": None if edit.repair is None else asdict(edit.repair),
-            }
-        case MergeExperts():
-            return {
-                "edit": "merge_experts",
-                "groups": {str(layer): [_group_to_json(g) for g in groups] for layer, groups in edit.groups.items()},
-                "metric": edit.metric,
-                "mtp": edit.mtp,
-            }
-        case SetMetadata(items):
-            return {"edit": "set_metadata", "items": [[k, value_to_json(v)] for k, v in items]}
-        case RemoveMetadata(keys):
-            return {"edit": "remove_metadata", "keys": list(keys)}
-        case Quantize():
-            return {
-                "edit": "quantize",
-                "type": edit.type,
-                "pure": edit.pure,
-                "overrides": [list(o) for o in edit.overrides],
-                "allow_requantize": edit.allow_requantize,
-                "output_type": edit.output_type,
-                "token_embedding_type": edit.token_embedding_type,
-                "leave_output": edit.leave_output,
-                "imatrix": None if edit.imatrix is None else asdict(edit.imatrix),
-                "max_bytes": edit.max_bytes,
-                "quality": edit.quality,
-            }
-        case PruneLayers(layers):
-            return {"edit": "prune_layers", "layers": list(layers)}
-        case Split():
-            return {"edit": "split", **asdict(edit)}
-    raise TypeError(edit)
-
-
-def _typed(x: Any, kind: type, what: str) -> Any:
-    """x, if it is exactly of this kind: JSON edited by hand may say "false", 1.5 or "abc" for false, 1 or ["abc"]."""
-    if type(x) is not kind:
-        raise TypeError(f"{x!r:.80} is not {what}")
-    return x
-
-
-def _text(x: Any) -> str:
-    return _typed(x, str, "a string")
-
-
-def _flag(x: Any) -> bool:
-    return _typed(x, bool, "true or false")
-
-
-def _number(x: Any) -> int:
-    return _typed(x, int, "a whole number")
-
-
-def _texts(x: Any) -> tuple[str, ...]:
-    return tuple(_text(e) for e in _typed(x, list, "a list"))
-
-
-def _numbers(x: Any) -> tuple[int, ...]:
-    return tuple(_number(e) for e in _typed(x, list, "a list"))
-
-
-def _maybe(read: Callable[[Any], Any], x: Any) -> Any:
-    return None if x is None else read(x)
-
-
-def _imatrix_from_json(data: dict[str, Any]) -> UseImatrix:
-    return UseImatrix(
-        _text(data["path"]),
-        _text(data["digest"]),
-        _text(data["missing"]),
-        _texts(data["include"]),
-        _texts(data["exclude"]),
-    )
-
-
-def edit_from_json(data: dict[str, Any]) -> Edit:
-    match data["edit"]:
-        case "keep_experts":
-            return KeepExperts(
-                {int(k): _numbers(v) for k, v in data["kept"].items()},
-                _text(data["metric"]),
-                _text(data["mtp"]),
-                {int(k): _numbers(v) for k, v in data.get("order", {}).items()},
-                {int(k): tuple(float(x) for x in v) for k, v in data.get("scores", {}).items()},
-                _maybe(lambda r: UseRepair(_text(r["path"]), _text(r["digest"])), data.get("repair")),
-            )
-        case "set_metadata":
-            return SetMetadata(tuple((_text(k), value_from_json(v)) for k, v in _typed(data["items"], list, "a list")))
-        case "remove_metadata":
-            return RemoveMetadata(_texts(data["keys"]))
-        case "quantize":  # .get: plans of the time when an edit had no more than the first four
-            overrides = tuple((_text(p), _text(t)) for p, t in _typed(data["overrides"], list, "a list"))
-            return Quantize(
-                _text(data["type"]),
-                _flag(data["pure"]),
-                overrides,
-                _flag(data["allow_requantize"]),
-                _maybe(_text, data.get("output_type")),
-                _maybe(_text, data.get("token_embedding_type")),
-                _flag(data.get("leave_output", False)),
-                _maybe(_imatrix_from_json, data.get("imatrix")),
-                _maybe(_number, data.get("max_bytes")),
-                _text(data.get("quality", "default")),
-            )
-        case "merge_experts":
-            return MergeExperts(
-                {
-                    int(k): tuple(_group_from_json(g) for g in _typed(v, list, "a list"))
-                    for k, v in data["groups"].items()
-                },
-                _text(data["metric"]),
-                _text(data["mtp"]),
-            )
-        case "prune_layers":
-            return PruneLayers(_numbers(data["layers"]))
-        case "split":
-            return Split(
-                _maybe(_number, data["max_bytes"]),
-                _maybe(_number, data["max_tensors"]),
-                _flag(data["keep"]),
-                _flag(data["first_empty"]),
-            )
-    raise BadPlan("unknown edit", object=str(data["edit"]))
+def value_from_json(data: Any) -> Value:
+    if sorted(exactly(dict, data)) not in (["type", "value"], ["hex", "type"]):
+        raise BadPlan("not a value", found=f"keys {', '.join(data) or 'none'}"[:80], expected="type, and value or hex")
+    kind = exactly(str, data["type"])
+    try:
+        if "hex" in data:
+            return Value.from_raw(kind, bytes.fromhex(exactly(str, data["hex"])))
+        value = Value(data["value"], kind)
+    except SurgeryError as error:
+        raise BadPlan(error.problem, found=error.found and f"{error.found:.80}", expected=error.expected) from None
+    except (TypeError, ValueError, RecursionError):  # a type that is no UTF-8, hex digits that are none
+        raise BadPlan("not a value of its type", found=f"{kind:.80}") from None
+    if value.type != kind or not _is_plain(value.value):
+        raise BadPlan("not a value of its type", found=f"{kind:.80}", hint="hex has the bytes of any")
+    return value
 
 
 def expression_to_json(expression: Expression) -> dict[str, Any]:
-    match expression:
-        case Copy(ref):
-            return {"expression": "copy", "ref": ref}
-        case Take(ref, indices, fill):
-            numbers = [-1 if i is None else i for i in indices]
-            return {"expression": "take", "ref": ref, "indices": numbers, **({"fill": fill} if fill else {})}
-        case Stack(refs):
-            return {"expression": "stack", "refs": list(refs)}
-        case Merge(ref, groups, axis):  # the orders are in the plan's edit
-            return {
-                "expression": "merge",
-                "ref": ref,
-                "axis": axis,
-                "groups": [list(g.members) for g in groups],
-                "weights": [list(g.weights) for g in groups],
-            }
-        case Repaired(ref, rows, indices):
-            return {"expression": "repair", "ref": ref, "rows": list(rows), "indices": list(indices)}
-        case Remap(ref, table, substitutes):
-            return {
-                "expression": "remap",
-                "ref": ref,
-                "table": [-1 if i is None else i for i in table],
-                "substitutes": list(substitutes),
-            }
-    raise TypeError(expression)
-
-
-def plan_to_json(plan: PlanData) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "source": plan.source,
-        "header_sha256": plan.header_sha256,
-        "edits": [edit_to_json(e) for e in plan.edits],
-    }
-
-
-def plan_from_json(data: dict[str, Any]) -> PlanData:
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise BadPlan("not a plan of this version", object="format", found=found, expected=FORMAT)
-    try:
-        return PlanData(
-            _text(data["source"]),
-            _text(data["header_sha256"]),
-            tuple(edit_from_json(e) for e in _typed(data["edits"], list, "a list")),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadPlan(f"not a plan: {error!r}") from None
+    """For people and scripts to read; of a Merge without the orders, which are in the plan's edit."""
+    if isinstance(expression, Merge):
+        groups = {"groups": [list(group.members) for group in expression.groups]}
+        parts = {"ref": expression.ref, "axis": expression.axis, **groups}
+        parts["weights"] = [list(group.weights) for group in expression.groups]
+    else:  # a pad and an id that is dropped are -1
+        parts = encode(expression, {type(None): lambda _: -1})
+    if isinstance(expression, Take) and not expression.fill:
+        del parts["fill"]
+    return {"expression": expression.word, **parts}

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from .._core import Value
-
-if TYPE_CHECKING:
-    from .expressions import Group
+from .expressions import Group
 
 
 # --- edits: what was asked, with all its numbers -------------------------------------------------------------------

@@ -25,9 +25,10 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ..base.codec import decoder
 from ..base.errors import BadPlan, SurgeryError
 from ..base.units import parse_size
 from ..quant.arrays import parse_quality
@@ -62,27 +63,20 @@ class Recipe:
     max_bytes: int | None = None
 
 
-_KEYS: dict[str, type] = {
-    "description": str,
-    "type": str,
-    "pure": bool,
-    "output_type": str,
-    "token_embedding_type": str,
-    "leave_output": bool,
-    "allow_requantize": bool,
-    "quality": str,
-    "max_size": str,
-    "override": list,
-}
-_OVERRIDE_KEYS: dict[str, type] = {"pattern": str, "type": str, "reason": str, "optional": bool}
-_WORDS = {
-    str: "text",
-    bool: "true or false",
-    list: "[[override]] tables",
-    dict: "a table",
-    int: "a number",
-    float: "a number",
-}
+@dataclass(frozen=True)
+class _File:
+    """The keys of a recipe's file."""
+
+    description: str = ""
+    type: str | None = None
+    pure: bool = False
+    output_type: str | None = None
+    token_embedding_type: str | None = None
+    leave_output: bool = False
+    allow_requantize: bool = False
+    quality: str = "default"
+    max_size: str | None = None
+    override: tuple[Override, ...] = ()
 
 
 def shipped() -> list[str]:
@@ -119,8 +113,8 @@ def load(name_or_path: str | os.PathLike[str]) -> Recipe:
             expected=", ".join(shipped()),
             hint="a file is named by a path with a / in it or that ends in .toml",
         )
-    file = files(__package__).joinpath("shipped", f"{name}.toml")
-    return parse(file.read_bytes(), name, str(file))
+    resource = files(__package__).joinpath("shipped", f"{name}.toml")
+    return parse(resource.read_bytes(), name, str(resource))
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -129,28 +123,26 @@ def _without_waiting(path: str, flags: int) -> int:
 
 def parse(data: bytes, name: str, path: str) -> Recipe:
     """The recipe in the bytes of a file; `path` is for messages."""
-    table = _toml(data, path)
-    _check_keys(table, _KEYS, path, "")
-    pure = table.get("pure", False)
-    type = table.get("type")
+    file = _decode(_toml(data, path), path)
+    type, size = file.type, file.max_size
     if type is not None:
-        type = _named("type", path, lambda: mixes.file_type(type, pure).name)
-    overrides = [_override(item, path, f"override {i}") for i, item in enumerate(table.get("override", []), 1)]
-    size = table.get("max_size")
+        type = _named("type", path, lambda: mixes.file_type(type, file.pure).name)
     max_bytes = None if size is None else _named("max_size", path, lambda: parse_size(size))
     if max_bytes == 0:
         raise BadPlan("no file is that small", path=path, object="max_size", found=size)
     return Recipe(
         name=name,
-        description=table.get("description", ""),
+        description=file.description,
         type=type,
-        pure=pure,
-        overrides=tuple(overrides),
-        output_type=_ggml_type(table.get("output_type"), path, "output_type"),
-        token_embedding_type=_ggml_type(table.get("token_embedding_type"), path, "token_embedding_type"),
-        leave_output=table.get("leave_output", False),
-        allow_requantize=table.get("allow_requantize", False),
-        quality=_named("quality", path, lambda: parse_quality(table.get("quality", "default"))),
+        pure=file.pure,
+        overrides=tuple(_checked(override, path, f"override {i}") for i, override in enumerate(file.override, 1)),
+        output_type=None if file.output_type is None else _ggml_type(file.output_type, path, "output_type"),
+        token_embedding_type=None
+        if file.token_embedding_type is None
+        else _ggml_type(file.token_embedding_type, path, "token_embedding_type"),
+        leave_output=file.leave_output,
+        allow_requantize=file.allow_requantize,
+        quality=_named("quality", path, lambda: parse_quality(file.quality)),
         max_bytes=max_bytes,
     )
 
@@ -175,40 +167,32 @@ def _toml(data: bytes, path: str) -> dict[str, Any]:
         raise BadPlan(f"not TOML: {error}", path=path) from None
 
 
-def _check_keys(table: dict[str, Any], keys: dict[str, type], path: str, where: str) -> None:
-    for key, value in table.items():
-        if key not in keys:
-            raise BadPlan("unknown key", path=path, object=f"{where}{key}", hint=mixes.nearest(key, list(keys)))
-        if type(value) is not keys[key]:
-            raise BadPlan(
-                f"not {_WORDS[keys[key]]}",
-                path=path,
-                object=f"{where}{key}",
-                found=_WORDS.get(type(value), type(value).__name__),
-            )
-
-
-def _override(table: Any, path: str, where: str) -> Override:
-    if not isinstance(table, dict):
-        raise BadPlan("not a table", path=path, object=where, hint="[[override]]")
-    _check_keys(table, _OVERRIDE_KEYS, path, f"{where}: ")
-    for key in ("pattern", "type"):
-        if key not in table:
-            raise BadPlan("missing key", path=path, object=f"{where}: {key}")
+def _decode(table: dict[str, Any], path: str) -> _File:
     try:
-        compile_pattern(table["pattern"])
+        file: _File = decoder(_File, {})(table)
+        return file
+    except BadPlan as error:  # .override[0].type is what people call: override 1: type
+        key = re.sub(r"override\[(\d+)\]\.?", lambda match: f"override {int(match[1]) + 1}: ", error.object[1:])
+        key = key.removesuffix(": ")
+        hint = "[[override]]" if re.fullmatch(r"override( \d+)?", key) else None
+        raise BadPlan(
+            error.problem, path=path, object=key, found=error.found, expected=error.expected, hint=hint
+        ) from None
+
+
+def _checked(override: Override, path: str, where: str) -> Override:
+    try:
+        compile_pattern(override.pattern)
     except re.error as error:
         raise BadPlan(
-            f"not a regular expression: {error}", path=path, object=f"{where}: pattern", found=table["pattern"]
+            f"not a regular expression: {error}", path=path, object=f"{where}: pattern", found=override.pattern
         ) from None
-    copy = table["type"].lower() == "copy"
-    type = "copy" if copy else _ggml_type(table["type"], path, f"{where}: type")
-    return Override(table["pattern"], type, table.get("reason", ""), table.get("optional", False))
+    if override.type.lower() == "copy":
+        return replace(override, type="copy")
+    return replace(override, type=_ggml_type(override.type, path, f"{where}: type"))
 
 
-def _ggml_type(name: str | None, path: str, key: str) -> str | None:
-    if name is None:
-        return None
+def _ggml_type(name: str, path: str, key: str) -> str:
     if name.upper() not in TYPES or not TYPES[name.upper()].encodes:
         problem = "ggml does not quantize to this type" if name.upper() in TYPES else "unknown type"
         raise BadPlan(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
 import operator
@@ -10,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..architecture.experts import Layout
+from ..base.codec import loads
 from ..base.errors import BadPlan
 from ..plan_data.choices import expert_ids
 from .ranking import Ranking
@@ -20,25 +20,13 @@ from .ranking import Ranking
 def from_file(path: str, found: Layout, tables: tuple[int, ...]) -> Ranking:
     try:
         with open(path, encoding="utf-8") as file:
-            data = json.load(file, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, too deep
-        raise BadPlan(f"not a JSON file: {error}", path=path) from None
+            data = loads(file.read())
+    except UnicodeDecodeError as error:
+        raise BadPlan("not UTF-8", path=path, offset=error.start) from None
     except BadPlan as error:
         error.path = path
         raise
     return given(data, "file", found, tables, path)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        seen: set[str] = set()
-        raise BadPlan("a key twice", object=next(k for k, _ in pairs if k in seen or seen.add(k)))
-    return data
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON number")
 
 
 def given(data: Any, metric: str, found: Layout, tables: tuple[int, ...], path: str | None) -> Ranking:
