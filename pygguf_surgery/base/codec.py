@@ -53,8 +53,9 @@ def decoder(kind: Any, hooks: Mapping[Any, Convert]) -> Convert:
         return partial(_object, kind, {f.name: decoder(hints[f.name], hooks) for f in fields(kind)}, needed)
     if type(None) in args:
         return lambda data: None if data is None else parts[0](data)
-    made: dict[Any, Convert] = {tuple: partial(_tuple, parts, ... in args), dict: partial(_dict, *parts)}
-    return hooks.get(kind) or made.get(typing.get_origin(kind), partial(exactly, kind))
+    made: dict[Any, Convert] = {tuple: partial(_tuple, parts, ... in args)}
+    made[dict] = partial(_dict, args[:1] == (int,), *parts)
+    return hooks.get(kind) or made.get(typing.get_origin(kind)) or partial(exactly, kind)
 
 
 def exactly(kind: type, x: Any) -> Any:
@@ -72,8 +73,8 @@ def _tuple(parts: list[Convert], variadic: bool, data: Any) -> tuple[Any, ...]:
     return tuple(_each(parts * len(data), range(len(data)), data).values())
 
 
-def _dict(key: Convert, part: Convert, data: Any) -> dict[Any, Any]:
-    names = [int(n) if re.fullmatch("0|-?[1-9][0-9]{,99}", n) else n for n in exactly(dict, data)]
+def _dict(whole: bool, key: Convert, part: Convert, data: Any) -> dict[Any, Any]:
+    names = [int(n) if whole and re.fullmatch("0|-?[1-9][0-9]{,99}", n) else n for n in exactly(dict, data)]
     keys = _each([key] * len(data), data, names)
     return {keys[name]: x for name, x in _each([part] * len(data), data, data.values()).items()}
 
