@@ -93,7 +93,11 @@ REFUSED = [
     (None, None, "not a table (found null)"),
     ([], None, "not a table (found a list)"),
     ({}, ".number", "missing key"),
-    ({**LEAST, "numbr": 1}, ".numbr", "unknown key (expected number, share, sure, leaf, layers, words, more, limit, raw)"),
+    (
+        {**LEAST, "numbr": 1},
+        ".numbr",
+        "unknown key (expected number, share, sure, leaf, layers, words, more, limit, raw)",
+    ),
     ({**LEAST, "number": True}, ".number", "not a whole number (found true or false)"),
     ({**LEAST, "number": 1.0}, ".number", "not a whole number (found a number)"),
     ({**LEAST, "number": "1"}, ".number", "not a whole number (found text)"),
@@ -107,7 +111,11 @@ REFUSED = [
     ({**LEAST, "leaf": {"name": 5}}, ".leaf.name", "not text (found a whole number)"),
     ({**LEAST, "leaf": {"name": "", "pairs": "ab"}}, ".leaf.pairs", "not a list (found text)"),
     ({**LEAST, "leaf": {"name": "", "pairs": {}}}, ".leaf.pairs", "not a list (found a table)"),
-    ({**LEAST, "leaf": {"name": "", "pairs": [["a", 1], ["a"]]}}, ".leaf.pairs[1]", "not a list of 2 (found a list of 1)"),
+    (
+        {**LEAST, "leaf": {"name": "", "pairs": [["a", 1], ["a"]]}},
+        ".leaf.pairs[1]",
+        "not a list of 2 (found a list of 1)",
+    ),
     ({**LEAST, "leaf": {"name": "", "pairs": [["a", 1, 2]]}}, ".leaf.pairs[0]", "not a list of 2 (found a list of 3)"),
     ({**LEAST, "leaf": {"name": "", "pairs": [["a", "b"]]}}, ".leaf.pairs[0][1]", "not a whole number (found text)"),
     ({**LEAST, "layers": {"3": [0, "1"]}}, '.layers["3"][1]', "not a number (found text)"),
@@ -161,7 +169,9 @@ def test_text_that_is_not_json(text, problem):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4) | st.sampled_from(list(FULL)), inner),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4) | st.sampled_from(list(FULL)), inner)
+    ),
     max_leaves=12,
 )
 

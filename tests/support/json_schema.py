@@ -61,7 +61,9 @@ class Schema:
         if origin in (typing.Union, types.UnionType):
             kind, null = args
             assert null is types.NoneType, kind
-            return {"type": [SCALARS[kind], "null"]} if kind in SCALARS else {"anyOf": [self.of(kind), {"type": "null"}]}
+            return (
+                {"type": [SCALARS[kind], "null"]} if kind in SCALARS else {"anyOf": [self.of(kind), {"type": "null"}]}
+            )
         if origin is list or (origin is tuple and args[-1] is ...):
             return {"type": "array", "items": self.of(args[0])}
         if origin is tuple:
@@ -90,9 +92,12 @@ class Schema:
 
 def derived():
     """name -> schema."""
-    plan = Schema("Plan", "A plan of pygguf_surgery: Plan.to_json(), Plan.from_json().", PlanData,
-                  {"format": {"const": FORMAT}})
-    receipt = Schema("Receipt", "What a run did: Receipt.to_json(), and --json of the commands that write a model.", Receipt)
+    plan = Schema(
+        "Plan", "A plan of pygguf_surgery: Plan.to_json(), Plan.from_json().", PlanData, {"format": {"const": FORMAT}}
+    )
+    receipt = Schema(
+        "Receipt", "What a run did: Receipt.to_json(), and --json of the commands that write a model.", Receipt
+    )
     return {"plan": plan.schema, "receipt": receipt.schema}
 
 
@@ -102,8 +107,11 @@ def text_of(x, indent=0):
         return line
     pad = " " * (indent + 2)
     opening, closing = "{}" if isinstance(x, dict) else "[]"
-    parts = [text_of(e, indent + 2) for e in x] if isinstance(x, list) else [
-        f"{json.dumps(key)}: {text_of(e, indent + 2)}" for key, e in x.items()]
+    parts = (
+        [text_of(e, indent + 2) for e in x]
+        if isinstance(x, list)
+        else [f"{json.dumps(key)}: {text_of(e, indent + 2)}" for key, e in x.items()]
+    )
     return f"{opening}\n" + ",\n".join(pad + part for part in parts) + f"\n{' ' * indent}{closing}"
 
 
