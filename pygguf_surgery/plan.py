@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from .plan_data.edits import (
 )
 from .plan_data.expressions import Group
 from .plan_data.outcome import Draft
+from .quant.arrays import parse_quality
 from .recipes import mixes
 from .recipes import recipe as recipe_file
 from .recipes.overrides import parse_overrides, parse_type
@@ -223,7 +225,7 @@ class Plan:
                 parse_type(token_embedding_type, "token_embedding_type"),
                 bool(leave_output),
                 use,
-                quality=quantize_edit.parse_quality(quality),
+                quality=parse_quality(quality),
             )
         )
 
@@ -243,8 +245,7 @@ class Plan:
         plan = self.quantize(**options_of(loaded, self.model.tensors, type, overrides, options))
         if loaded.max_bytes is None:
             return plan
-        *others, edit = plan.data.edits
-        return Plan(self.model, replace(plan.data, edits=(*others, replace(edit, max_bytes=loaded.max_bytes))))
+        return plan._with_quantize(lambda edit: replace(edit, max_bytes=loaded.max_bytes))
 
     def fit(
         self,
@@ -263,7 +264,8 @@ class Plan:
         from .studies.fitting import fit
 
         limits = Limits.parse(memory, threads, io)
-        return self._with_overrides(fit(self.model, self.data, limits, size=size, bpw=bpw, progress=progress).overrides)
+        fitted = fit(self.model, self.data, limits, size=size, bpw=bpw, progress=progress)
+        return self._with_quantize(lambda edit: replace(edit, overrides=(*edit.overrides, *fitted.overrides)))
 
     def split(
         self,
@@ -292,11 +294,8 @@ class Plan:
                 raise BadPlan("less than one", object=what, found=n)
         return self._with(Split(nbytes, number, bool(keep), bool(first_empty)))
 
-    def _with_overrides(self, more: Sequence[tuple[str, str]]) -> Plan:
-        edits = tuple(
-            replace(edit, overrides=(*edit.overrides, *more)) if isinstance(edit, Quantize) else edit
-            for edit in self.data.edits
-        )
+    def _with_quantize(self, change: Callable[[Quantize], Quantize]) -> Plan:
+        edits = tuple(change(edit) if isinstance(edit, Quantize) else edit for edit in self.data.edits)
         return Plan(self.model, replace(self.data, edits=edits))
 
     def _with(self, edit: Edit) -> Plan:
@@ -369,7 +368,7 @@ def _use_repair(path: str | os.PathLike[str]) -> UseRepair:
 def _whole(number: Any, what: str) -> int:
     if isinstance(number, bool) or not hasattr(number, "__index__"):
         raise BadPlan("not a whole number", object=what, found=repr(number))
-    return number.__index__()
+    return operator.index(number)
 
 
 def _ids(layer: Any, ids: Any) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from hypothesis import given, strategies as st
 
 from pygguf_surgery import BadFile, BadPlan, Value
 from pygguf_surgery.files.lineage import DROPPED, Lineage, source_experts, without_layers
-from pygguf_surgery.plan_data.expressions import PAD
 
 NUMBERS = st.integers(0, 40)
 LAYERS = st.integers(0, 6)
@@ -61,15 +60,15 @@ def test_keys_that_somebody_changed_are_as_good_as_missing(lineage, changed):
 def test_a_cut_of_a_cut_names_the_experts_of_the_source(data):
     experts = data.draw(st.integers(1, 12))
     ids = st.sets(st.integers(0, experts - 1), min_size=1).map(lambda s: tuple(sorted(s)))
-    first = {layer: data.draw(ids) + (PAD,) * data.draw(st.integers(0, 2)) for layer in (0, 3)}
+    first = {layer: data.draw(ids) + (None,) * data.draw(st.integers(0, 2)) for layer in (0, 3)}
     second = {layer: tuple(sorted(data.draw(st.sets(st.sampled_from(range(len(kept))), min_size=1))))
               for layer, kept in first.items()}
     once = Lineage().after_cut(first, metric="a", scores={0: [0.5] * experts}, repaired=[3])
     twice = once.after_cut(second, metric="b", scores={0: [0.25]}, repaired=[])
     assert once.slices() == first and once.scores == {0: (0.5,) * experts} and once.metric == "a"
     for layer, kept in second.items():
-        real = [first[layer][i] for i in kept if first[layer][i] != PAD]
-        assert twice.slices()[layer] == (*real, *(PAD,) * (len(kept) - len(real)))
+        real = [first[layer][i] for i in kept if first[layer][i] != None]
+        assert twice.slices()[layer] == (*real, *(None,) * (len(kept) - len(real)))
     assert twice.metric == "a, b" and twice.scores == {} and twice.repaired == {3}
 
 

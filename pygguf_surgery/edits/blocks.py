@@ -61,9 +61,9 @@ def drop(architecture: str, out: Draft, dropped: Collection[int]) -> None:
     _count(architecture, metadata, gone, blocks, nextn)
     out.metadata = _rename(metadata, gone)
     out.tensors = [
-        tensor if name == tensor.name else replace(tensor, name=name, notes=list(tensor.notes))
+        tensor if new == tensor.name else replace(tensor, name=new, notes=list(tensor.notes))
         for tensor in out.tensors
-        if (name := _new_name(tensor.name, gone)) is not None
+        if (new := _new_name(tensor.name, gone)) is not None
     ]
 
 

@@ -34,6 +34,7 @@ from .blocks import drop
 if TYPE_CHECKING:
     from ..files.model import Model
     from ..files.repair import Repair
+    from ..plan_data.choices import Ids
     from .context import Context
 
 
@@ -71,7 +72,7 @@ def _cut_experts(draft: Draft, edit: KeepExperts, model: Model, repair: Repair |
     except SurgeryError as error:
         out.block(error)
         return out
-    out.blockers += [error for t in out.tensors if (error := check_shape(t.name, t.shape, found))]
+    out.blockers += [fault for t in out.tensors if (fault := check_shape(t.name, t.shape, found))]
     kept = _check_kept(architecture, edit, found, dropped, out)
     if out.blockers or all(len(ids) == found.experts for ids in kept.values()):
         return out
@@ -140,7 +141,7 @@ def _check_kept(architecture: str, edit: KeepExperts, found: Layout, dropped: ra
     return {layer: kept[layer] for layer in found.layers if layer in kept}
 
 
-def _unpaddable(architecture: str, found: Layout, kept: Kept, out: Draft) -> str | None:
+def _unpaddable(architecture: str, found: Layout, kept: Iterable[int], out: Draft) -> str | None:
     """Why experts of zeros would change what the model computes; None where they do not: a bias keeps the router from
     them, and a zero logit does not enter the gates of the others."""
     tensors = {t.name: t for t in out.tensors}
@@ -191,7 +192,8 @@ def _check_ids(layer: int, ids: Iterable[Any], experts: int, blockers: list[Surg
 
 def _check_routing(architecture: str, found: Layout, kept: Kept, out: Draft) -> None:
     n = len(kept[found.layers[0]])
-    least = min(sum(i is not None for i in ids) for ids in kept.values())
+    real = {layer: tuple(i for i in ids if i is not None) for layer, ids in kept.items()}
+    least = min(map(len, real.values()))
     get = getter(out.metadata)
     if fault := check_expert_count(architecture, n):
         out.block(fault)
@@ -206,11 +208,11 @@ def _check_routing(architecture: str, found: Layout, kept: Kept, out: Draft) -> 
                 )
             )
         if found.groups:
-            out.blockers += check_groups(architecture, found, kept, n, used, get)
+            out.blockers += check_groups(architecture, found, real, n, used, get)
     except SurgeryError as error:
         out.block(error)
     if found.chunk > 1:
-        _check_chunks(architecture, found, kept, out.blockers)
+        _check_chunks(found, real, out.blockers)
     if not (n & (n - 1) == 0 and n <= 512 or n in (288, 576)):
         out.warn(
             f"{n} experts: CUDA's fused top-k router is lost; it runs only for a power of two up to "
@@ -218,7 +220,7 @@ def _check_routing(architecture: str, found: Layout, kept: Kept, out: Draft) -> 
         )
 
 
-def _check_chunks(architecture: str, found: Layout, kept: Kept, blockers: list[SurgeryError]) -> None:
+def _check_chunks(found: Layout, kept: Ids, blockers: list[SurgeryError]) -> None:
     for layer, ids in kept.items():
         partial = next((g for g, n in Counter(i // found.chunk for i in ids).items() if n != found.chunk), None)
         if partial is not None:
@@ -316,7 +318,7 @@ def _remap(tensor: OutputTensor, ids: Slices, best_first: Slices, experts: int) 
     """An id that is gone becomes the best kept expert that its column lacks."""
     if tensor.source_type != "I32":
         raise BadFile("not a table of expert ids", object=tensor.name, found=tensor.source_type, expected="I32")
-    if sorted(i for i in best_first if i is not None) != list(ids):
+    if {*best_first} != {*ids} or len(best_first) != len(ids):
         raise BadPlan("the order of the kept experts names others than those kept", object=tensor.name)
     new = {old: i for i, old in enumerate(ids)}
     table = tuple(new.get(old) for old in range(experts))
@@ -347,7 +349,7 @@ def _drop_mtp(architecture: str, out: Draft) -> range:
         raise BadPlan("nothing is left without the MTP blocks", object=key, found=nextn, expected=f"less than {blocks}")
     dropped = range(blocks - nextn, blocks)
     gone = {t.name for t in out.tensors if layer_of(t.name) in dropped}
-    for layer in sorted({layer_of(name) for name in gone}):
+    for layer in sorted({layer for name in gone if (layer := layer_of(name)) is not None}):
         if not any(name.startswith(f"blk.{layer}.nextn.") for name in gone):
             raise Unsupported("not an MTP block: it has no nextn tensors", object=f"blk.{layer}")
     drop(architecture, out, dropped)

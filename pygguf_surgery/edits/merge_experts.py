@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 def apply(draft: Draft, edit: MergeExperts, context: Context) -> Draft:
     """Makes one expert of each group of `edit`: weights are averaged, the router keeps the centroid's row and bias. Reads
     no tensor data and changes nothing in place; what cannot be done becomes a blocker."""
-    tensors = draft.tensors
-    neurons = {layer_of(t.name): t.shape[-1] for t in tensors if t.name.endswith(".ffn_down_exps.weight")}
-    experts = {layer_of(t.name): t.shape[0] for t in tensors if t.name.endswith(".ffn_down_exps.weight")}
+    neurons: dict[int, int] = {}
+    experts: dict[int, int] = {}
+    for tensor in draft.tensors:
+        layer = layer_of(tensor.name)
+        if layer is not None and tensor.name.endswith(".ffn_down_exps.weight"):
+            neurons[layer], experts[layer] = tensor.shape[-1], tensor.shape[0]
     out = draft.copy()
     for layer, groups in edit.groups.items():
         out.blockers += _check_groups(layer, groups, experts.get(layer, 0), neurons.get(layer, 0))
@@ -35,7 +38,7 @@ def apply(draft: Draft, edit: MergeExperts, context: Context) -> Draft:
     out = keep_experts.apply(draft, KeepExperts(centroids, edit.metric, edit.mtp), context)
     if out.blockers:
         return out
-    before = {t.name: t for t in tensors}
+    before = {t.name: t for t in draft.tensors}
     merged = {layer for layer, groups in edit.groups.items() if any(len(g.members) > 1 for g in groups)}
     for i, tensor in enumerate(out.tensors):
         layer = layer_of(tensor.name)

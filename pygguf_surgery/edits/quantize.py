@@ -74,7 +74,9 @@ def apply(draft: Draft, edit: Quantize, context: Context) -> Draft:
         file_type = mixes.file_type(edit.type, edit.pure)
         overrides = Overrides(parse_overrides(edit.overrides))
         edit = replace(
-            edit, **{what: parse_type(getattr(edit, what), what) for what in ("output_type", "token_embedding_type")}
+            edit,
+            output_type=parse_type(edit.output_type, "output_type"),
+            token_embedding_type=parse_type(edit.token_embedding_type, "token_embedding_type"),
         )
         parse_quality(edit.quality)
     except SurgeryError as error:  # a plan from JSON; Plan.quantize has refused it at once

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from .._core import Source
 from ..base.errors import BadFile, SourceChanged
@@ -66,7 +66,7 @@ class Companions:
     def _open(self, use: UseImatrix | UseRepair, open: Callable[[str], Opened], what: str) -> Opened:
         key = use.path, use.digest
         if key in self._opened:
-            return cast(Any, self._opened[key])
+            return cast(Opened, self._opened[key])
         try:
             opened = open(use.path)
         except (OSError, ValueError) as error:  # ValueError: a path from JSON that no file can have

@@ -136,7 +136,12 @@ class Lineage:
     # --- what edits add ---------------------------------------------------------------------------------------------
 
     def after_cut(
-        self, kept: Mapping[int, Slices], *, metric: str, scores: Mapping[int, Sequence[float]], repaired: Collection[int]
+        self,
+        kept: Mapping[int, Slices],
+        *,
+        metric: str,
+        scores: Mapping[int, Sequence[float]],
+        repaired: Collection[int],
     ) -> Lineage:
         """After one more cut of experts. kept: ids as they are before it, None for experts of zeros; repaired: the layers
         that it repaired. Ids of a first cut are the source's; those of a second count in what the first one left."""

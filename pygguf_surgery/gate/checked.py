@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +109,7 @@ class CheckedPlan(Faults):
     def to_json(self, full: bool = False) -> dict[str, Any]:
         """JSON-ready. Without `full`, arrays over 32 elements in metadata, expressions and plan are
         {"type", "length", "head"}."""
-        shorten = (lambda x: x) if full else abbreviate
+        shorten: Callable[[Any], Any] = (lambda x: x) if full else abbreviate
         return {
             "tensors": [
                 {

@@ -222,7 +222,8 @@ def _importance(tensor: OutputTensor, inputs: Inputs) -> dict[str, Any]:
     assert imatrix is not None
     row, entry = tensor.shape[-1], imatrix.entries.get(tensor.importance.ref)
     held: dict[Substitute, int] = {}  # the row of `inline` that stands for it
-    inline, rows, divisors = [], [], []
+    inline: list[NDArray[np.float32]] = []
+    rows, divisors = [], []
     for number in tensor.importance.rows:
         if isinstance(number, Substitute):
             if number not in held:

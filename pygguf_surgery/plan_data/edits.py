@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from .._core import Value
 from .expressions import Group
 
-
 # --- edits: what was asked, with all its numbers -------------------------------------------------------------------
 
 

@@ -216,7 +216,7 @@ class _Target:
                 raise BadPlan("not a size", object="size", found=size, expected="above 0")
             return _Target("size", f"at most {nbytes} bytes ({human(nbytes)})", nbytes, None)
         try:
-            bits = float(bpw) if not isinstance(bpw, (bool, str)) else math.nan
+            bits = float(bpw) if bpw is not None and not isinstance(bpw, (bool, str)) else math.nan
         except (TypeError, ValueError):
             bits = math.nan
         if not 0 < bits < math.inf:
@@ -227,7 +227,7 @@ class _Target:
         """Bytes by which the plan is too large; below 1 where it fits."""
         if self.size is not None:
             return plan.file_bytes - self.size
-        return sum(plan.nbytes) - math.floor(self.bpw * plan.elements / 8)
+        return sum(plan.nbytes) - math.floor((self.bpw or 0.0) * plan.elements / 8)
 
     def found(self, plan: CheckedPlan) -> str:
         if self.size is not None:
@@ -256,7 +256,8 @@ def _undecided(base: CheckedPlan, edit: Quantize) -> tuple[list[OutputTensor], l
     """The tensors to choose a type for, and those that stay because they are quantized already."""
     patterns = [re.compile(pattern) for pattern, _ in edit.overrides]
     tied = not any(t.name in mixes.OUTPUT for t in base.tensors)
-    free, kept = [], []
+    free: list[OutputTensor] = []
+    kept: list[OutputTensor] = []
     for tensor in base.tensors:
         output = tensor.name in mixes.OUTPUT or tied and tensor.name in mixes.TOKEN_EMBEDDING
         decided = (
