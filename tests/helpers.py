@@ -1,18 +1,12 @@
 """Small files for tests, written by gguf-py: an independent writer."""
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import gguf
 import numpy as np
 
 from pygguf_surgery.edits.context import Context
 from pygguf_surgery.files.companions import Companions
 from pygguf_surgery.plan_data.outcome import Draft
-
-# Measurements and a trained model that some tests use when they are there: SHARED, or ../shared beside the checkout.
-SHARED = Path(os.environ.get("PGS_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
 def make_gguf(path, architecture="test", metadata=None, tensors=None, alignment=None):

@@ -3,17 +3,16 @@ import hashlib
 import importlib
 import json
 import re
-from pathlib import Path
 
 import gguf
-import moe_models
 import numpy as np
 import pytest
-from helpers import SHARED
 
+import moe_models
 import pygguf_surgery as pgs
-from pygguf_surgery.files.gguf import read_gguf, write_gguf
+from places import ROOT, SHARED
 from pygguf_surgery.files import stats as stats_file
+from pygguf_surgery.files.gguf import read_gguf, write_gguf
 from pygguf_surgery.files.stats import LayerStats
 
 calibration = importlib.import_module("pygguf_surgery.studies.calibration")
@@ -480,7 +479,7 @@ def test_the_readme_s_example_runs(tmp_path, monkeypatch):
         pytest.skip(f"{TRAINED.name} is not here")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "code.txt").write_bytes((TRAINED.parent / "calib.txt").read_bytes()[:40_000])
-    code = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)[1]
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     for written, here in (("model-Q8_0.gguf", str(TRAINED)), ("keep(256", "keep(16"), ("model, 384", "model, 24")):
         assert written in code
         code = code.replace(written, here)

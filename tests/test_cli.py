@@ -5,19 +5,19 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
-from helpers import read_gguf
 
+from helpers import read_gguf
+from places import ROOT
 from pygguf_surgery import Value, imatrix
 from pygguf_surgery import open as open_model
-from pygguf_surgery.cli import exit_code, main, options
-from pygguf_surgery.files.gguf import write_gguf
 from pygguf_surgery.base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
+from pygguf_surgery.cli import exit_code, main, options
 from pygguf_surgery.cli.commands.demo_model import DemoShape, write_demo_model
+from pygguf_surgery.files.gguf import write_gguf
 
 SMALL = DemoShape(layers=4, embedding=64, experts=8, used=2, feed_forward=32, heads=2, heads_kv=1, head=32, state=32,
                   key_heads=1, value_heads=2, vocabulary=300)
@@ -439,7 +439,7 @@ def test_what_cannot_be_written_is_said_before_all_weights_are_read(run, model, 
 
 # --- the README ----------------------------------------------------------------------------------------------------
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = ROOT / "README.md"
 
 
 def everything_seen(model, path):

@@ -6,12 +6,12 @@ import re
 import gguf
 import numpy as np
 import pytest
-import quant_models as qm
-from helpers import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
+import quant_models as qm
+from places import SHARED
 from pygguf_surgery import BadPlan, Plan, _core
 from pygguf_surgery.base.limits import Limits
 from pygguf_surgery.recipes.overrides import patterns

@@ -1,13 +1,14 @@
 """write_gguf and read_gguf: a small file in one call."""
 import os
 
-import helpers
 import numpy as np
 import pytest
 
+import helpers
+from places import SHARED
 from pygguf_surgery._core import Source, Value, read_header
-from pygguf_surgery.files.gguf import read_gguf, write_gguf
 from pygguf_surgery.base.errors import BadFile, BadPlan
+from pygguf_surgery.files.gguf import read_gguf, write_gguf
 
 METADATA = {"general.architecture": Value("test", "str"), "test.block_count": Value(2, "u32"),
             "test.words": Value(["a", "é"], "str"), "test.empty": Value([], "f32")}
@@ -121,11 +122,11 @@ def test_read_refuses_a_broken_file(tmp_path):
         read_gguf(tmp_path / "a.gguf")
 
 
-@pytest.mark.skipif(not (helpers.SHARED / "models").is_dir(), reason="needs the shared models")
+@pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="needs the shared models")
 @pytest.mark.parametrize("name", ["tiny-qwen3next-bf16.gguf", "imatrix.gguf"])
 def test_real_files_are_canonical(name, tmp_path):
     """A file of llama.cpp's own tools: read without a warning, written again byte for byte."""
-    path = helpers.SHARED / "models" / name
+    path = SHARED / "models" / name
     source = Source(str(path))
     header = read_header(source, strict=True)
     kinds = {t.name: t.type for t in header.tensors}

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import gguf
 import numpy as np
 import pytest
-from gguf_builder import gguf as build
-from gguf_builder import info, kv
-from helpers import SHARED, read_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gguf_builder import gguf as build
+from gguf_builder import info, kv
+from helpers import read_gguf
+from places import SHARED
 from pygguf_surgery import BadFile, BadPlan, SurgeryError, imatrix
 from pygguf_surgery.files import imatrix as files
 

@@ -3,15 +3,15 @@ import os
 import shutil
 import struct
 import subprocess
-from pathlib import Path
 
-import kernel_data
 import numpy as np
 import pytest
+
+import kernel_data
 import test_kernel_golden
+from places import ROOT
 from test_kernels import CASES, DECODED, TYPES, defined, encode, outcome, with_kernels
 
-ROOT = Path(__file__).resolve().parents[1]
 GGML = ROOT / "third_party" / "ggml" / "source"
 TOOLS = ["aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++", "qemu-aarch64-static"]
 MISSING = [tool for tool in TOOLS if not shutil.which(tool)]

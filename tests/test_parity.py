@@ -4,14 +4,15 @@ from __future__ import annotations
 import re
 
 import gguf
+import pytest
+
 import llama_oracle
 import moe_models
-import pytest
-from helpers import SHARED, read_gguf
+import pygguf_surgery as pgs
+from helpers import read_gguf
 from llama_oracle import assert_same_tensors
 from llama_oracle import quantize as llama_quantize
-
-import pygguf_surgery as pgs
+from places import SHARED
 
 pytestmark = pytest.mark.parity
 

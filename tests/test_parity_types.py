@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
-import llama_oracle
 import numpy as np
 import pytest
-import quant_models
-from quant_models import T, attention, ffn, moe
 
+import llama_oracle
 import pygguf_surgery as pgs
+import quant_models
+from places import ROOT
 from pygguf_surgery import _core
 from pygguf_surgery.recipes import mixes
+from quant_models import T, attention, ffn, moe
 
 pytestmark = pytest.mark.parity
 
@@ -366,7 +367,7 @@ def snapshots(tmp_path_factory):
     this package links, downloaded by pip."""
     if tree := os.environ.get("PGS_LLAMA_CPP"):
         return Path(tree) / "tests" / "snapshots"
-    pinned = (Path(__file__).parents[1] / "third_party" / "ggml" / "CMakeLists.txt").read_text()
+    pinned = (ROOT / "third_party" / "ggml" / "CMakeLists.txt").read_text()
     carrier = re.search(r"PGS_GGML_CARRIER (\S+)\)", pinned)[1]
     folder = tmp_path_factory.mktemp("llama.cpp")
     pip = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",

@@ -1,15 +1,15 @@
 """quality="best": the same format with less error; the default stays llama-quantize's bytes."""
 import gguf
-import moe_models
 import numpy as np
 import pytest
-from helpers import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
-from test_kernels import SETS, with_kernels
 
+import moe_models
 import pygguf_surgery as pgs
+from places import SHARED
 from pygguf_surgery import BadPlan, Plan, imatrix
+from test_kernels import SETS, with_kernels
 
 VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float64)
 VALUES = np.concatenate([VALUES, -VALUES])  # in halves, as ggml has them

@@ -3,13 +3,15 @@ import importlib
 import json
 import pickle
 
-import moe_models
 import numpy as np
 import pytest
-from helpers import SHARED, read_gguf
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
+import moe_models
 import pygguf_surgery as pgs
+from helpers import read_gguf
+from places import SHARED
 from pygguf_surgery._core import Value
 from pygguf_surgery.files.gguf import write_gguf
 
