@@ -8,12 +8,12 @@ import gguf
 import numpy as np
 import pytest
 
-import moe_models
 import pygguf_surgery as pgs
-from places import ROOT, SHARED
 from pygguf_surgery.files import stats as stats_file
 from pygguf_surgery.files.gguf import read_gguf, write_gguf
 from pygguf_surgery.files.stats import LayerStats
+from support import moe_models
+from support.places import ROOT, SHARED
 
 calibration = importlib.import_module("pygguf_surgery.studies.calibration")
 

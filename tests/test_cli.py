@@ -10,14 +10,14 @@ import gguf
 import numpy as np
 import pytest
 
-from helpers import read_gguf
-from places import ROOT
 from pygguf_surgery import Value, imatrix
 from pygguf_surgery import open as open_model
 from pygguf_surgery.base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
 from pygguf_surgery.cli import exit_code, main, options
 from pygguf_surgery.cli.commands.demo_model import DemoShape, write_demo_model
 from pygguf_surgery.files.gguf import write_gguf
+from support.gguf_files import read_gguf
+from support.places import ROOT
 
 SMALL = DemoShape(layers=4, embedding=64, experts=8, used=2, feed_forward=32, heads=2, heads_kv=1, head=32, state=32,
                   key_heads=1, value_heads=2, vocabulary=300)

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import gguf
-import io_child
 import numpy as np
 import pytest
-from helpers import make_gguf
 
 import pygguf_surgery as pgs
+from support import io_child
+from support.gguf_files import make_gguf
 
 U32 = gguf.GGUFValueType.UINT32
 CHILD = io_child.__file__

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
-import quant_models as qm
-from places import SHARED
 from pygguf_surgery import BadPlan, Plan, _core
 from pygguf_surgery.base.limits import Limits
 from pygguf_surgery.recipes.overrides import patterns
 from pygguf_surgery.studies import fitting as module
 from pygguf_surgery.studies.fitting import LADDERS, fit, ladder
+from support import quant_models as qm
+from support.places import SHARED
 
 Q = gguf.GGMLQuantizationType
 FAMILIES = [("Q4_K_M", "K"), ("IQ3_M", "IQ"), ("Q4_0", "legacy"), ("MXFP4_MOE", "MXFP4"), ("NVFP4_MOE", "NVFP4")]

@@ -3,12 +3,12 @@ import os
 import stat
 import struct
 
-import gguf_builder as b
 import pytest
-from gguf_builder import F32, I8, Q4_0, gguf, header, info, kv, pad, string, u32, u64
 
 from pygguf_surgery._core import Source, read_header
 from pygguf_surgery.base.errors import BadFile
+from support import gguf_bytes as b
+from support.gguf_bytes import F32, I8, Q4_0, gguf, header, info, kv, pad, string, u32, u64
 
 A = kv("general.architecture", "str", "test")
 T = info("t")  # one row of 32 float32

@@ -4,11 +4,11 @@ import os
 import numpy as np
 import pytest
 
-import helpers
-from places import SHARED
 from pygguf_surgery._core import Source, Value, read_header
 from pygguf_surgery.base.errors import BadFile, BadPlan
 from pygguf_surgery.files.gguf import read_gguf, write_gguf
+from support import gguf_files
+from support.places import SHARED
 
 METADATA = {"general.architecture": Value("test", "str"), "test.block_count": Value(2, "u32"),
             "test.words": Value(["a", "é"], "str"), "test.empty": Value([], "f32")}
@@ -33,7 +33,7 @@ def test_gguf_py_reads_it(tmp_path):
     quantized = np.arange(4 * 34, dtype=np.uint8).reshape(2, 2, 34)
     write_gguf(tmp_path / "a.gguf", {"general.architecture": Value("test", "str"), "k": Value([1, 2], "i16")},
                {**tensors, "q": (quantized, "Q8_0", (2, 2, 32))})
-    metadata, read = helpers.read_gguf(tmp_path / "a.gguf")
+    metadata, read = gguf_files.read_gguf(tmp_path / "a.gguf")
     assert metadata == {"general.architecture": "test", "k": [1, 2]}
     for name, array in tensors.items():
         assert np.array_equal(read[name][1], array)

@@ -5,17 +5,16 @@ import subprocess
 import sys
 
 import gguf
-import gguf_builder as b
-import helpers
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from test_gguf_values import SCALARS
-
 from pygguf_surgery._core import Source, TensorInfo, Value, encode_header, read_header, types
 from pygguf_surgery.base.errors import BadFile
+from support import gguf_bytes as b
+from support import gguf_files
+from test_gguf_values import SCALARS
 
 FACTS = {fact["id"]: fact for fact in types()}
 
@@ -126,7 +125,7 @@ def test_we_read_what_gguf_py_writes(path, metadata, shapes):
     # gguf-py leaves empty arrays out
     metadata = {key: value for key, value in metadata.items() if not value.type.endswith("[]") or len(value)}
     tensors = {f"t.{i}": np.arange(np.prod(shape), dtype=np.float32).reshape(shape) for i, shape in enumerate(shapes)}
-    helpers.make_gguf(path, metadata={key: their(value) for key, value in metadata.items()}, tensors=tensors)
+    gguf_files.make_gguf(path, metadata={key: their(value) for key, value in metadata.items()}, tensors=tensors)
     source = Source(str(path))
     header = read_header(source)
     assert header.warnings == []

@@ -8,10 +8,10 @@ import random
 
 import gguf
 import pytest
-from gguf_builder import F32, I8, I64, IDS, info, scalar, string, u32, u64
 
 from pygguf_surgery._core import Source, read_header, types
 from pygguf_surgery.base.errors import BadFile
+from support.gguf_bytes import F32, I8, I64, IDS, info, scalar, string, u32, u64
 
 REFUSE, ACCEPT = "refuse", "accept"
 CASES = {

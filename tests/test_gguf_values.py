@@ -3,7 +3,6 @@ import math
 import pickle
 import struct
 
-import gguf_builder as b
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from pygguf_surgery._core import TensorInfo, Value, encode_header
 from pygguf_surgery.base.errors import BadPlan
+from support import gguf_bytes as b
 
 RANGES = {f"{sign}{bits}": (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if sign == "i" else (0, 2**bits - 1)
           for sign in "ui" for bits in (8, 16, 32, 64)}

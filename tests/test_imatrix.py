@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gguf_builder import gguf as build
-from gguf_builder import info, kv
-from helpers import read_gguf
-from places import SHARED
 from pygguf_surgery import BadFile, BadPlan, SurgeryError, imatrix
 from pygguf_surgery.files import imatrix as files
+from support.gguf_bytes import gguf as build
+from support.gguf_bytes import info, kv
+from support.gguf_files import read_gguf
+from support.places import SHARED
 
 REAL = SHARED / "models" / "imatrix.gguf"
 LEGACY = SHARED / "models" / "imatrix.dat"

@@ -7,12 +7,12 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-import kernel_data
 import numpy as np
 import pytest
-from test_kernels import CASES, DECODED, SETS, TYPES, UNDEFINED, encode, with_kernels
 
 from pygguf_surgery import _core
+from support import kernel_data
+from test_kernels import CASES, DECODED, SETS, TYPES, UNDEFINED, encode, with_kernels
 
 GOLDEN = Path(__file__).with_name("kernel_golden.txt")
 UNBOUNDED = ("BF16", "MXFP4", "NVFP4")  # no number is too large for their scales

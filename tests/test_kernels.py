@@ -3,7 +3,6 @@ import functools
 import hashlib
 import os
 
-import kernel_data
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from pygguf_surgery import _core
 from pygguf_surgery.base import errors
+from support import kernel_data
 
 TYPES = {t["name"]: t for t in _core.types()}
 ENCODED = [name for name, t in TYPES.items() if t["encodes"] and name != "F32"]

@@ -4,24 +4,25 @@ from __future__ import annotations
 import re
 
 import gguf
-import moe_models
 import numpy as np
 import pytest
-from helpers import make_gguf, read_gguf
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
 from helpers import apply_edit
 from pygguf_surgery import Value, imatrix
+from pygguf_surgery.architecture.keys import PER_LAYER_KEYS
 from pygguf_surgery.architecture.layers import KNOWN
 from pygguf_surgery.edits import prune_layers as layers
 from pygguf_surgery.files import gguf as container
-from pygguf_surgery.architecture.keys import PER_LAYER_KEYS
 from pygguf_surgery.plan_data.edits import PruneLayers
-from pygguf_surgery.plan_data.outcome import Draft
 from pygguf_surgery.plan_data.expressions import Copy, OutputTensor, Take
+from pygguf_surgery.plan_data.outcome import Draft
 from pygguf_surgery.reports.comparison import compare
 from pygguf_surgery.reports.verification import verify
+from support import moe_models
+from support.gguf_files import make_gguf, read_gguf
 
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 

@@ -8,10 +8,11 @@ import subprocess
 import sys
 
 import gguf
-import moe_models
 import numpy as np
 import pytest
-from helpers import make_gguf, read_gguf
+
+from support import moe_models
+from support.gguf_files import make_gguf, read_gguf
 from test_layers import BLOCK, CASES, build, prune
 
 pytestmark = pytest.mark.parity

@@ -10,12 +10,12 @@ import shlex
 
 import numpy as np
 import pytest
-import quant_models as qm
 
 import pygguf_surgery as pgs
 from pygguf_surgery import Plan, _core, imatrix
-from pygguf_surgery.cli import main
 from pygguf_surgery.base.errors import BadFile, BadPlan, SourceChanged, SurgeryError
+from pygguf_surgery.cli import main
+from support import quant_models as qm
 
 EXPERTS = 8
 

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import moe_models
 import pygguf_surgery as pgs
-from helpers import make_gguf, read_gguf
-from places import SHARED
 from pygguf_surgery.files import stats as stats_file
 from pygguf_surgery.files.stats import LayerStats
 from pygguf_surgery.plan_data.expressions import Group
 from pygguf_surgery.reports.verification import verify
 from pygguf_surgery.studies import ream
+from support import moe_models
+from support.gguf_files import make_gguf, read_gguf
+from support.places import SHARED
 from test_metrics import imatrix_of
 
 TRAINED = SHARED / "models" / "tiny-qwen3next-bf16.gguf"

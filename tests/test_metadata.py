@@ -4,13 +4,13 @@ import math
 import gguf
 import numpy as np
 import pytest
-from helpers import make_gguf, read_gguf
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
 from pygguf_surgery import BadPlan, Value
 from pygguf_surgery.edits import metadata
+from support.gguf_files import make_gguf, read_gguf
 
 T = gguf.GGUFValueType
 

@@ -1,20 +1,21 @@
 """Scores from statistics and importance matrices, and what a choice says of itself."""
 import json
 
-import moe_models
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
 from pygguf_surgery._core import Value
-from pygguf_surgery.files.gguf import write_gguf
-from pygguf_surgery.files import stats as stats_file
-from pygguf_surgery.studies import metrics
-from pygguf_surgery.plan_data.choices import Seen
-from pygguf_surgery.studies.ranking import Ranking
 from pygguf_surgery.architecture.experts import Layout
+from pygguf_surgery.files import stats as stats_file
+from pygguf_surgery.files.gguf import write_gguf
 from pygguf_surgery.files.stats import LayerStats
+from pygguf_surgery.plan_data.choices import Seen
+from pygguf_surgery.studies import metrics
+from pygguf_surgery.studies.ranking import Ranking
+from support import moe_models
 
 
 def stats_for(model, seed=0, *, unseen=()):

@@ -7,13 +7,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from gguf_builder import gguf as hand_made
-from gguf_builder import info, kv
-from helpers import make_gguf, read_gguf
 
 import pygguf_surgery as pgs
 from pygguf_surgery import BadFile, BadPlan, Unsupported
 from pygguf_surgery.base.runs import merge_adjacent
+from support.gguf_bytes import gguf as hand_made
+from support.gguf_bytes import info, kv
+from support.gguf_files import make_gguf, read_gguf
 
 T = gguf.GGUFValueType
 Q = gguf.GGMLQuantizationType

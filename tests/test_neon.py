@@ -7,9 +7,9 @@ import subprocess
 import numpy as np
 import pytest
 
-import kernel_data
 import test_kernel_golden
-from places import ROOT
+from support import kernel_data
+from support.places import ROOT
 from test_kernels import CASES, DECODED, TYPES, defined, encode, outcome, with_kernels
 
 GGML = ROOT / "third_party" / "ggml" / "source"

@@ -1,13 +1,13 @@
 """Layers that keep different numbers of experts: padded where the router can be kept from the padding, else refused."""
-import moe_models
 import numpy as np
 import pytest
-from helpers import read_gguf
-from test_metrics import imatrix_of, stats_for
 
 import pygguf_surgery as pgs
 from pygguf_surgery import _core
 from pygguf_surgery.reports.verification import verify
+from support import moe_models
+from support.gguf_files import read_gguf
+from test_metrics import imatrix_of, stats_for
 
 UNEVEN = {1: (0, 2, 3, 5, 7, 8, 9, 12, 15), 2: (1, 4, 6, 7, 14)}
 

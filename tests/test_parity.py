@@ -6,13 +6,12 @@ import re
 import gguf
 import pytest
 
-import llama_oracle
-import moe_models
 import pygguf_surgery as pgs
-from helpers import read_gguf
-from llama_oracle import assert_same_tensors
-from llama_oracle import quantize as llama_quantize
-from places import SHARED
+from support import llama_oracle, moe_models
+from support.gguf_files import read_gguf
+from support.llama_oracle import assert_same_tensors
+from support.llama_oracle import quantize as llama_quantize
+from support.places import SHARED
 
 pytestmark = pytest.mark.parity
 

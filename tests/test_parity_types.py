@@ -13,13 +13,12 @@ import gguf
 import numpy as np
 import pytest
 
-import llama_oracle
 import pygguf_surgery as pgs
-import quant_models
-from places import ROOT
 from pygguf_surgery import _core
 from pygguf_surgery.recipes import mixes
-from quant_models import T, attention, ffn, moe
+from support import llama_oracle, quant_models
+from support.places import ROOT
+from support.quant_models import T, attention, ffn, moe
 
 pytestmark = pytest.mark.parity
 

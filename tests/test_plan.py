@@ -4,12 +4,8 @@ import json
 import pickle
 
 import gguf
-import moe_models
 import numpy as np
 import pytest
-from gguf_builder import gguf as hand_made
-from gguf_builder import info, kv
-from helpers import make_gguf, read_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,11 +13,14 @@ import pygguf_surgery as pgs
 from pygguf_surgery import BadPlan, Plan, SourceChanged, Unsupported, Value
 from pygguf_surgery.base import units
 from pygguf_surgery.base.units import parse_memory
-from pygguf_surgery.gate import check
 from pygguf_surgery.files.companions import Companions
 from pygguf_surgery.gate.jobs import Inputs, build_jobs, lower
 from pygguf_surgery.plan_data.edits import KeepExperts
 from pygguf_surgery.plan_data.expressions import Copy, OutputTensor, Take
+from support import moe_models
+from support.gguf_bytes import gguf as hand_made
+from support.gguf_bytes import info, kv
+from support.gguf_files import make_gguf, read_gguf
 
 T = gguf.GGUFValueType
 Q = gguf.GGMLQuantizationType

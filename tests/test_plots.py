@@ -1,13 +1,13 @@
 """The picture of a choice of experts."""
 import sys
 
-import moe_models
 import numpy as np
 import pytest
 
 import pygguf_surgery as pgs
 from pygguf_surgery.cli import main
 from pygguf_surgery.reports.plots import importance
+from support import moe_models
 
 
 def pixels(png):

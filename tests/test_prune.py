@@ -2,11 +2,10 @@
 from types import SimpleNamespace
 
 import gguf
-import moe_models
 import numpy as np
 import pytest
-from helpers import read_gguf
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
 from helpers import apply_edit
@@ -16,6 +15,8 @@ from pygguf_surgery.architecture.names import role_of
 from pygguf_surgery.edits import keep_experts as prune
 from pygguf_surgery.plan_data.edits import KeepExperts
 from pygguf_surgery.plan_data.expressions import Copy, OutputTensor, Remap, Stack, Take
+from support import moe_models
+from support.gguf_files import read_gguf
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import moe_models
 import pygguf_surgery as pgs
-from places import SHARED
 from pygguf_surgery import BadPlan, Plan, imatrix
+from support import moe_models
+from support.places import SHARED
 from test_kernels import SETS, with_kernels
 
 VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float64)

@@ -4,15 +4,16 @@ import math
 import pickle
 
 import gguf
-import moe_models
 import numpy as np
 import pytest
-from helpers import read_gguf
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
 from pygguf_surgery.architecture import experts as roles
 from pygguf_surgery.studies.ranking import Ranking
+from support import moe_models
+from support.gguf_files import read_gguf
 
 
 @pytest.fixture(scope="module")

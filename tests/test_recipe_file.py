@@ -2,14 +2,14 @@
 import re
 
 import gguf
-import moe_models
 import pytest
-import quant_models as qm
 
 import pygguf_surgery as pgs
 from pygguf_surgery import BadPlan, Plan
 from pygguf_surgery.architecture.names import role_of
 from pygguf_surgery.recipes.recipe import Override, Recipe, load, shipped
+from support import moe_models
+from support import quant_models as qm
 
 FULL = r"""
 description = "all keys"

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import moe_models
 import pygguf_surgery as pgs
-from helpers import read_gguf
-from places import SHARED
 from pygguf_surgery._core import Value
 from pygguf_surgery.files.gguf import write_gguf
+from support import moe_models
+from support.gguf_files import read_gguf
+from support.places import SHARED
 
 repairing = importlib.import_module("pygguf_surgery.studies.repairs")
 TRAINED = SHARED / "models" / "tiny-qwen3next-bf16.gguf"

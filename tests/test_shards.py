@@ -8,18 +8,18 @@ import subprocess
 import sys
 
 import gguf
-import moe_models
 import numpy as np
 import pytest
-from gguf_builder import header, info, kv, pad
-from helpers import make_gguf
-from hypothesis import example, given, strategies as st
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
 from pygguf_surgery import Value
-from pygguf_surgery.plan_data.edits import Split
 from pygguf_surgery.edits.split import MAX_SHARDS, partition, shard_metadata, shard_paths
-
+from pygguf_surgery.plan_data.edits import Split
+from support import moe_models
+from support.gguf_bytes import header, info, kv, pad
+from support.gguf_files import make_gguf
 
 # --- the partition --------------------------------------------------------------------------------------------------
 

@@ -9,11 +9,12 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
-from io_cache import resident
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pygguf_surgery import BadPlan, OutOfSpace
 from pygguf_surgery._core import Sink, Source
+from support.page_cache import resident
 
 MODES = ["auto", "pread", "direct", "mmap"]
 PAGE = os.sysconf("SC_PAGESIZE")

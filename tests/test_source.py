@@ -5,11 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
-from io_cache import resident, warm_only
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pygguf_surgery import BadFile, BadPlan, SourceChanged
 from pygguf_surgery._core import Source
+from support.page_cache import resident, warm_only
 
 MODES = ["auto", "pread", "direct", "mmap"]
 PAGE = os.sysconf("SC_PAGESIZE")

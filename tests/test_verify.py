@@ -1,15 +1,15 @@
 """verify: a good file has no problem; each fault put into one is named, with the tensor or key it is in."""
 import json
 
-import moe_models
 import numpy as np
 import pytest
 
 import pygguf_surgery as pgs
 from pygguf_surgery.cli import main
-from pygguf_surgery.files.gguf import write_gguf
 from pygguf_surgery.cli.commands.demo_model import DemoShape, write_demo_model
+from pygguf_surgery.files.gguf import write_gguf
 from pygguf_surgery.reports.verification import verify
+from support import moe_models
 
 SMALL = DemoShape(layers=4, embedding=64, experts=8, used=2, feed_forward=32, heads=2, heads_kv=1, head=32, state=32,
                   key_heads=1, value_heads=2, vocabulary=300)

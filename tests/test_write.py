@@ -5,12 +5,8 @@ import os
 import time
 
 import gguf
-import moe_models
 import numpy as np
 import pytest
-from gguf_builder import gguf as hand_made
-from gguf_builder import info, kv
-from helpers import make_gguf, read_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +14,10 @@ import pygguf_surgery as pgs
 from pygguf_surgery import BadPlan, Plan, Value
 from pygguf_surgery.base import units
 from pygguf_surgery.base.progress import ProgressBar
-from pygguf_surgery.run import writing as write
+from support import moe_models
+from support.gguf_bytes import gguf as hand_made
+from support.gguf_bytes import info, kv
+from support.gguf_files import make_gguf, read_gguf
 
 T = gguf.GGUFValueType
 Q = gguf.GGMLQuantizationType

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import gguf
 import numpy as np
-from helpers import make_gguf
+
+from support.gguf_files import make_gguf
 
 T = gguf.GGUFValueType
 BF16 = gguf.GGMLQuantizationType.BF16

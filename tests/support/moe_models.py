@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import gguf
 import numpy as np
-from helpers import make_gguf
+
+from support.gguf_files import make_gguf
 
 T = gguf.GGUFValueType
 U32, F32, STRING, ARRAY, BOOL = T.UINT32, T.FLOAT32, T.STRING, T.ARRAY, T.BOOL
