@@ -13,6 +13,7 @@ from pygguf_surgery.files import stats as stats_file
 from pygguf_surgery.files.gguf import read_gguf, write_gguf
 from pygguf_surgery.files.stats import LayerStats
 from support import moe_models
+from support.llama_oracle import TOKENS, Tap
 from support.places import ROOT, SHARED
 
 calibration = importlib.import_module("pygguf_surgery.studies.calibration")
@@ -211,31 +212,6 @@ def test_what_would_fail_at_the_end_fails_at_the_start(tmp_path, out, texts, err
 
 
 # --- llama.cpp -------------------------------------------------------------------------------------------------------
-
-TOKENS = np.random.default_rng(7).integers(0, moe_models.VOCAB, 200)
-
-
-class Tap:
-    """Records tensors of the graph by exact name, in a session of its own."""
-
-    def __init__(self, path, names, tokens, n_ctx):
-        from pygguf_surgery.llama.session import Session
-
-        self.names, self.found = set(names), {}
-        with Session(str(path), n_ctx=n_ctx, threads=2, watch=self) as session:
-            if isinstance(tokens, bytes):
-                tokens = session.tokenize(tokens)[:n_ctx * 40]
-            for i in range(len(tokens) // n_ctx):
-                session.run(tokens[i * n_ctx:(i + 1) * n_ctx])
-
-    def wants(self, name):
-        return name in self.names
-
-    def take(self, name, values):
-        self.found.setdefault(name, []).append(values.astype(np.float64))
-
-    def __getitem__(self, name):
-        return np.concatenate(self.found[name])
 
 
 def forward(model, layer, inputs, ids, gates, logits):

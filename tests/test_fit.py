@@ -17,6 +17,7 @@ from pygguf_surgery.studies import fitting as module
 from pygguf_surgery.studies.fitting import LADDERS, fit, ladder
 from support import quant_models as qm
 from support.places import SHARED
+from support.strategies import ERRORS, ladders
 
 Q = gguf.GGMLQuantizationType
 FAMILIES = [("Q4_K_M", "K"), ("IQ3_M", "IQ"), ("Q4_0", "legacy"), ("MXFP4_MOE", "MXFP4"), ("NVFP4_MOE", "NVFP4")]
@@ -129,20 +130,6 @@ def test_shards_count_whole(model):
         assert sum(file.file_bytes for file in checked.files) == checked.file_bytes <= size
 
 
-hulls = st.lists(st.integers(1, 12), min_size=1, max_size=5).map(lambda gains: sorted(gains, reverse=True))
-
-
-@st.composite
-def ladders(draw):
-    """(costs, errors) of one tensor: convex, as after _hull. The first step costs something too."""
-    gains = draw(hulls)  # per byte
-    widths = draw(st.lists(st.integers(1, 9), min_size=len(gains), max_size=len(gains)))
-    total = sum(g * w for g, w in zip(gains, widths))
-    costs = list(itertools.accumulate(widths, initial=draw(st.integers(0, 5))))
-    errors = [total - x for x in itertools.accumulate((g * w for g, w in zip(gains, widths)), initial=0)]
-    return costs, [float(e) for e in errors]
-
-
 @given(st.lists(ladders(), min_size=1, max_size=4), st.integers(0, 60), st.integers(0, 20))
 def test_climb_is_monotone_and_one_step_from_the_best(tensors, room, more):
     costs, errors = [c for c, _ in tensors], [e for _, e in tensors]
@@ -158,7 +145,7 @@ def test_climb_is_monotone_and_one_step_from_the_best(tensors, room, more):
     assert best <= error < best + largest or error == best
 
 
-@given(st.lists(st.tuples(st.integers(1, 50), st.floats(0, 1)), min_size=1, max_size=8))
+@given(st.lists(st.tuples(st.integers(1, 50), ERRORS), min_size=1, max_size=8))
 def test_hull(points):
     hull = [points[i] for i in module._hull(points)]
     assert hull[0][0] == min(nbytes for nbytes, _ in points)

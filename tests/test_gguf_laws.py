@@ -10,53 +10,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pygguf_surgery._core import Source, TensorInfo, Value, encode_header, read_header, types
+from pygguf_surgery._core import Source, Value, encode_header, read_header, types
 from pygguf_surgery.base.errors import BadFile
 from support import gguf_bytes as b
 from support import gguf_files
-from test_gguf_values import SCALARS
-
-FACTS = {fact["id"]: fact for fact in types()}
-
-
-# --- strategies: a canonical file -----------------------------------------------------------------------------------
-
-KEYS = st.from_regex(r"[a-z0-9_]{1,12}(\.[a-z0-9_]{1,12}){0,3}", fullmatch=True).filter(
-    lambda key: key != "general.alignment")
-UTF8 = st.text(st.characters(exclude_categories=["Cs"]))
-
-
-@st.composite
-def values(draw):
-    kind = draw(st.sampled_from(sorted(SCALARS)))
-    elements = UTF8 if kind == "str" else SCALARS[kind]
-    if draw(st.booleans()):
-        return Value(draw(st.lists(elements, max_size=20)), f"{kind}[]")
-    return Value(draw(elements), kind)
-
-
-@st.composite
-def tensor_infos(draw):
-    names = draw(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
-                          .filter(lambda n: len(n.encode()) <= 63), unique=True, max_size=8))
-    infos = []
-    for name in names:
-        fact = draw(st.sampled_from(sorted(FACTS.values(), key=lambda f: f["id"])))
-        ne = draw(st.lists(st.integers(0, 5), max_size=4))
-        if fact["block"] > 1:
-            ne = [*ne, 1] if not ne else ne
-            ne[0] *= fact["block"]
-        infos.append(TensorInfo(name, ne, fact["id"]))
-    return infos
-
-
-@st.composite
-def canonical_headers(draw):
-    metadata = draw(st.dictionaries(KEYS, values(), max_size=8))
-    alignment = draw(st.sampled_from([32, 64, 4096]))
-    if alignment != 32:
-        metadata["general.alignment"] = Value(alignment, "u32")
-    return list(metadata.items()), draw(tensor_infos()), alignment
+from support.strategies import KEYS, canonical_headers, values
 
 
 def tensor_fields(tensors):
@@ -217,7 +175,7 @@ def test_tensor_shapes_and_offsets(path, ne, kind, offset):
     elements = 1
     for n in ne:  # Python's integers do not wrap
         elements *= n
-    fact = FACTS[kind]
+    fact = next(fact for fact in types() if fact["id"] == kind)
     assert header.tensors[0].nbytes == elements // fact["block"] * fact["block_bytes"]
 
 

@@ -6,25 +6,11 @@ import struct
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from pygguf_surgery._core import TensorInfo, Value, encode_header
 from pygguf_surgery.base.errors import BadPlan
 from support import gguf_bytes as b
-
-RANGES = {f"{sign}{bits}": (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if sign == "i" else (0, 2**bits - 1)
-          for sign in "ui" for bits in (8, 16, 32, 64)}
-TEXT = st.text() | st.binary().map(lambda raw: raw.decode("utf-8", "surrogateescape"))
-SCALARS = {**{kind: st.integers(*limits) for kind, limits in RANGES.items()}, "bool": st.booleans(), "str": TEXT,
-           "f32": st.floats(width=32, allow_nan=False), "f64": st.floats(allow_nan=False)}
-
-
-@st.composite
-def python_values(draw):
-    kind = draw(st.sampled_from(sorted(SCALARS)))
-    if draw(st.booleans()):
-        return f"{kind}[]", draw(st.lists(SCALARS[kind]))
-    return kind, draw(SCALARS[kind])
+from support.strategies import INTEGERS, python_values
 
 
 @given(python_values())
@@ -59,9 +45,9 @@ def test_raw_is_the_encoding_in_a_file(case):
     assert Value(given_value, kind).raw == expected
 
 
-@pytest.mark.parametrize("kind", RANGES)
+@pytest.mark.parametrize("kind", INTEGERS)
 def test_integers_out_of_range(kind):
-    low, high = RANGES[kind]
+    low, high = INTEGERS[kind]
     assert Value(low, kind).value == low and Value(high, kind).value == high
     for wrong in (low - 1, high + 1, 2**70, -2**70):
         with pytest.raises(BadPlan):

@@ -13,45 +13,8 @@ from pygguf_surgery import BadFile, BadPlan, SurgeryError, imatrix
 from pygguf_surgery.files import imatrix as files
 from support.gguf_bytes import gguf as build
 from support.gguf_bytes import info, kv
-from support.gguf_files import read_gguf
-from support.places import SHARED
-
-REAL = SHARED / "models" / "imatrix.gguf"
-LEGACY = SHARED / "models" / "imatrix.dat"
-real = pytest.mark.skipif(not REAL.exists(), reason=f"needs {REAL}")
-UP = "blk.0.ffn_up_exps.weight"
-METADATA = [kv("general.type", "str", "imatrix"), kv("imatrix.datasets", "str[]", ["a.txt"]),
-            kv("imatrix.chunk_count", "u32", 3), kv("imatrix.chunk_size", "u32", 64)]
-
-
-def legacy(entries, trailer=b""):
-    """A .dat file by hand. entries: (name, ncall, values)."""
-    data = struct.pack("<i", len(entries))
-    for name, calls, values in entries:
-        name = name.encode() if isinstance(name, str) else name
-        data += struct.pack("<i", len(name)) + name + struct.pack("<ii", calls, len(values))
-        data += np.asarray(values, "<f4").tobytes()
-    return data + trailer
-
-
-def trailer(chunks, dataset):
-    return struct.pack("<ii", chunks, len(dataset.encode())) + dataset.encode()
-
-
-def by_hand(entries, kvs=METADATA):
-    """A GGUF file by hand. entries: (name, ne, values)."""
-    infos, data = [], b""
-    for name, ne, values in entries:
-        infos.append(info(name, ne, offset=len(data)))
-        data += np.asarray(values, "<f4").tobytes()
-        data += bytes(-len(data) % 32)
-    return build(kvs, infos, data)
-
-
-def put(tmp_path, data, name="x.imatrix"):
-    path = tmp_path / name
-    path.write_bytes(data)
-    return path
+from support.imatrices import LEGACY, METADATA, ONE, REAL, UP, by_hand, contents, legacy, put, real, same, trailer
+from support.strategies import DATASETS, ENTRIES, ENTRY_NAMES, entry
 
 
 def refused(path):
@@ -60,38 +23,9 @@ def refused(path):
     return caught.value
 
 
-def floats(shape):
-    return st.lists(st.floats(0, 2.0**100, width=32), min_size=int(np.prod(shape)), max_size=int(np.prod(shape))).map(
-        lambda x: np.array(x, np.float32).reshape(shape))
-
-
-@st.composite
-def entry(draw, rows=st.integers(1, 5), columns=st.integers(1, 9)):
-    rows, columns = draw(rows), draw(columns)
-    counts = draw(st.lists(st.integers(0, 2**24), min_size=rows, max_size=rows))
-    return draw(floats((rows, columns))), np.array(counts, np.float32)
-
-
-NAMES = st.text("abc.0123456789_é", min_size=1, max_size=20)
-ENTRIES = st.dictionaries(NAMES, entry(), min_size=1, max_size=5)
-TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8), max_size=3)
-
-
-def same(a, b):
-    return np.array_equal(np.asarray(a, np.float32).view(np.uint32), np.asarray(b, np.float32).view(np.uint32))
-
-
-def contents(path):
-    """{name: (sums, counts)} by gguf-py, and the metadata."""
-    metadata, tensors = read_gguf(path)
-    names = {name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")}
-    assert {f"{n}.{part}" for n in names for part in ("in_sum2", "counts")} == set(tensors)
-    return {n: (tensors[f"{n}.in_sum2"][1], tensors[f"{n}.counts"][1].ravel()) for n in names}, metadata
-
-
 # --- read and write -------------------------------------------------------------------------------------------------
 
-@given(entries=ENTRIES, datasets=TEXTS, chunks=st.integers(0, 2**32 - 1), size=st.integers(0, 2**32 - 1))
+@given(entries=ENTRIES, datasets=DATASETS, chunks=st.integers(0, 2**32 - 1), size=st.integers(0, 2**32 - 1))
 def test_what_is_written_is_read(tmp_path, entries, datasets, chunks, size):
     path = tmp_path / "x.gguf"
     imatrix.write(path, entries, datasets=datasets, chunk_count=chunks, chunk_size=size, overwrite=True)
@@ -119,7 +53,7 @@ def test_what_is_written_is_read(tmp_path, entries, datasets, chunks, size):
     assert (tmp_path / "y.gguf").read_bytes() == path.read_bytes()
 
 
-@given(entries=st.dictionaries(NAMES, st.tuples(st.integers(-2, 2**31 - 1), entry()), min_size=1, max_size=4),
+@given(entries=st.dictionaries(ENTRY_NAMES, st.tuples(st.integers(-2, 2**31 - 1), entry()), min_size=1, max_size=4),
        end=st.sampled_from([b"", struct.pack("<i", 7), trailer(7, ""), trailer(7, "é.txt")]))
 def test_legacy_files_are_read(tmp_path, entries, end):
     data = legacy([(n, calls, sums.ravel()) for n, (calls, (sums, _)) in entries.items()], end)
@@ -322,9 +256,6 @@ def test_files_of_other_kinds(tmp_path, data, found):
     error = refused(put(tmp_path, data))
     assert (error.problem, error.found) == ("not an importance matrix", found)
     assert error.expected == "a GGUF or .dat file of llama-imatrix"
-
-
-ONE = legacy([("ab", 3, [1, 2])])  # 4 count, 4 length, 2 name, 4 calls, 4 values, 8 values
 
 
 @pytest.mark.parametrize("data, offset, problem", [

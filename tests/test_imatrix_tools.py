@@ -7,21 +7,21 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_imatrix import ENTRIES, NAMES, ONE, UP, contents, entry, legacy, put, same, trailer
 
 from pygguf_surgery import BadFile, BadPlan, imatrix
 from pygguf_surgery._core import Value
 from pygguf_surgery.cli.commands import imatrix as cli
-from pygguf_surgery.files.gguf import write_gguf
 from pygguf_surgery.files import imatrix as files
-
+from pygguf_surgery.files.gguf import write_gguf
+from support.imatrices import ONE, UP, contents, legacy, put, same, trailer
+from support.strategies import ENTRIES, ENTRY_NAMES, entry
 
 # --- merge ----------------------------------------------------------------------------------------------------------
 
 @st.composite
 def related(draw):
     """Files of one model: some entries are missing, or have one count for all rows."""
-    shapes = draw(st.dictionaries(NAMES, st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=4))
+    shapes = draw(st.dictionaries(ENTRY_NAMES, st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=4))
     result = []
     for _ in range(draw(st.integers(1, 3))):
         chosen = draw(st.sets(st.sampled_from(sorted(shapes)), min_size=1))
@@ -100,7 +100,7 @@ def test_a_legacy_file_merges_as_it_converts(tmp_path):
 
 # --- convert --------------------------------------------------------------------------------------------------------
 
-@given(entries=st.dictionaries(NAMES, st.tuples(st.integers(-1, 2**14), entry()), min_size=1, max_size=4))
+@given(entries=st.dictionaries(ENTRY_NAMES, st.tuples(st.integers(-1, 2**14), entry()), min_size=1, max_size=4))
 def test_converting_keeps_the_importance(tmp_path, entries):
     old = put(tmp_path, legacy([(n, calls, s.ravel()) for n, (calls, (s, _)) in entries.items()], trailer(3, "a")))
     imatrix.convert(old, tmp_path / "new.gguf", overwrite=True)

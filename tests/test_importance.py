@@ -15,7 +15,7 @@ from pygguf_surgery.plan_data.edits import UseImatrix
 from pygguf_surgery.plan_data.expressions import MEAN, ONES, Copy, Importance, OutputTensor, Stack, Take
 from pygguf_surgery.recipes import importance
 from support.gguf_files import make_gguf
-from test_imatrix import LEGACY, REAL, legacy, real, same
+from support.imatrices import LEGACY, REAL, legacy, real, same
 
 UP, GATE, GATE_UP, DOWN = (f"blk.0.ffn_{part}_exps.weight" for part in ("up", "gate", "gate_up", "down"))
 Q, KV_B, V_B = "blk.0.attn_q.weight", "blk.0.attn_kv_b.weight", "blk.0.attn_v_b.weight"

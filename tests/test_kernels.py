@@ -12,61 +12,10 @@ from hypothesis.extra import numpy as hnp
 from pygguf_surgery import _core
 from pygguf_surgery.base import errors
 from support import kernel_data
+from support.kernels import CASES, DECODED, SETS, TYPES, UNDEFINED, defined, encode, outcome, with_kernels
+from support.strategies import WEIGHTS, rows_of
 
-TYPES = {t["name"]: t for t in _core.types()}
-ENCODED = [name for name, t in TYPES.items() if t["encodes"] and name != "F32"]
-DECODED = ["F16", "BF16", "Q8_0", "Q4_K", "Q6_K", "MXFP4"]
 F16 = _core.type_id("F16")
-
-
-def available(name):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PGS_KERNELS", name)
-        try:
-            return _core.kernels() == name
-        except errors.Unsupported:
-            return False
-
-
-SETS = [name for name in ("scalar", "sse", "neon", "avx2", "avx512") if available(name)]
-
-
-def with_kernels(name, work):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PGS_KERNELS", name)
-        assert _core.kernels() == name
-        return work()
-
-
-# (type, with importance) of everything that ggml encodes
-CASES = [(name, weighted) for name in ENCODED for weighted in (False, True)
-         if (TYPES[name]["uses_importance"] if weighted else not TYPES[name]["needs_importance"])]
-
-
-# Below this the inverse of a scale is infinite, and what these types then do, a cast of NaN or infinity to an integer, is
-# undefined in C: compilers differ. The kernels do as gcc's code does on x86.
-LEAST = np.float32(2.0**-100)
-# sha256 of what ggml compiled by gcc 12 for x86-64 gives.
-UNDEFINED = {
-    "Q4_0": "40bdb4e2f72feeb7", "Q4_1": "b8f3e1f27f593a6c", "Q5_0": "bdc349a3ae9fc178",
-    "Q5_1": "54052ab2992bd98e", "Q8_0": "e927a65a9b2f4c7b", "Q2_0": "427f9d6e0c498e00",
-    "TQ1_0": "076df3528cf4cc03", "TQ2_0": "2b3b3d0fa0986858"}
-
-
-def defined(name, x):
-    return np.where(np.abs(x) < LEAST, np.float32(0), x) if name in UNDEFINED else x
-
-
-def encode(name, x, importance=None, best=False):
-    return _core.quantize(x, TYPES[name]["id"], importance, 1, best)
-
-
-def outcome(work):
-    """Bytes, or what the error says."""
-    try:
-        return work().tobytes()
-    except errors.BadPlan as error:
-        return str(error)
 
 
 def assert_all_sets_equal(work):
@@ -116,24 +65,6 @@ def test_bytes_of_rows(name, weighted, kind):
         assert_all_sets_equal(lambda: encode(name, x, weights))
 
 
-numbers = st.one_of(
-    st.floats(width=32, allow_nan=False, allow_infinity=False),
-    st.floats(-4, 4, width=32),
-    st.sampled_from([0.0, -0.0, 1.0, -6.0, 0.75, 2.0**-149, -(2.0**-126), 2.0**-15, 65504.0, 2.0**47, 2.0**48, 2.0**100]),
-    st.integers(-24, 24).map(lambda n: n / 4))
-weights = st.one_of(st.floats(0, 100, width=32), st.sampled_from([0.0, 1.0, 1e-20, 2.0**-140, 2.0**47, 2.0**49]))
-
-
-@st.composite
-def rows_of(draw, block):
-    """One or two rows of one or two blocks: a few values, many of them equal."""
-    shape = (draw(st.integers(1, 2)), block * draw(st.integers(1, 2)))
-    few = draw(st.lists(numbers, min_size=1, max_size=12))
-    choice = draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 255), fill=st.just(0)))
-    scale = draw(st.sampled_from([1.0, 1.0, 2.0**-12, 2.0**-30, 2.0**-120]))
-    return np.array(few, np.float32)[choice % len(few)] * np.float32(scale)
-
-
 @pytest.mark.parametrize(("name", "weighted"), CASES)
 @given(st.data())
 @settings(max_examples=20)
@@ -141,7 +72,7 @@ def test_bytes_of_any_block(name, weighted, data):
     x = defined(name, data.draw(rows_of(TYPES[name]["block"])))
     importance = None
     if weighted:
-        few = data.draw(st.lists(weights, min_size=1, max_size=6).filter(any))
+        few = data.draw(st.lists(WEIGHTS, min_size=1, max_size=6).filter(any))
         choice = data.draw(hnp.arrays(np.uint8, (1, x.shape[1]), elements=st.integers(0, 255), fill=st.just(0)))
         importance = np.array(few, np.float32)[choice % len(few)]
     assert_all_sets_equal(lambda: encode(name, x, importance))

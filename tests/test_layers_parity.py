@@ -13,7 +13,7 @@ import pytest
 
 from support import moe_models
 from support.gguf_files import make_gguf, read_gguf
-from test_layers import BLOCK, CASES, build, prune
+from support.layer_models import BLOCK, CASES, build, prune
 
 pytestmark = pytest.mark.parity
 

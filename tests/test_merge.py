@@ -16,8 +16,8 @@ from pygguf_surgery.reports.verification import verify
 from pygguf_surgery.studies import ream
 from support import moe_models
 from support.gguf_files import make_gguf, read_gguf
+from support.imatrices import imatrix_of
 from support.places import SHARED
-from test_metrics import imatrix_of
 
 TRAINED = SHARED / "models" / "tiny-qwen3next-bf16.gguf"
 PARTS = ("gate", "up", "down")
@@ -533,7 +533,7 @@ def test_from_the_shell(tmp_path, capsys):
 def test_llama_cpp_says_the_same_of_merged_copies(tmp_path):
     """A model of 4 different experts among 8, each twice, its neurons permuted, and the one with 4: every token takes all."""
     pytest.importorskip("llama_cpp")
-    from test_calibrate import Tap
+    from support.llama_oracle import Tap
 
     path, _, _ = handmade(tmp_path, [0, 1, 0, 1])
     with pgs.open(path) as model:

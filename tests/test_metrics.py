@@ -7,36 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
-from pygguf_surgery._core import Value
 from pygguf_surgery.architecture.experts import Layout
 from pygguf_surgery.files import stats as stats_file
-from pygguf_surgery.files.gguf import write_gguf
-from pygguf_surgery.files.stats import LayerStats
 from pygguf_surgery.plan_data.choices import Seen
 from pygguf_surgery.studies import metrics
 from pygguf_surgery.studies.ranking import Ranking
 from support import moe_models
-
-
-def stats_for(model, seed=0, *, unseen=()):
-    """Statistics of made-up numbers that fit a model."""
-    rng, experts = np.random.default_rng(seed), model.get("expert_count")
-    found = [layer for layer in metrics_layers(model) if f"blk.{layer}.nextn.eh_proj.weight" not in model.tensors]
-    stats = stats_file.Stats(model.header_sha256, model.architecture, "Test", experts, 8, {},
-                             [stats_file.Text("00", 100, 5, 5)], 1.0, 1.0, 4)
-    for layer in found:
-        s = LayerStats.empty(experts)
-        for name in ("count", "gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "max_activation"):
-            getattr(s, name)[:] = rng.integers(1, 1000, experts)
-        for e in unseen:
-            for array in s.arrays().values():
-                array[e] = 0
-        stats.layers[layer] = s
-    return stats
-
-
-def metrics_layers(model):
-    return sorted({int(name.split(".")[1]) for name in model.tensors if name.endswith("ffn_down_exps.weight")})
+from support.imatrices import imatrix_of
+from support.statistics import stats_for
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +37,6 @@ def test_scores_from_statistics(qwen, tmp_path, by, formula):
         s = stats.layers[layer]
         assert scores[3] == 0 and [scores[i] for i in range(16) if i != 3] == [formula(s, i) for i in range(16) if i != 3]
     assert ranking.seen.unseen == {0: (3,), 1: (3,)}
-
-
-def imatrix_of(path, model, entries):
-    """A GGUF importance matrix. entries: name -> (sums [E, n], counts [E])."""
-    tensors = {}
-    for name, (sums, counts) in entries.items():
-        tensors[name + ".in_sum2"] = np.asarray(sums, np.float32)
-        tensors[name + ".counts"] = np.asarray(counts, np.float32).reshape(-1, 1)
-    write_gguf(path, {"general.type": Value("imatrix", "str"), "imatrix.datasets": Value(["text"], "str[]"),
-                      "imatrix.chunk_count": Value(5, "u32"), "imatrix.chunk_size": Value(8, "u32")}, tensors)
-    return path
 
 
 def test_imatrix_msan_is_the_sum_over_columns(qwen, tmp_path):

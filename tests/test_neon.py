@@ -7,10 +7,9 @@ import subprocess
 import numpy as np
 import pytest
 
-import test_kernel_golden
-from support import kernel_data
+from support import golden, kernel_data
+from support.kernels import CASES, DECODED, TYPES, defined, encode, outcome, with_kernels
 from support.places import ROOT
-from test_kernels import CASES, DECODED, TYPES, defined, encode, outcome, with_kernels
 
 GGML = ROOT / "third_party" / "ggml" / "source"
 TOOLS = ["aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++", "qemu-aarch64-static"]
@@ -102,23 +101,23 @@ def test_golden_bytes_and_numbers(driver, kernels):
     """Among them all decoders, and where the bytes are those of ggml by gcc on x86 only."""
     cases, expected = [], {}
     for name, weighted in CASES:
-        for kind in test_kernel_golden.kinds(name):
-            x, w = test_kernel_golden.rows(kind, TYPES[name]["block"])
+        for kind in golden.kinds(name):
+            x, w = golden.rows(kind, TYPES[name]["block"])
             cases.append((name, ENCODE, x, w if weighted else None))
             case = f"{name} {'imatrix' if weighted else '-'} {kind}"
-            expected[case] = test_kernel_golden.golden()[case]
+            expected[case] = golden.golden()[case]
     for name in DECODED:
-        cases.append((name, DECODE, test_kernel_golden.to_decode(name), None))
+        cases.append((name, DECODE, golden.to_decode(name), None))
         case = f"{name} decode"
-        expected[case] = test_kernel_golden.golden()[case]
+        expected[case] = golden.golden()[case]
     answers = run(driver, kernels, cases)
-    assert dict(zip(expected, map(test_kernel_golden.sha256, answers))) == expected
+    assert dict(zip(expected, map(golden.sha256, answers))) == expected
 
 
 @pytest.mark.parametrize("kernels", ["neon", "scalar"])
 @pytest.mark.parametrize("name", DECODED)
 def test_numbers_of_any_count(driver, name, kernels):
-    data, size = test_kernel_golden.to_decode(name)[:1], TYPES[name]["block_bytes"]
+    data, size = golden.to_decode(name)[:1], TYPES[name]["block_bytes"]
     expected = np.frombuffer(run(driver, "scalar", [(name, DECODE, data, None)])[0], np.uint32)
     for blocks in (1, 3, 9, 17):
         (found,) = run(driver, kernels, [(name, DECODE, np.ascontiguousarray(data[:, : blocks * size]), None)])

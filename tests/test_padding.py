@@ -7,7 +7,8 @@ from pygguf_surgery import _core
 from pygguf_surgery.reports.verification import verify
 from support import moe_models
 from support.gguf_files import read_gguf
-from test_metrics import imatrix_of, stats_for
+from support.imatrices import imatrix_of
+from support.statistics import stats_for
 
 UNEVEN = {1: (0, 2, 3, 5, 7, 8, 9, 12, 15), 2: (1, 4, 6, 7, 14)}
 
@@ -138,7 +139,7 @@ def test_a_global_budget_is_realised_by_padding(tmp_path):
 def test_llama_cpp_computes_the_same_with_padding(tmp_path, name):
     """A layer of 9 and one of 5 experts, padded to 9: each MoE layer gives what it gives in a file of its own count."""
     pytest.importorskip("llama_cpp")
-    from test_calibrate import TOKENS, Tap
+    from support.llama_oracle import TOKENS, Tap
 
     path = moe_models.ALL[name](tmp_path / "in.gguf")
     first, second = (1, 2) if name == "dots1" else (0, 1)

@@ -21,6 +21,7 @@ from support import moe_models
 from support.gguf_bytes import gguf as hand_made
 from support.gguf_bytes import info, kv
 from support.gguf_files import make_gguf, read_gguf
+from support.strategies import values
 
 T = gguf.GGUFValueType
 Q = gguf.GGMLQuantizationType
@@ -144,26 +145,12 @@ def test_json_and_pickle_are_lossless(model, tmp_path):
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
-INTEGERS = {"u8": (0, 2**8), "i8": (-2**7, 2**7), "u16": (0, 2**16), "i16": (-2**15, 2**15), "u32": (0, 2**32),
-            "i32": (-2**31, 2**31), "u64": (0, 2**64), "i64": (-2**63, 2**63)}
-SCALARS = {**{t: st.integers(low, high - 1) for t, (low, high) in INTEGERS.items()},
-           "f32": st.floats(width=32), "f64": st.floats(), "bool": st.booleans(), "str": st.text()}
-
-
-@st.composite
-def exact_values(draw):
-    type = draw(st.sampled_from(list(SCALARS)))
-    if draw(st.booleans()):
-        return Value(draw(st.lists(SCALARS[type], max_size=5)), type + "[]")
-    return Value(draw(SCALARS[type]), type)
-
-
 RAW = st.binary(max_size=8).map(lambda raw: Value.from_raw("str", raw))  # not always UTF-8
 KEYS = st.from_regex(r"new\.[a-z0-9_]{1,8}(\.[a-z0-9_]{1,8})?", fullmatch=True)
 IDS = st.lists(st.integers(0, 15), min_size=1, unique=True)
 
 
-@given(st.dictionaries(KEYS, st.one_of(exact_values(), RAW)), st.dictionaries(st.integers(0, 5), IDS, min_size=1),
+@given(st.dictionaries(KEYS, st.one_of(values(nan=True, max_size=5), RAW)), st.dictionaries(st.integers(0, 5), IDS, min_size=1),
        st.sampled_from(["Q8_0", "MXFP4_MOE", "COPY"]), st.lists(st.tuples(st.text("abc.", max_size=5),
                                                                       st.sampled_from(["copy", "Q4_K", "F16"]))),
        st.booleans())

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 import pygguf_surgery as pgs
 from pygguf_surgery import BadPlan, Plan, imatrix
 from support import moe_models
+from support.kernels import SETS, with_kernels
 from support.places import SHARED
-from test_kernels import SETS, with_kernels
 
 VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float64)
 VALUES = np.concatenate([VALUES, -VALUES])  # in halves, as ggml has them

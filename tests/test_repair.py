@@ -247,7 +247,7 @@ HALF = {1: tuple(range(0, 16, 2)), 2: tuple(range(1, 16, 2))}
 def test_masked_experts_route_as_in_the_pruned_file(tmp_path, groups, monkeypatch):
     """In the first MoE layer, whose inputs are the same in both."""
     pytest.importorskip("llama_cpp")
-    from test_calibrate import Tap
+    from support.llama_oracle import Tap
 
     path, seen = moe_models.dots1(tmp_path / "model.gguf", groups=groups), {}
     kept = {layer: (0, 1, 5, 7, 8, 11, 12, 13) for layer in (1, 2)} if groups else HALF

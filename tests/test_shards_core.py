@@ -17,40 +17,15 @@ from hypothesis import strategies as st
 
 import pygguf_surgery
 from pygguf_surgery import BadPlan, OutOfSpace, SourceChanged, _core
+from support import set_child
+from support.set_child import HOW, NAMES, content, write_set
 
+PACKAGE = str(Path(pygguf_surgery.__file__).parents[1])  # of an installation, or of a checkout with the core in it
 I8, F32, Q8_0 = (_core.type_id(name) for name in ("I8", "F32", "Q8_0"))
-HOW = {"memory": 64 << 20, "threads": 2, "io": "auto", "overwrite": False, "progress": None}
-NAMES = [f"m-{i:05}-of-00003.gguf" for i in (1, 2, 3)]
-
-# Also the program of a process of its own: writes set "new" to a folder, prints "ok" or the error.
-CODE = """
-def content(tag, i):
-    return f"{tag} {i} ".encode() * (2000 + 100 * i)
-
-def write_set(_core, folder, names, tag, **how):
-    jobs, outputs = [], []
-    for i, name in enumerate(names):
-        data = content(tag, i)
-        jobs.append(_core.Job(f"t{i}", source_type=I8, target_type=I8, row_elements=len(data) - 5, rows=1,
-                              target_offset=5, literal=data[5:], file=i))
-        outputs.append((f"{folder}/{name}", data[:5], len(data)))
-    return _core.run([], outputs, jobs, **{"memory": 64 << 20, "threads": 2, "io": "auto", "overwrite": False,
-                                           "progress": None, **how})
-"""
-exec(CODE)
-PROGRAM = f"I8, NAMES = {I8}, {NAMES}\n{CODE}" + """
-import sys
-from pygguf_surgery import _core
-try:
-    write_set(_core, sys.argv[1], NAMES, "new", overwrite=sys.argv[2] == "True", threads=1)
-    print("ok")
-except Exception as error:
-    print(type(error).__name__, error)
-"""
 
 
 def write(folder, tag="new", **how):
-    return write_set(_core, folder, NAMES, tag, **how)
+    return write_set(folder, NAMES, tag, **how)
 
 
 def state(folder):
@@ -135,7 +110,7 @@ def test_hundreds_of_shards(folder):
     opened = len(os.listdir("/proc/self/fd"))
     names = [f"{i}.gguf" for i in range(300)]
     for overwrite in (False, True):
-        write_set(_core, folder, names, "new", overwrite=overwrite)
+        write_set(folder, names, "new", overwrite=overwrite)
         assert sorted(os.listdir(folder)) == sorted(names)
         assert all((folder / name).read_bytes() == content("new", i) for i, name in enumerate(names))
     assert len(os.listdir("/proc/self/fd")) == opened
@@ -256,22 +231,9 @@ def test_a_small_disk(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def child(code, *args, **options):
-    package = str(Path(pygguf_surgery.__file__).parents[1])
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": package}, cwd="/", **options)
-
-
 def test_too_many_open_files(old):
-    code = PROGRAM.split("try:")[0] + """if True:
-        import errno, resource
-        resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))
-        try:
-            write_set(_core, sys.argv[1], [*NAMES, *map(str, range(100))], "new", overwrite=True)
-        except OSError as error:
-            print(error.errno == errno.EMFILE, error.strerror)
-    """
-    said = child(code, old).stdout
+    said = subprocess.run([sys.executable, set_child.__file__, "starved", old], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": PACKAGE}).stdout
     assert said.startswith("True ") and "larger shards" in said
     assert state(old) == "old" and not strays(old)
 
@@ -400,11 +362,9 @@ def inject(call, fault, folder):
 def traced(folder, overwrite, *options, **environment):
     """Writes "new" under strace: (what the child printed, the trace)."""
     log = folder.parent / "strace.log"
-    package = str(Path(pygguf_surgery.__file__).parents[1])
     result = subprocess.run(
-        ["strace", "-f", "-qq", "-o", log, *options, sys.executable, "-S", "-c", PROGRAM, folder, str(overwrite)],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": package, **environment},
-        cwd="/")  # not the checkout: it has the sources without the core
+        ["strace", "-f", "-qq", "-o", log, *options, sys.executable, "-S", set_child.__file__, "once", folder, str(overwrite)],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PACKAGE, **environment})
     if "ptrace" in result.stderr and "not permitted" in result.stderr:
         pytest.skip("strace may not trace here")
     return result.stdout.strip(), log.read_text()

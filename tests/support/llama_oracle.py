@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import pygguf_surgery as pgs
+from support import moe_models
 
 
 @functools.cache
@@ -72,3 +73,29 @@ def assert_same_tensors(ours, theirs):
             assert (name, t.type, squeezed(t.shape)) == (name, other.type, squeezed(other.shape))
             assert np.array_equal(t.bytes(), other.bytes()), name
         return len(a.tensors)
+
+
+TOKENS = np.random.default_rng(7).integers(0, moe_models.VOCAB, 200)
+
+
+class Tap:
+    """Records tensors of the graph by exact name, in a session of its own."""
+
+    def __init__(self, path, names, tokens, n_ctx):
+        from pygguf_surgery.llama.session import Session
+
+        self.names, self.found = set(names), {}
+        with Session(str(path), n_ctx=n_ctx, threads=2, watch=self) as session:
+            if isinstance(tokens, bytes):
+                tokens = session.tokenize(tokens)[:n_ctx * 40]
+            for i in range(len(tokens) // n_ctx):
+                session.run(tokens[i * n_ctx:(i + 1) * n_ctx])
+
+    def wants(self, name):
+        return name in self.names
+
+    def take(self, name, values):
+        self.found.setdefault(name, []).append(values.astype(np.float64))
+
+    def __getitem__(self, name):
+        return np.concatenate(self.found[name])

@@ -1,0 +1,130 @@
+"""What hypothesis draws: values and headers of GGUF files, importance matrices, numbers to encode, choices of types.
+
+A law that holds only away from rounding, overflow or subnormal numbers has a strategy that stays away from them, and says so.
+"""
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pygguf_surgery._core import TensorInfo, Value, types
+
+# --- GGUF: metadata and tensors ---------------------------------------------------------------------------------------
+
+INTEGERS = {f"{sign}{bits}": (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if sign == "i" else (0, 2**bits - 1)
+            for sign in "ui" for bits in (8, 16, 32, 64)}
+SCALAR_TYPES = sorted([*INTEGERS, "bool", "str", "f32", "f64"])
+UTF8 = st.text(st.characters(exclude_categories=["Cs"]))
+ANY_BYTES = st.text() | st.binary().map(lambda raw: raw.decode("utf-8", "surrogateescape"))  # as Python has file names
+KEYS = st.from_regex(r"[a-z0-9_]{1,12}(\.[a-z0-9_]{1,12}){0,3}", fullmatch=True).filter(
+    lambda key: key != "general.alignment")
+
+
+def scalars(kind, *, text=UTF8, nan=False):
+    """What a value of this type may be in Python. nan: whether a float may be NaN, which equals nothing."""
+    if kind in INTEGERS:
+        return st.integers(*INTEGERS[kind])
+    return {"bool": st.booleans(), "str": text, "f32": st.floats(width=32, allow_nan=nan),
+            "f64": st.floats(allow_nan=nan)}[kind]
+
+
+@st.composite
+def python_values(draw, *, text=ANY_BYTES, nan=False, max_size=None):
+    """(type, what Value takes for it): a scalar or an array."""
+    kind = draw(st.sampled_from(SCALAR_TYPES))
+    if draw(st.booleans()):
+        return f"{kind}[]", draw(st.lists(scalars(kind, text=text, nan=nan), max_size=max_size))
+    return kind, draw(scalars(kind, text=text, nan=nan))
+
+
+def values(*, nan=False, max_size=20):
+    return python_values(text=UTF8, nan=nan, max_size=max_size).map(lambda case: Value(case[1], case[0]))
+
+
+@st.composite
+def tensor_infos(draw):
+    names = draw(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
+                          .filter(lambda n: len(n.encode()) <= 63), unique=True, max_size=8))
+    infos = []
+    for name in names:
+        fact = draw(st.sampled_from(sorted(types(), key=lambda f: f["id"])))
+        ne = draw(st.lists(st.integers(0, 5), max_size=4))
+        if fact["block"] > 1:
+            ne = [*ne, 1] if not ne else ne
+            ne[0] *= fact["block"]
+        infos.append(TensorInfo(name, ne, fact["id"]))
+    return infos
+
+
+@st.composite
+def canonical_headers(draw):
+    """(metadata items, tensor infos without offsets, alignment)."""
+    metadata = draw(st.dictionaries(KEYS, values(), max_size=8))
+    alignment = draw(st.sampled_from([32, 64, 4096]))
+    if alignment != 32:
+        metadata["general.alignment"] = Value(alignment, "u32")
+    return list(metadata.items()), draw(tensor_infos()), alignment
+
+
+# --- importance matrices ----------------------------------------------------------------------------------------------
+
+ENTRY_NAMES = st.text("abc.0123456789_é", min_size=1, max_size=20)
+DATASETS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8), max_size=3)
+
+
+def sums(shape):
+    size = int(np.prod(shape))
+    return st.lists(st.floats(0, 2.0**100, width=32), min_size=size, max_size=size).map(
+        lambda x: np.array(x, np.float32).reshape(shape))
+
+
+@st.composite
+def entry(draw, rows=st.integers(1, 5), columns=st.integers(1, 9)):
+    """(sums of squares [rows, columns], counts [rows])."""
+    rows, columns = draw(rows), draw(columns)
+    counts = draw(st.lists(st.integers(0, 2**24), min_size=rows, max_size=rows))
+    return draw(sums((rows, columns))), np.array(counts, np.float32)
+
+
+ENTRIES = st.dictionaries(ENTRY_NAMES, entry(), min_size=1, max_size=5)
+
+# --- numbers to encode ------------------------------------------------------------------------------------------------
+
+NUMBERS = st.one_of(
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    st.floats(-4, 4, width=32),
+    st.sampled_from([0.0, -0.0, 1.0, -6.0, 0.75, 2.0**-149, -(2.0**-126), 2.0**-15, 65504.0, 2.0**47, 2.0**48, 2.0**100]),
+    st.integers(-24, 24).map(lambda n: n / 4))
+WEIGHTS = st.one_of(st.floats(0, 100, width=32), st.sampled_from([0.0, 1.0, 1e-20, 2.0**-140, 2.0**47, 2.0**49]))
+
+
+@st.composite
+def rows_of(draw, block):
+    """One or two rows of one or two blocks: a few values, many of them equal."""
+    shape = (draw(st.integers(1, 2)), block * draw(st.integers(1, 2)))
+    few = draw(st.lists(NUMBERS, min_size=1, max_size=12))
+    choice = draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 255), fill=st.just(0)))
+    scale = draw(st.sampled_from([1.0, 1.0, 2.0**-12, 2.0**-30, 2.0**-120]))
+    return np.array(few, np.float32)[choice % len(few)] * np.float32(scale)
+
+
+# --- choices of types: bytes against errors ---------------------------------------------------------------------------
+
+# Errors per tensor. None is so small that its difference from another, over some bytes, rounds to a slope of zero.
+ERRORS = st.just(0.0) | st.floats(1e-300, 1)
+GAINS = st.lists(st.integers(1, 12), min_size=1, max_size=5).map(lambda gains: sorted(gains, reverse=True))
+
+
+@st.composite
+def ladders(draw):
+    """(costs, errors) of one tensor: convex, as after _hull. The first step costs something too. Whole numbers, so that all
+    sums are exact."""
+    gains = draw(GAINS)  # per byte
+    widths = draw(st.lists(st.integers(1, 9), min_size=len(gains), max_size=len(gains)))
+    total = sum(g * w for g, w in zip(gains, widths))
+    costs = list(itertools.accumulate(widths, initial=draw(st.integers(0, 5))))
+    errors = [total - x for x in itertools.accumulate((g * w for g, w in zip(gains, widths)), initial=0)]
+    return costs, [float(e) for e in errors]
