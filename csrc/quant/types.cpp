@@ -17,7 +17,7 @@ std::string upper(std::string text) {
     return text;
 }
 
-// ggml cannot be asked this; tests/test_quant.py proves the list against its output.
+// ggml cannot be asked this; test_quant.py proves the list against its output.
 bool importance_changes(std::int32_t type) {
     switch (type) {
         case GGML_TYPE_Q8_0:

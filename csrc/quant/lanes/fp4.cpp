@@ -30,7 +30,7 @@ LANE vf value_of(vi code) {
 
 // Just below a power of two log2f rounds up to it, so that floorf(log2f(x)) is one too large. How many of the largest
 // mantissas of an exponent that takes: the spacing of floats just below |log2 x| in [2^k, 2^(k+1)) is 2^(k-23), a step of the
-// mantissa changes log2 x by 2^-24 / ln 2, so floor(ln 2 * 2^k) of them round up. tests/test_kernels.py compares all of them
+// mantissa changes log2 x by 2^-24 / ln 2, so floor(ln 2 * 2^k) of them round up. test_kernels.py compares all of them
 // with ggml.
 LANE vi rounded_up(vi exponent) {
     const vi power = exponent - 126;                                   // log2 of the power of two above

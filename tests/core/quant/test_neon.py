@@ -3,13 +3,14 @@ import os
 import shutil
 import struct
 import subprocess
-
+from pathlib import Path
 import numpy as np
 import pytest
-
 from support import golden, kernel_data
 from support.kernels import CASES, DECODED, TYPES, defined, encode, outcome, with_kernels
 from support.places import ROOT
+
+
 
 GGML = ROOT / "third_party" / "ggml" / "source"
 TOOLS = ["aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++", "qemu-aarch64-static"]
@@ -37,7 +38,7 @@ def driver(tmp_path_factory):
     jobs = [[*c, GGML / "src/ggml.c"], [*c, ROOT / "csrc/quant/ggml_grids.c"], [*cpp, GGML / "src/ggml-threading.cpp"]]
     jobs += [[*cpp, ROOT / "csrc" / name] for name in (
         "base/error.cpp", "base/parallel.cpp", "quant/types.cpp", "quant/grids.cpp", "quant/rows.cpp",
-        "quant/dispatch.cpp")] + [[*cpp, ROOT / "tests/encode_driver.cpp"]]
+        "quant/dispatch.cpp")] + [[*cpp, Path(__file__).with_name("encode_driver.cpp")]]
     for name, width in (("neon", 4), ("scalar", 1)):
         jobs += [[*cpp, "-O3", "-fwrapv", f"-DPGS_SET={name}", f"-DPGS_WIDTH={width}", path] for path in lanes]
     objects = [str(folder / f"{i}.o") for i in range(len(jobs))]

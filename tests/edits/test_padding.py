@@ -6,9 +6,9 @@ import pygguf_surgery as pgs
 from pygguf_surgery import _core
 from pygguf_surgery.reports.verification import verify
 from support import moe_models
+from support.expert_stats import stats_for
 from support.gguf_files import read_gguf
 from support.imatrices import imatrix_of
-from support.statistics import stats_for
 
 UNEVEN = {1: (0, 2, 3, 5, 7, 8, 9, 12, 15), 2: (1, 4, 6, 7, 14)}
 

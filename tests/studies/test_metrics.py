@@ -13,8 +13,8 @@ from pygguf_surgery.plan_data.choices import Seen
 from pygguf_surgery.studies import metrics
 from pygguf_surgery.studies.ranking import Ranking
 from support import moe_models
+from support.expert_stats import stats_for
 from support.imatrices import imatrix_of
-from support.statistics import stats_for
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-// Encodes and decodes cases from stdin to stdout with the core's kernels, where there is no Python: tests/test_neon.py. A
+// Encodes and decodes cases from stdin to stdout with the core's kernels, where there is no Python: test_neon.py. A
 // case is type and what to do (0 encode, 1 encode best, 2 decode; int32 each), rows, row_elements, 1 if there is importance
 // (uint64 each), the rows and the importance row; the answer is the result behind its size (uint64), or the size 0 for an
 // error.
