@@ -74,12 +74,14 @@ def python(*args, **options):
 
 # --- the process dies ------------------------------------------------------------------------------------------------
 
-def kill_at_random(place, times, nameless):
+def kill_at_random(place, times, nameless, *, until_it_lands=False):
+    """until_it_lands: more times if need be, until a run was killed that had begun to write."""
     rng = random.Random(times)
-    landed = 0
+    done = landed = 0
     with subprocess.Popen([sys.executable, CHILD, "loop", place.source, place.path], stdin=subprocess.PIPE, text=True,
                           stdout=subprocess.PIPE, env={**os.environ, "PGS_TMPFILE": nameless}) as server:
-        for _ in range(times):
+        while done < times or (until_it_lands and not landed and done < 100 * times):
+            done += 1
             print("go", file=server.stdin, flush=True)
             pid = int(server.stdout.readline())
             time.sleep(rng.uniform(0, 0.03))
@@ -101,7 +103,7 @@ def test_kill_9_at_random_100_times(place):
 
 
 def test_kill_9_at_random_without_o_tmpfile(place):
-    assert kill_at_random(place, 30, nameless="0") > 0  # the kills do hit runs that are writing
+    assert kill_at_random(place, 30, nameless="0", until_it_lands=True) > 0
 
 
 @pytest.mark.campaign
@@ -373,10 +375,16 @@ def test_no_permission(place, protected, mode):
 
 # --- the input -------------------------------------------------------------------------------------------------------
 
+def old_copy(path, target):
+    """A change shows in the time of the last one only if the clock of the file system ticked in between."""
+    shutil.copy(path, target)
+    os.utime(target, (1e9, 1e9))
+
+
 def change_during_run(tmp_path, large, change, at_end, io):
     """Writes while `change` happens to a copy of the source; returns the error."""
     source = tmp_path / "source.gguf"
-    shutil.copy(large, source)
+    old_copy(large, source)
     output = tmp_path / "out.gguf"
     output.write_bytes(b"old")
     moments = []
@@ -430,7 +438,7 @@ def test_a_source_that_is_truncated_during_the_run(tmp_path, large, io):
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_source_that_changes_between_opening_and_writing(tmp_path, small, what):
     source = tmp_path / "source.gguf"
-    shutil.copy(small, source)
+    old_copy(small, source)
     with pgs.open(source) as model:
         CHANGES[what](source) if what != "truncated" else os.truncate(source, 10_000)
         with pytest.raises((pgs.SourceChanged, FileNotFoundError)):

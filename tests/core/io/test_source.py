@@ -151,11 +151,16 @@ def test_a_name_that_is_not_utf8(tmp_path):
     assert os.fsencode(source.path) == name
 
 
-def assert_as_before(path, before):
-    """Nearly: the kernel reclaims pages by itself, and may refuse to drop one that it is just handling."""
+def is_as_before(path, before):
+    """Nearly: the kernel may refuse to drop a page that it is just handling."""
     after = resident(path)
-    assert sum(was and now for was, now in zip(before, after)) >= sum(before) // 2
-    assert sum(now and not was for was, now in zip(before, after)) <= len(before) // 20
+    return (sum(was and now for was, now in zip(before, after)) >= sum(before) // 2
+            and sum(now and not was for was, now in zip(before, after)) <= len(before) // 20)
+
+
+def in_one_of_three_tries(check):
+    """The kernel reclaims pages by itself when others need memory."""
+    return any(check() for _ in range(3))
 
 
 @pytest.mark.parametrize("io", MODES)
@@ -166,27 +171,35 @@ def test_reading_leaves_the_page_cache_as_it_was(big, io, data):
     pages = size // PAGE
     first = data.draw(st.integers(0, pages - 1))
     last = data.draw(st.integers(first, min(first + 256, pages)))
-    warm_only(big, first * PAGE, last * PAGE)
-    before = resident(big)
-    source = Source(str(big), io)
     step = data.draw(st.sampled_from([5000, 64 * 1024 + 1, 1 << 20, size]))
-    for offset in range(0, size, step):
-        source.read(offset, min(step, size - offset))
-    source.close()
-    assert_as_before(big, before)
+
+    def leaves_it():
+        warm_only(big, first * PAGE, last * PAGE)
+        before = resident(big)
+        source = Source(str(big), io)
+        for offset in range(0, size, step):
+            source.read(offset, min(step, size - offset))
+        source.close()
+        return is_as_before(big, before)
+
+    assert in_one_of_three_tries(leaves_it)
 
 
 @pytest.mark.parametrize("io", MODES)
 def test_threads_that_read_leave_the_page_cache_as_it_was(tmp_path, io):
     path = random_file(tmp_path / "file", 100 << 20)
-    warm_only(path, 10 << 20, 50 << 20)
-    before = resident(path)
-    source = Source(str(path), io)
     step = (1 << 20) + 32
-    with ThreadPoolExecutor(4) as pool:
-        for _ in pool.map(lambda offset: len(source.read(offset, min(step, source.size - offset))),
-                          range(0, source.size, step)):
-            pass
-    assert sum(resident(path)) - sum(before) <= (64 << 20) // PAGE
-    source.close()
-    assert_as_before(path, before)
+
+    def leave_it():
+        warm_only(path, 10 << 20, 50 << 20)
+        before = resident(path)
+        source = Source(str(path), io)
+        with ThreadPoolExecutor(4) as pool:
+            for _ in pool.map(lambda offset: len(source.read(offset, min(step, source.size - offset))),
+                              range(0, source.size, step)):
+                pass
+        assert sum(resident(path)) - sum(before) <= (64 << 20) // PAGE
+        source.close()
+        return is_as_before(path, before)
+
+    assert in_one_of_three_tries(leave_it)
