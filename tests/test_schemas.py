@@ -8,11 +8,11 @@ import json
 
 import pytest
 from jsonschema import Draft202012Validator
-from support.json_schema import FOLDER
 
 import pygguf_surgery as pgs
 from pygguf_surgery.architecture.names import ROLES
 from pygguf_surgery.cli import main
+from support.json_schema import FOLDER
 
 SCHEMAS = {path.name.removesuffix(".schema.json"): json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
 

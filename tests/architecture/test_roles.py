@@ -1,9 +1,9 @@
 """Roles of names, and the table of tensors with an expert axis."""
 import pytest
 
-from pygguf_surgery.base.errors import BadFile, Unsupported
 from pygguf_surgery.architecture import experts as roles
 from pygguf_surgery.architecture.names import ROLES, layer_of, role_of
+from pygguf_surgery.base.errors import BadFile, Unsupported
 
 # Names of llama.cpp's LLM_TENSOR_NAMES (src/llama-arch.cpp), one block's worth, by role.
 NAMES = {

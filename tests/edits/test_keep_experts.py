@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
-from helpers import apply_edit
 from pygguf_surgery import Value
 from pygguf_surgery.architecture import experts as roles
 from pygguf_surgery.architecture.names import role_of
@@ -16,6 +15,7 @@ from pygguf_surgery.edits import keep_experts as prune
 from pygguf_surgery.plan_data.edits import KeepExperts
 from pygguf_surgery.plan_data.expressions import Copy, OutputTensor, Remap, Stack, Take
 from support import moe_models
+from support.drafts import apply_edit
 from support.gguf_files import read_gguf
 
 

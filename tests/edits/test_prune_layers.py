@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
-from helpers import apply_edit
 from pygguf_surgery import Value, imatrix
 from pygguf_surgery.architecture.keys import PER_LAYER_KEYS
 from pygguf_surgery.architecture.layers import KNOWN
@@ -19,6 +18,7 @@ from pygguf_surgery.plan_data.expressions import Copy, OutputTensor, Take
 from pygguf_surgery.plan_data.outcome import Draft
 from pygguf_surgery.reports.comparison import compare
 from pygguf_surgery.reports.verification import verify
+from support.drafts import apply_edit
 from support.gguf_files import read_gguf
 from support.layer_models import BLOCK, CASES, build, prune
 

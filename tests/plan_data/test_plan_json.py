@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from support.json_schema import FOLDER, derived, text_of
 
 from pygguf_surgery import BadPlan, Value
 from pygguf_surgery.base.codec import loads
@@ -31,6 +30,7 @@ from pygguf_surgery.plan_data.edits import (
     UseRepair,
 )
 from pygguf_surgery.plan_data.expressions import Group
+from support.json_schema import FOLDER, derived, text_of
 
 WRITTEN = Path(__file__).parents[1] / "data" / "plans-0.1.0"  # old-*: by versions before, with fewer keys
 SCHEMA = Draft202012Validator(derived()["plan"])

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import gguf
 import pytest
 
-from helpers import apply_edit
 from pygguf_surgery import BadFile, BadPlan, Unsupported, Value, _core
+from pygguf_surgery.edits import quantize as recipe
 from pygguf_surgery.plan_data.edits import Quantize
 from pygguf_surgery.plan_data.expressions import Copy, OutputTensor
-from pygguf_surgery.edits import quantize as recipe
 from pygguf_surgery.recipes import mixes
 from pygguf_surgery.recipes.overrides import parse_overrides
+from support.drafts import apply_edit
 
 TYPES = {t["name"]: t for t in _core.types()}
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import pygguf_surgery as pgs
+from pygguf_surgery.cli.commands.demo_model import DemoShape, write_demo_model
 from pygguf_surgery.reports import origin as room
 from pygguf_surgery.reports.comparison import Sums, compare
-from pygguf_surgery.cli.commands.demo_model import DemoShape, write_demo_model
 
 SMALL = DemoShape(layers=4, embedding=64, experts=8, used=2, feed_forward=32, heads=2, heads_kv=1, head=32, state=32,
                   key_heads=1, value_heads=2, vocabulary=300)

@@ -4,10 +4,6 @@ from __future__ import annotations
 import gguf
 import numpy as np
 
-from pygguf_surgery.edits.context import Context
-from pygguf_surgery.files.companions import Companions
-from pygguf_surgery.plan_data.outcome import Draft
-
 
 def make_gguf(path, architecture="test", metadata=None, tensors=None, alignment=None):
     """metadata: key -> (value, gguf.GGUFValueType) or (value, ARRAY, element type); tensors: name -> float32 array, or
@@ -37,8 +33,3 @@ def read_gguf(path):
     metadata = {f.name: f.contents() for f in reader.fields.values() if not f.name.startswith("GGUF.")}
     tensors = {t.name: (t.tensor_type.name, np.array(t.data)) for t in reader.tensors}
     return metadata, tensors
-
-
-def apply_edit(room, model, tensors, metadata, edit):
-    """The draft that an edit makes of these tensors and metadata. room: its module, of pygguf_surgery.edits."""
-    return room.apply(Draft(list(tensors), dict(metadata)), edit, Context(model, Companions()))

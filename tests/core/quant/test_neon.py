@@ -4,13 +4,13 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
+
 import numpy as np
 import pytest
+
 from support import golden, kernel_data
 from support.kernels import CASES, DECODED, TYPES, defined, encode, outcome, with_kernels
 from support.places import ROOT
-
-
 
 GGML = ROOT / "third_party" / "ggml" / "source"
 TOOLS = ["aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++", "qemu-aarch64-static"]

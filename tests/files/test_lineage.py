@@ -1,6 +1,7 @@
 """The keys `pgs.*` of models: what is written is read again, what somebody changed is no trap."""
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pygguf_surgery import BadFile, BadPlan, Value
 from pygguf_surgery.files.lineage import DROPPED, Lineage, source_experts, without_layers
