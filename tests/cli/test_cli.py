@@ -141,8 +141,8 @@ def test_info_for_people_names_what_matters(run, model):
 
 
 def test_info_shows_text_that_the_terminal_cannot(tmp_path):
-    from gguf_builder import gguf as build
-    from gguf_builder import kv
+    from support.gguf_bytes import gguf as build
+    from support.gguf_bytes import kv
 
     path = tmp_path / "odd.gguf"
     path.write_bytes(build([kv("general.architecture", "str", "x"), kv("general.name", "str", b"\xff\xfe")]))

@@ -109,7 +109,7 @@ def test_bytes_after_the_last_tensor(files, tmp_path):
 
 
 def test_a_gap_between_tensors(tmp_path):
-    from gguf_builder import F32, gguf, info, kv
+    from support.gguf_bytes import F32, gguf, info, kv
 
     data = np.zeros(32, "<f4").tobytes()
     (tmp_path / "gap.gguf").write_bytes(gguf(
