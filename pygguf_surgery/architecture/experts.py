@@ -174,8 +174,7 @@ def check_shape(name: str, shape: tuple[int, ...], model: Layout) -> SurgeryErro
     return None
 
 
-# The gate multiplies the input of the expert, so that f has it already.
-GATE_IN_INPUT = frozenset(("llama4",))
+# --- neurons of an expert -------------------------------------------------------------------------------------------
 
 # fmt: off
 # Along which axis of an expert's slice its neurons lie. "half": gate and up, one after the other, each with all neurons.
@@ -184,21 +183,69 @@ NEURON_AXES: Mapping[str, str] = {
     "ffn_down_exps.weight": "columns", "ffn_gate_exps.bias": "columns", "ffn_up_exps.bias": "columns",
     "ffn_gate_up_exps.bias": "half columns", "ffn_down_exps.bias": "none"}
 # fmt: on
-SCALES = tuple(f"ffn_{part}_exps.{scale}" for part in ("gate", "up", "down") for scale in ("scale", "input_scale"))
+# Tensors of experts that no average of weights can follow.
+_WITHOUT_MEAN = frozenset(
+    (
+        *(f"ffn_{part}_exps.{scale}" for part in ("gate", "up", "down") for scale in ("scale", "input_scale")),
+        *(f"ffn_{part}_chexps.weight" for part in ("gate", "up", "down")),
+        "ffn_gate_tid2eid.weight",
+    )
+)
+
+
+def has_mean(name: str) -> bool:
+    """False for a tensor of experts that cannot be made one by the mean of their weights."""
+    return local_name(name) not in _WITHOUT_MEAN
+
+
+# --- what the router does with them ---------------------------------------------------------------------------------
 
 # {architecture}.expert_gating_func, llama.cpp's llama_expert_gating_func_type
 SOFTMAX, SIGMOID, SQRT_SOFTPLUS = 1, 2, 4
-_NEVER_PICKED = -3e4  # finite, as llama.cpp's check of tensors wants it
+# The softmax is over the logits of the experts that are picked, so that no other logit enters their gates.
+SOFTMAX_OVER_PICKED = frozenset(("gpt-oss",))
+# What is added to a score where the router picks and, in all architectures but those, not where it computes gates.
 _SELECTION_BIASES = ("exp_probs_b.bias", "exp_probs_b", "exp_probs_b_vl.bias")
+_OTHER_SELECTION_BIASES: Mapping[str, tuple[str, ...]] = {"gpt-oss": ("ffn_gate_inp.bias",)}
+_NEVER_PICKED = -3e4  # finite, as llama.cpp's check of tensors wants it
 
 
 def selection_biases(architecture: str) -> tuple[str, ...]:
-    return ("ffn_gate_inp.bias",) if architecture == "gpt-oss" else _SELECTION_BIASES
+    return _OTHER_SELECTION_BIASES.get(architecture, _SELECTION_BIASES)
 
 
 def pad_value(architecture: str, name: str) -> float:
     """What the padding experts of this tensor hold."""
-    return _NEVER_PICKED if name.split(".", 2)[2] in selection_biases(architecture) else 0.0
+    return _NEVER_PICKED if local_name(name) in selection_biases(architecture) else 0.0
+
+
+def padding_obstacle(
+    architecture: str, experts: Layout, layers: Iterable[int], types: Mapping[str, str], get: Get
+) -> str | None:
+    """Why experts of zeros in these layers would change what the model computes; None where they do not: a bias keeps
+    the router from them, and a zero logit does not enter the gates of the others. types: of the tensors, by name."""
+    if experts.groups > 1 or experts.chunk > 1:
+        return "the router picks groups" if experts.groups > 1 else "experts share chunk experts"
+    if any(name.endswith(".ffn_gate_tid2eid.weight") for name in types):
+        return "experts are looked up by token"
+    if architecture not in SOFTMAX_OVER_PICKED:
+        gate = get(f"{architecture}.expert_gating_func")
+        if gate == SOFTMAX and not get(f"{architecture}.expert_weights_norm"):
+            return "the softmax over all experts is not renormalised"
+        if gate not in (SOFTMAX, SIGMOID, SQRT_SOFTPLUS):
+            return "the file does not say how gates are computed"
+    for layer in layers:
+        names = [f"blk.{layer}.{bias}" for bias in selection_biases(architecture)]
+        biases = [types[name] for name in names if name in types]
+        if not biases:
+            return f"layer {layer} has no selection bias"
+        if any(type != "F32" for type in biases):
+            return f"the selection bias of layer {layer} is not F32"
+    return None
+
+
+# The gate multiplies the input of the expert, so that its output has it already.
+GATE_IN_INPUT = frozenset(("llama4",))
 
 
 def most_used(architecture: str, get: Get) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .._core import Value
 from ..base.errors import BadPlan, SurgeryError, Unsupported
 from ..base.words import ranges
-from ..plan_data.expressions import OutputTensor
-from .keys import getter, read_count, whole_numbers
+from .keys import Get, getter, read_count, whole_numbers
 
 Metadata = Mapping[str, Value]
 
@@ -109,10 +108,6 @@ BY_COUNT: Mapping[str, tuple[str, Callable[[str, Metadata, int], Any]]] = {
 }
 # fmt: on
 
-# Layer 0 is built otherwise: its values are those that all other layers mix in.
-FIRST_STAYS = frozenset(("rwkv7", "arwkv7"))
-# The first n_deepstack_layers take the layers of an image's embedding, one each.
-DEEPSTACK = frozenset(("qwen3vl", "qwen3vlmoe", "qwen3tts"))
 # Layers without KV heads are recurrent (nemotron_h: if they have no FFN either).
 RECURRENT_WITHOUT_HEADS = frozenset(
     (
@@ -132,7 +127,7 @@ RECURRENT_WITHOUT_HEADS = frozenset(
 _NUMBERED_APART, _DRAFT = "encoder and decoder are numbered apart", "a draft model belongs to the layers of another"
 # fmt: off
 NEVER: Mapping[str, str] = {
-    "t5": _NUMBERED_APART, "t5encoder": _NUMBERED_APART, "wavtokenizer-dec": "its blocks are no layers",
+    "t5": _NUMBERED_APART, "t5encoder": _NUMBERED_APART, "wavtokenizer-dec": "its blocks are not layers",
     "dflash": _DRAFT, "eagle3": _DRAFT, "gemma4-assistant": _DRAFT,
 }
 # fmt: on
@@ -152,17 +147,88 @@ UNIFORM = frozenset("""
 """.split())
 # fmt: on
 
-KNOWN = frozenset((*PERIODS, *BY_COUNT, *FIRST_STAYS, *DEEPSTACK, *NEVER, *UNIFORM))
+# --- rules of single architectures ----------------------------------------------------------------------------------
+
+
+def _moved(kept: list[int], differs: Callable[[int, int], bool]) -> str | None:
+    """In words, the first layer for which differs(old number, new number)."""
+    return next((f"layer {old} becomes layer {new}" for new, old in enumerate(kept) if differs(old, new)), None)
+
+
+def _first_stays(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> SurgeryError | None:
+    """Layer 0 is built otherwise: its values are those that all other layers mix in."""
+    if kept[0] == 0:
+        return None
+    return BadPlan("the first layer is not like the others and must stay", object="blk.0")
+
+
+def _last_without_rope(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> SurgeryError | None:
+    if _window(architecture, getter(metadata)) or kept[-1] == n - 1:
+        return None
+    return BadPlan("llama.cpp uses no rope in the last layer: it must stay", object=f"blk.{n - 1}")
+
+
+def _rescaled(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> SurgeryError | None:
+    """The converter divided the weights of layer i by 2^(i // step), and llama.cpp halves the state as it goes."""
+    key = f"{architecture}.rescale_every_n_layers"
+    step = read_count(getter(metadata), key, 0)
+    moved = _moved(kept, lambda old, new: old // step != new // step) if step else None
+    if moved is None:
+        return None
+    return BadPlan(f"the weights are scaled for their place, every {step} layers", object=key, found=moved)
+
+
+def _deep_stack(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> SurgeryError | None:
+    """The first n_deepstack_layers take the layers of an image's embedding, one each."""
+    key = f"{architecture}.n_deepstack_layers"
+    deep = read_count(getter(metadata), key, 0)
+    moved = _moved(kept, lambda old, new: min(old, deep) != min(new, deep))
+    if moved is None:
+        return None
+    return BadPlan(f"the first {deep} layers take embeddings of images and must stay", object=key, found=moved)
+
+
+def _full_indexers(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> SurgeryError | None:
+    """Without a list llama.cpp has its own table for long contexts: the first two, then one of every four."""
+    key = f"{architecture}.attention.indexer.types"
+    if key in metadata or read_count(getter(metadata), f"{architecture}.context_length", 0) < 1 << 20:
+        return None
+    full = [layer < 2 or layer % 4 == 2 for layer in range(n)]
+    moved = _moved(kept, lambda old, new: full[old] != full[new])
+    if moved is None:
+        return None
+    return BadPlan(
+        "layers alternate with period 4 after the first two",
+        object=key,
+        found=moved,
+        hint="drop whole periods: 4 consecutive layers, or the last ones",
+    )
+
+
+# What llama.cpp makes of a layer's place, beside periods: (architecture, metadata, number of layers, layers that stay) ->
+# why they would not compute what they did.
+BY_PLACE: Mapping[str, Callable[[str, Metadata, int, list[int]], SurgeryError | None]] = {
+    "rwkv7": _first_stays,
+    "arwkv7": _first_stays,
+    "llama4": _last_without_rope,
+    "rwkv6": _rescaled,
+    "qwen3vl": _deep_stack,
+    "qwen3vlmoe": _deep_stack,
+    "qwen3tts": _deep_stack,
+    "glm-dsa": _full_indexers,
+}
+
+KNOWN = frozenset((*PERIODS, *BY_COUNT, *BY_PLACE, *NEVER, *UNIFORM))
 
 
 # --- what must not change --------------------------------------------------------------------------------------------
 
 
 def obstacles(
-    architecture: str, tensors: Iterable[OutputTensor], metadata: Metadata, n: int, kept: list[int]
+    architecture: str, names: Collection[str], metadata: Metadata, n: int, kept: list[int]
 ) -> Iterable[SurgeryError]:
-    """Why llama.cpp would not compute with the layers `kept` of n what it did. Numbers are those without MTP blocks."""
-    names = {tensor.name for tensor in tensors}
+    """Why llama.cpp would not compute with the layers `kept` of n what it did. Numbers are those without MTP layers.
+    names: of all tensors."""
     if architecture in NEVER:
         yield Unsupported(
             "layers of this architecture cannot be dropped", object=architecture, hint=NEVER[architecture]
@@ -177,7 +243,7 @@ def obstacles(
             yield Unsupported(
                 "one tensor has columns of every layer", object=name, hint="layers of such a model cannot be dropped"
             )
-    get = getter(dict(metadata))
+    get = getter(metadata)
     if shared := read_count(get, f"{architecture}.attention.shared_kv_layers", 0):
         yield Unsupported(
             f"the last {shared} layers use the keys and values of earlier ones",
@@ -187,12 +253,9 @@ def obstacles(
     yield from _count_obstacles(architecture, metadata, n, kept)
     yield from _period_obstacles(architecture, metadata, n, kept)
     yield from _kind_obstacles(architecture, metadata, n, kept)
-    yield from _other_obstacles(architecture, metadata, n, kept)
-
-
-def _moved(kept: list[int], differs: Callable[[int, int], bool]) -> str | None:
-    """In words, the first layer for which differs(old number, new number)."""
-    return next((f"layer {old} becomes layer {new}" for new, old in enumerate(kept) if differs(old, new)), None)
+    if architecture in BY_PLACE and (fault := BY_PLACE[architecture](architecture, metadata, n, kept)):
+        yield fault
+    yield from _image_obstacles(architecture, metadata, n, kept)
 
 
 def _count_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> Iterable[SurgeryError]:
@@ -214,7 +277,7 @@ def _count_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[i
 
 def periods(architecture: str, metadata: Metadata) -> list[tuple[Period, str | None, int, int]]:
     """(rule, key, n, r) of each rule of PERIODS that holds for this model: layers with number % n == r differ."""
-    get = getter(dict(metadata))
+    get = getter(metadata)
     found = []
     for rule in PERIODS.get(architecture, ()):
         listed = metadata.get(f"{architecture}.{rule.listed_by}")
@@ -229,7 +292,7 @@ def periods(architecture: str, metadata: Metadata) -> list[tuple[Period, str | N
     return found
 
 
-def _window(architecture: str, get: Callable[[str], Any]) -> bool:
+def _window(architecture: str, get: Get) -> bool:
     # llama4 without the key has its window of 8192, all others none.
     return read_count(get, f"{architecture}.attention.sliding_window", int(architecture == "llama4")) > 0
 
@@ -274,37 +337,14 @@ def _kind_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[in
             )
 
 
-def _other_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> Iterable[SurgeryError]:
-    get = getter(dict(metadata))
-    if architecture in FIRST_STAYS and kept[0] != 0:
-        yield BadPlan("the first layer is not like the others and must stay", object="blk.0")
-    if architecture == "llama4" and not _window(architecture, get) and kept[-1] != n - 1:
-        yield BadPlan("llama.cpp uses no rope in the last layer: it must stay", object=f"blk.{n - 1}")
-    key = f"{architecture}.rescale_every_n_layers"
-    if architecture == "rwkv6" and (step := read_count(get, key, 0)):
-        # The converter divided the weights of layer i by 2^(i // step), and llama.cpp halves the state as it goes.
-        if moved := _moved(kept, lambda old, new: old // step != new // step):
-            yield BadPlan(f"the weights are scaled for their place, every {step} layers", object=key, found=moved)
-    key = f"{architecture}.n_deepstack_layers"
-    if architecture in DEEPSTACK and (deep := read_count(get, key, 0)):
-        if moved := _moved(kept, lambda old, new: min(old, deep) != min(new, deep)):
-            yield BadPlan(f"the first {deep} layers take embeddings of images and must stay", object=key, found=moved)
+def _image_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> Iterable[SurgeryError]:
+    """deepstack_mapping says which layer takes which part of an image's embedding."""
     key = f"{architecture}.deepstack_mapping"
-    if (mapping := whole_numbers(metadata, key)) is not None:
-        # Layer 0 takes none, whatever its element says.
-        taking = {layer for layer, index in enumerate(mapping[:n]) if index >= 0 and layer > 0}
-        if lost := taking - {old for new, old in enumerate(kept) if new > 0}:
-            yield BadPlan("layers that take embeddings of images must stay", object=key, found=f"layer {min(lost)}")
-        elif kept[0] != 0 and mapping[:1] and mapping[0] >= 0:
-            yield BadPlan("layers that take embeddings of images must stay", object=key, found="layer 0")
-    if architecture == "glm-dsa" and f"{architecture}.attention.indexer.types" not in metadata:
-        # llama.cpp's own table for long contexts: the first two, then one of every four.
-        if read_count(get, f"{architecture}.context_length", 0) >= 1 << 20:
-            full = [layer < 2 or layer % 4 == 2 for layer in range(n)]
-            if moved := _moved(kept, lambda old, new: full[old] != full[new]):
-                yield BadPlan(
-                    "layers alternate with period 4 after the first two",
-                    object=f"{architecture}.attention.indexer.types",
-                    found=moved,
-                    hint="drop whole periods: 4 consecutive layers, or the last ones",
-                )
+    if (mapping := whole_numbers(metadata, key)) is None:
+        return
+    # Layer 0 takes none, whatever its element says.
+    taking = {layer for layer, index in enumerate(mapping[:n]) if index >= 0 and layer > 0}
+    if lost := taking - {old for new, old in enumerate(kept) if new > 0}:
+        yield BadPlan("layers that take embeddings of images must stay", object=key, found=f"layer {min(lost)}")
+    elif kept[0] != 0 and mapping[:1] and mapping[0] >= 0:
+        yield BadPlan("layers that take embeddings of images must stay", object=key, found="layer 0")

@@ -8,17 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..architecture.experts import (
-    SIGMOID,
-    SOFTMAX,
-    SQRT_SOFTPLUS,
-    Layout,
-    check_shape,
-    expert_rule,
-    layout,
-    pad_value,
-    selection_biases,
-)
+from ..architecture.experts import Layout, check_shape, expert_rule, layout, pad_value, padding_obstacle
 from ..architecture.keys import NOT_MTP, getter, like, read_count
 from ..architecture.loader import check_expert_count, check_groups, used_experts
 from ..architecture.names import layer_of
@@ -122,7 +112,8 @@ def _check_kept(architecture: str, edit: KeepExperts, found: Layout, dropped: ra
     counts = sorted({len(ids) for ids in kept.values()})
     if len(counts) > 1 and not blockers:
         numbers = ", ".join(f"{n} in {ranges(k for k, v in kept.items() if len(v) == n)}" for n in counts)
-        if reason := _unpaddable(architecture, found, kept, out):
+        types = {t.name: t.source_type for t in out.tensors}
+        if reason := padding_obstacle(architecture, found, kept, types, getter(out.metadata)):
             blockers.append(
                 Unsupported(
                     "a different number of experts per layer",
@@ -139,31 +130,6 @@ def _check_kept(architecture: str, edit: KeepExperts, found: Layout, dropped: ra
             )
             return {layer: (*kept[layer], *(None,) * (counts[-1] - len(kept[layer]))) for layer in found.layers}
     return {layer: kept[layer] for layer in found.layers if layer in kept}
-
-
-def _unpaddable(architecture: str, found: Layout, kept: Iterable[int], out: Draft) -> str | None:
-    """Why experts of zeros would change what the model computes; None where they do not: a bias keeps the router from
-    them, and a zero logit does not enter the gates of the others."""
-    tensors = {t.name: t for t in out.tensors}
-    get = getter(out.metadata)
-    if found.groups > 1 or found.chunk > 1:
-        return "the router picks groups" if found.groups > 1 else "experts share chunk experts"
-    if any(name.endswith(".ffn_gate_tid2eid.weight") for name in tensors):
-        return "experts are looked up by token"
-    if architecture != "gpt-oss":  # whose router bias is added to the logits, and the softmax is over those picked
-        gate = get(f"{architecture}.expert_gating_func")
-        if gate == SOFTMAX and not get(f"{architecture}.expert_weights_norm"):
-            return "the softmax over all experts is not renormalised"
-        if gate not in (SOFTMAX, SIGMOID, SQRT_SOFTPLUS):
-            return "the file does not say how gates are computed"
-    for layer in kept:
-        names = [f"blk.{layer}.{bias}" for bias in selection_biases(architecture)]
-        biases = [tensors[name] for name in names if name in tensors]
-        if not biases:
-            return f"layer {layer} has no selection bias"
-        if any(bias.source_type != "F32" for bias in biases):
-            return f"the selection bias of layer {layer} is not F32"
-    return None
 
 
 def _check_ids(layer: int, ids: Iterable[Any], experts: int, blockers: list[SurgeryError]) -> tuple[int, ...]:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..architecture.experts import NEURON_AXES, SCALES
-from ..architecture.names import layer_of
+from ..architecture.experts import NEURON_AXES, has_mean
+from ..architecture.names import layer_of, local_name
 from ..base.errors import BadPlan, SurgeryError, Unsupported
 from ..files.lineage import record_merge
 from ..plan_data.edits import KeepExperts, MergeExperts
@@ -85,14 +85,13 @@ def _check_groups(layer: int, groups: Iterable[Group], experts: int, neurons: in
 
 
 def _merged(before: OutputTensor, after: OutputTensor, groups: tuple[Group, ...]) -> OutputTensor:
-    local = after.name.split(".", 2)[2]
-    if local in SCALES or local.endswith("_chexps.weight") or local == "ffn_gate_tid2eid.weight":
+    if not has_mean(after.name):
         raise Unsupported(
             "experts with this tensor cannot be merged",
             object=after.name,
             hint="drop experts instead (prune), or merge the 16-bit model",
         )
-    axis = NEURON_AXES.get(local)
+    axis = NEURON_AXES.get(local_name(after.name))
     if axis is None:
         return after  # router and selection bias: the centroid's
     match before.expression:

@@ -46,7 +46,8 @@ def apply(draft: Draft, edit: PruneLayers, context: Context) -> Draft:
             return out
         trunk = [layer for layer in range(count - nextn) if layer not in dropped]
         if len(trunk) < count - nextn:
-            out.blockers += obstacles(architecture, tensors, metadata, count - nextn, trunk)
+            names = {t.name for t in tensors}
+            out.blockers += obstacles(architecture, names, metadata, count - nextn, trunk)
             if architecture not in KNOWN:
                 out.warn(
                     f"architecture {architecture!r} is not known: whether llama.cpp tells its layers "

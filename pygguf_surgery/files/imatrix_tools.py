@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from .._core import Sink
+from ..architecture.experts import expert_rule
+from ..architecture.names import layer_of
 from ..base.errors import BadFile, BadPlan
 from .imatrix import CHUNK_SIZE, CHUNK_SIZE_KEY, Imatrix, Sums, name_bytes, open, write
 from .outputs import check_output
-
-_EXPERTS = re.compile(r"blk\.([0-9]+)\.ffn_(?:gate|up|gate_up|down)_exps\.weight")
-_CHUNK_EXPERTS = re.compile(r"blk\.([0-9]+)\.ffn_(?:gate|up|down)_chexps\.weight")  # one per group of experts
 
 
 def _check_chunk_size(chunk_size: int | None) -> None:
@@ -227,9 +225,9 @@ def slice(
         entries = {}
         for name, entry in imatrix.entries.items():
             sums, counts = _raw(imatrix, name, chunk_size)
-            match = _EXPERTS.fullmatch(name) or _CHUNK_EXPERTS.fullmatch(name)
-            if match and int(match[1]) in layers:
-                number = experts or layers[int(match[1])]
+            layer, axis = _expert_axis(name)
+            if axis is not None and layer in layers:
+                number = experts or layers[layer]
                 if number == 1 and experts is None:
                     raise BadPlan(
                         "one count for all experts: it does not say how many there are",
@@ -237,8 +235,8 @@ def slice(
                         object=name,
                         hint="experts= (--experts N)",
                     )
-                ids = _check_ids(name, kept[int(match[1])], number)
-                if _CHUNK_EXPERTS.fullmatch(name):
+                ids = _check_ids(name, kept[layer], number)
+                if axis == "groups":
                     ids, number = _chunk_ids(name, ids, number, len(counts)), len(counts)
                 if entry.size % number or len(counts) not in (1, number):
                     raise BadPlan(
@@ -261,12 +259,19 @@ def slice(
     return [layer for layer in kept if layer not in layers]
 
 
+def _expert_axis(name: str) -> tuple[int, str | None]:
+    """(layer, "experts" or "groups") of a matrix of experts or of chunk experts, (-1, None) of any other tensor."""
+    layer, rule = layer_of(name), expert_rule(name)
+    return (layer, rule.axis) if layer is not None and rule is not None and rule.ndim == 3 else (-1, None)
+
+
 def _experts(imatrix: Imatrix) -> dict[int, int]:
     """layer -> number of experts, for the layers with expert entries; 1 where all of them share one count."""
     layers: dict[int, int] = {}
     for name, entry in imatrix.entries.items():
-        if match := _EXPERTS.fullmatch(name):
-            layers[int(match[1])] = max(len(entry.counts), layers.get(int(match[1]), 1))
+        layer, axis = _expert_axis(name)
+        if axis == "experts":
+            layers[layer] = max(len(entry.counts), layers.get(layer, 1))
     return layers
 
 
@@ -327,7 +332,7 @@ def coverage(imatrix: Imatrix) -> dict[str, Any]:
         counts = [
             e.counts
             for name, e in imatrix.entries.items()
-            if (match := _EXPERTS.fullmatch(name)) and int(match[1]) == layer and len(e.counts) == experts
+            if _expert_axis(name) == (layer, "experts") and len(e.counts) == experts
         ]
         tokens = [min(int(c[i]) for c in counts) for i in range(experts)]
         never = [i for i, n in enumerate(tokens) if n == 0]
