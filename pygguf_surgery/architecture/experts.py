@@ -15,7 +15,7 @@ from .names import layer_of, local_name
 
 @dataclass(frozen=True)
 class ExpertRule:
-    """How one tensor of a MoE block follows a cut. axis: "experts" (slowest axis has E slices, cut them), "groups"
+    """How one tensor of a MoE layer follows a cut. axis: "experts" (slowest axis has E slices, cut them), "groups"
     (slowest axis has E / experts_per_group), "values" (no axis, its values are expert ids) or "none" (untouched)."""
 
     axis: str
@@ -39,7 +39,7 @@ EXPERT_RULES: Mapping[str, ExpertRule] = {
 }
 # fmt: on
 
-# Tensors of a MoE block that start like expert tensors and have no expert axis, whatever their size.
+# Tensors of a MoE layer that start like expert tensors and have no expert axis, whatever their size.
 _DENSE = re.compile(
     r"ffn_(gate|up|down|norm|sub_norm|norm_exps|res_score|latent_(up|down)|routed_(up|down|norm)|conv_(base|proj)"
     r"|(gate|up|down|gate_up|gate_inp)_shexp)(\.(weight|bias|scale|input_scale))?"
@@ -63,7 +63,7 @@ def is_single_expert(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """layers: the MoE blocks, ascending, MTP ones included. mtp: all MTP blocks. groups: expert_group_count (0: routing
+    """layers: the MoE layers, ascending, MTP ones included. mtp: all MTP layers. groups: expert_group_count (0: routing
     has no groups). chunk: experts_per_group of grovemoe (1: none), the experts that share one chunk expert."""
 
     layers: tuple[int, ...]
@@ -74,7 +74,7 @@ class Layout:
 
 
 def moe_layers(names: Iterable[str]) -> tuple[int, ...]:
-    """Blocks with experts: those that have ffn_down_exps. Dense, interleaved and attention-only blocks exist."""
+    """Layers with experts: those that have ffn_down_exps. Dense, interleaved and attention-only layers exist."""
     return tuple(
         sorted(
             {
@@ -139,7 +139,7 @@ def layout(architecture: str, names: Iterable[str], get: Get) -> Layout:
 def check_shape(name: str, shape: tuple[int, ...], model: Layout) -> SurgeryError | None:
     """What is wrong with one tensor of a model with experts. shape is outermost first.
 
-    A tensor of a MoE block that may have an expert axis and that no rule knows is an error, never a guess; attention,
+    A tensor of a MoE layer that may have an expert axis and that no rule knows is an error, never a guess; attention,
     SSM, norm, shared-expert and nextn tensors are not judged by size: at 512 experts some of theirs are 512 too.
     """
     layer = layer_of(name)
@@ -148,13 +148,13 @@ def check_shape(name: str, shape: tuple[int, ...], model: Layout) -> SurgeryErro
     local, rule = local_name(name), expert_rule(name)
     if layer not in model.layers:
         if rule and rule.axis != "none" or _EXPERT_WORD.match(local) and not _DENSE.fullmatch(local):
-            return BadFile("an expert tensor in a block without ffn_down_exps", object=name)
+            return BadFile("an expert tensor in a layer without ffn_down_exps", object=name)
         return None
     if rule is None:
         unknown = _EXPERT_WORD.match(local) or (local.startswith(("ffn_", "exp_")) and shape[:1] == (model.experts,))
         if unknown and not _DENSE.fullmatch(local):
             return Unsupported(
-                "unknown tensor in a block with experts",
+                "unknown tensor in a layer with experts",
                 object=name,
                 found=f"shape {list(shape)}",
                 hint=f"it may have an axis over the {model.experts} experts",

@@ -91,7 +91,7 @@ def _last(architecture: str, metadata: Metadata, n: int) -> Any:
 
 
 # fmt: off
-# What llama.cpp derives from the number of layers (n, without MTP blocks): it must come to the same afterwards.
+# What llama.cpp derives from the number of layers (n, without MTP layers): it must come to the same afterwards.
 BY_COUNT: Mapping[str, tuple[str, Callable[[str, Metadata, int], Any]]] = {
     "baichuan": ("position encoding", lambda _, __, n: n if n in (32, 40) else None),
     "command-r": ("norms of query and key", lambda _, __, n: n >= 64),

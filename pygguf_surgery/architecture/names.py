@@ -24,21 +24,21 @@ _ROLE_PATTERNS = tuple((role, re.compile(pattern)) for role, pattern in (
     ("output", r"(output|cls|cls\.output|dense_2|dense_3)$"),
 ))
 # fmt: on
-_BLOCK = re.compile(r"(?:(?:enc|dec)\.)?blk\.([0-9]+)\.(.+)", re.DOTALL)
+_IN_LAYER = re.compile(r"(?:(?:enc|dec)\.)?blk\.([0-9]+)\.(.+)", re.DOTALL)
 _SUFFIX = re.compile(r"\.(weight|bias|scale|input_scale|a|b)$")
 
 
 def role_of(name: str) -> str:
     """One of ROLES, from the name alone; a name that llama.cpp does not know is "other"."""
-    block = _BLOCK.fullmatch(name)
-    word = _SUFFIX.sub("", block[2] if block else name)
+    match = _IN_LAYER.fullmatch(name)
+    word = _SUFFIX.sub("", match[2] if match else name)
     return next((role for role, pattern in _ROLE_PATTERNS if pattern.match(word)), "other")
 
 
 def layer_of(name: str) -> int | None:
-    """N of "blk.N.": the decoder blocks, where experts are. None for every other name."""
-    block = _BLOCK.fullmatch(name)
-    return int(block[1]) if block and name.startswith("blk.") else None
+    """N of "blk.N.": the decoder's layers, where experts are. None for every other name."""
+    match = _IN_LAYER.fullmatch(name)
+    return int(match[1]) if match and name.startswith("blk.") else None
 
 
 def local_name(name: str) -> str:

@@ -157,9 +157,9 @@ class Imatrix:
             rows, unseen = entry.rows(row_elements), set(self.unseen(name, row_elements))
             total, tokens = np.zeros(row_elements), 0.0
             for first, piece in self._pieces(entry, row_elements):
-                block = piece.reshape(-1, row_elements)
-                seen = [i for i in range(len(block)) if first + i not in unseen]
-                total += block[seen].sum(axis=0, dtype=np.float64)
+                each = piece.reshape(-1, row_elements)
+                seen = [i for i in range(len(each)) if first + i not in unseen]
+                total += each[seen].sum(axis=0, dtype=np.float64)
                 tokens += sum(entry.divisor(first + i, row_elements) for i in seen)
             mean = total / tokens if len(unseen) < rows else np.ones(row_elements)
             self._means[key] = mean.astype(np.float32)
@@ -229,8 +229,8 @@ class _Scan:
         self.zero: list[int] = []
         self.constant: list[int] = []
         for first, piece in imatrix._pieces(entry, row_elements):
-            block = piece.reshape(-1, row_elements)
-            most, least = block.max(axis=1), block.min(axis=1)  # NaN if one is
+            each = piece.reshape(-1, row_elements)
+            most, least = each.max(axis=1), each.min(axis=1)  # NaN if one is
             if self.problem is None and not ((least >= 0).all() and np.isfinite(most).all()):
                 at = int(np.argmin(np.isfinite(piece) & (piece >= 0)))
                 element = first * row_elements + at

@@ -27,7 +27,7 @@ class RepairedTensor:
 
 
 class Repair:
-    """An open repair, as a plan takes it. kept: layer -> ids of the experts that it is for, MTP blocks included.
+    """An open repair, as a plan takes it. kept: layer -> ids of the experts that it is for, MTP layers included.
     tensors: by name. errors: {layer: (before, after)}. digest: sha256 of the header and of a part of each tensor."""
 
     def __init__(self, source: Source):

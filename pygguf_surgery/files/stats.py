@@ -77,7 +77,7 @@ class Text:
 
 @dataclass
 class Stats:
-    """Statistics of one model over texts. layers: those that were run, which MTP blocks are not. nll, nll_squares,
+    """Statistics of one model over texts. layers: those that were run, which MTP layers are not. nll, nll_squares,
     predictions: sums of -log p over the second half of each window, as llama-perplexity counts."""
 
     header_sha256: str

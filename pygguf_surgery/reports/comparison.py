@@ -75,7 +75,7 @@ def compare(source: Model, result: Model, *, kept: Kept | None = None) -> dict[s
     "source_nbytes", "nbytes", "source_types", "types", and the same four numbers}]}.
 
     Result against source, tensor by tensor; experts are paired by `kept` (layer -> old ids), which is read from the
-    result's metadata when it is not given, blocks by its list of kept layers. A role pools the sums of its tensors.
+    result's metadata when it is not given, layers by its list of kept layers. A role pools the sums of its tensors.
     Tensors of integers are left out, and so are those of the source that the result lacks. Streamed: a few MiB whatever
     the sizes. BadPlan names a tensor that has no counterpart.
     """

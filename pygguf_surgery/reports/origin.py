@@ -1,4 +1,4 @@
-"""FIXME"""
+"""Where the bytes of a result come from in its source, and both as rows of numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..quant.types import row_bytes
 CHUNK = 1 << 16  # elements in work at a time: their float64 copies stay in the cache
 
 Kept = Mapping[int, Slices]  # layer -> old expert ids, in the order of the result
-Layers = Sequence[int] | None  # old number of each block; None: the same as the new one
+Layers = Sequence[int] | None  # number in the source of each layer; None: the same as the new one
 
 
 def source_name(name: str, layers: Layers) -> str:

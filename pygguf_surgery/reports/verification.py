@@ -98,7 +98,7 @@ def verify(path: str | os.PathLike[str], against: str | os.PathLike[str] | None 
     """Reads a file again and reports every problem; raises only OSError.
 
     Always: the layout that `write` promises and that llama.cpp's reader demands (packed in order, aligned, padded with
-    zeros), and llama.cpp's loader checks (required keys, expert counts and shapes, blocks). data: every number too, as
+    zeros), and llama.cpp's loader checks (required keys, expert counts and shapes, layers). data: every number too, as
     llama.cpp's --check-tensors does: no NaN, no infinity, no invalid block scale. against: the file that this one was
     made from; each tensor of the same type must be byte-equal to it, expert by expert, and each re-encoded one is
     sampled. Memory: about 64 MiB, whatever the sizes.
@@ -227,17 +227,17 @@ def _check_against(model: Model, source: Model, report: Report) -> None:
             _check_equal(model, tensor, origin, report)
         else:
             _check_encoded(model, tensor, origin, report)
-    blocks = model.get("block_count")
-    left = range(blocks) if layers is None and isinstance(blocks, int) else layers
-    if layers is not None and len(layers) != blocks:
-        report.problem("not one number per block", object=KEPT_LAYERS, found=len(layers), expected=blocks)
+    count = model.get("block_count")
+    left = range(count) if layers is None and isinstance(count, int) else layers
+    if layers is not None and len(layers) != count:
+        report.problem("not one number per layer", object=KEPT_LAYERS, found=len(layers), expected=count)
     here = {source_name(name, layers) for name in model.tensors}
     for name in source.tensors:
         if name in here:
             continue
         report.removed.append(name)
         layer = layer_of(name)
-        if layer is None or left is None or layer in left:  # else a block that was dropped
+        if layer is None or left is None or layer in left:  # else a layer that was dropped
             report.problem("in the source and not here", object=name)
 
 
