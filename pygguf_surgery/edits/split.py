@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .._core import Value
 from ..base.errors import BadPlan, SurgeryError
 from ..base.units import human
+from ..files.shards import parse_shard, shard_names
 from ..plan_data.edits import Split
 from ..plan_data.outcome import Faults
 
 MAX_SHARDS = 65535  # split.count is a u16
 MAX_TENSORS = 128  # llama-gguf-split's number, where nothing else is said
-_SHARD = re.compile(r"-\d{5}-of-\d{5}(\.gguf)?$")
 
 
 @dataclass
@@ -138,12 +137,12 @@ def shard_paths(path: str | os.PathLike[str], count: int) -> list[str]:
     """PATH-00001-of-00003.gguf, ..., for PATH with or without ".gguf". BadPlan where PATH names a shard."""
     path = os.fsdecode(path)
     prefix = path.removesuffix(".gguf")
-    if match := _SHARD.search(path):
+    if (shard := parse_shard(path)) is not None:
         raise BadPlan(
             "the name of a shard, and the output has shards of its own",
             path=path,
-            hint=f"name it {os.path.basename(path[: match.start()]) or 'NAME'}.gguf: the numbers are added",
+            hint=f"name it {os.path.basename(shard.prefix) or 'NAME'}.gguf: the numbers are added",
         )
     if not os.path.basename(prefix):
         raise BadPlan("not a file name", path=path)
-    return [f"{prefix}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    return shard_names(prefix, count)

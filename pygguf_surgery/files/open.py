@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Any
 
 from .._core import Header, Source, Value, read_header
 from ..base.errors import BadFile
 from .model import _UNKNOWN, Model, _text
-
-_SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+from .shards import EXAMPLE, parse_shard, shard_names
 
 
 def open(path: str | os.PathLike[str], *, strict: bool = False, metadata_only: bool = False) -> Model:
@@ -57,27 +55,26 @@ def _whole(items: dict[str, Value], key: str, path: str, default: Any = _UNKNOWN
 
 
 def _shard_paths(path: str, count: int) -> list[str]:
-    folder, name = os.path.split(path)
-    match = _SHARD.match(name)
-    if match is None:
+    shard = parse_shard(path)
+    if shard is None or not path.endswith(".gguf"):
         raise BadFile(
             "a shard of a split model with an unusual name",
             path=path,
             object="split.count",
             found=count,
-            expected="NAME-00001-of-00004.gguf",
+            expected=EXAMPLE,
             hint="rename the shards: the name says where the others are",
         )
-    if int(match["count"]) != count:
+    if shard.count != count:
         raise BadFile(
             "the number of shards in the name and in the file differ",
             path=path,
             object="split.count",
             found=count,
-            expected=int(match["count"]),
+            expected=shard.count,
         )
-    paths = [os.path.join(folder, f"{match['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
-    missing = [shard for shard in paths if not os.path.exists(shard)]
+    paths = shard_names(shard.prefix, count)
+    missing = [other for other in paths if not os.path.exists(other)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise BadFile(

@@ -83,7 +83,7 @@ class Taps:
 
 def moe_layout(model: Model) -> tuple[Layout, list[int]]:
     """The layout of a model, and its MoE layers that llama.cpp runs: all but the MTP blocks. BadPlan without experts."""
-    found = layout(model.architecture, model.tensors, lambda key: model.metadata.get(key))
+    found = layout(model.architecture, model.tensors, model.metadata.get)
     layers = [layer for layer in found.layers if layer not in found.mtp]
     if not layers:
         raise BadPlan("the model has no experts", path=model.path, object=model.architecture or None)

@@ -60,7 +60,7 @@ def group(
     memory: of the weights and costs that are worked on at once. progress: called with experts done and in all.
     Errors: as in `rank`; Unsupported without scipy or for a model whose experts share chunk experts.
     """
-    found = layout(model.architecture, model.tensors, lambda key: model.metadata.get(key))
+    found = layout(model.architecture, model.tensors, model.metadata.get)
     if not found.layers:
         raise BadPlan("the model has no experts", path=model.path, object=model.architecture or None)
     if found.chunk > 1:

@@ -58,7 +58,7 @@ def rank(
     Errors: BadPlan for a model without experts, an unknown `by`, statistics that are missing or of another model, BadFile
     for weights that are not finite, Unsupported for what an importance matrix of the old format has lost.
     """
-    found = layout(model.architecture, model.tensors, lambda key: model.metadata.get(key))
+    found = layout(model.architecture, model.tensors, model.metadata.get)
     if not found.layers:
         raise BadPlan("the model has no experts", path=model.path, object=model.architecture or None)
     if mtp not in ("keep", "drop"):
