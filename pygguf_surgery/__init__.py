@@ -14,7 +14,7 @@ except ModuleNotFoundError as _error:
     ) from _error
 from .base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
 from .files.model import Metadata, Model, Tensor
-from .files.open import open
+from .files.open import open_model as open
 from .quant.arrays import dequantize, quantize
 
 if TYPE_CHECKING:

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 from .architecture.names import role_of
-from .files.repair import open as open_repair
-from .files.stats import Stats
-from .files.stats import open as open_stats
+from .files.repair import open_repair
+from .files.stats import Stats, open_stats
 from .plan_data.choices import Groups, Keep
 from .studies.calibration import calibrate
 from .studies.metrics import METRICS

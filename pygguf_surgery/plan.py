@@ -20,7 +20,7 @@ from .edits import quantize as quantize_edit
 from .edits.context import Context
 from .files.companions import Companions
 from .files.model import Model
-from .files.open import open as open_model
+from .files.open import open_model
 from .gate.check import check
 from .gate.checked import CheckedPlan
 from .plan_data.codec import plan_from_json, plan_to_json
@@ -360,7 +360,7 @@ class Plan:
 def _use_repair(path: str | os.PathLike[str]) -> UseRepair:
     from .files import repair as repair_file
 
-    opened = repair_file.open(path)
+    opened = repair_file.open_repair(path)
     opened.close()
     return UseRepair(opened.path, opened.digest)
 

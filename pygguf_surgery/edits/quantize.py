@@ -49,7 +49,7 @@ def use_imatrix(imatrix: Any, missing: str, include: Iterable[str], exclude: Ite
         raise BadPlan("include_weights and exclude_weights exclude each other", object="imatrix")
     if isinstance(imatrix, imatrix_file.Imatrix):
         return UseImatrix(imatrix.path, imatrix.digest, missing, include, exclude)
-    with imatrix_file.open(imatrix) as opened:
+    with imatrix_file.open_imatrix(imatrix) as opened:
         return UseImatrix(opened.path, opened.digest, missing, include, exclude)
 
 

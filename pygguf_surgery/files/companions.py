@@ -9,10 +9,8 @@ from typing import TypeVar, cast
 from .._core import Source
 from ..base.errors import BadFile, SourceChanged
 from ..plan_data.edits import UseImatrix, UseRepair
-from . import imatrix as imatrix_file
-from . import repair as repair_file
-from .imatrix import Imatrix
-from .repair import Repair
+from .imatrix import Imatrix, open_imatrix
+from .repair import Repair, open_repair
 
 Opened = TypeVar("Opened", Imatrix, Repair)
 
@@ -46,11 +44,11 @@ class Companions:
 
     def imatrix(self, use: UseImatrix) -> Imatrix:
         """The importance matrix that an edit names. SurgeryError if it cannot be read or is another one."""
-        return self._open(use, imatrix_file.open, "importance matrix")
+        return self._open(use, open_imatrix, "importance matrix")
 
     def repair(self, use: UseRepair) -> Repair:
         """The repair that an edit names. SurgeryError if it cannot be read or is another one."""
-        return self._open(use, repair_file.open, "repair")
+        return self._open(use, open_repair, "repair")
 
     def source(self, companion: Companion) -> Source:
         """The file, for a run. SourceChanged if it is no longer the one that was checked."""
@@ -63,12 +61,12 @@ class Companions:
             raise SourceChanged("changed since the plan was checked", path=companion.path)
         return source
 
-    def _open(self, use: UseImatrix | UseRepair, open: Callable[[str], Opened], what: str) -> Opened:
+    def _open(self, use: UseImatrix | UseRepair, open_file: Callable[[str], Opened], what: str) -> Opened:
         key = use.path, use.digest
         if key in self._opened:
             return cast(Opened, self._opened[key])
         try:
-            opened = open(use.path)
+            opened = open_file(use.path)
         except (OSError, ValueError) as error:  # ValueError: a path from JSON that no file can have
             raise BadFile(
                 f"the {what} cannot be read", path=use.path, found=getattr(error, "strerror", None) or error

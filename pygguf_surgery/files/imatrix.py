@@ -257,7 +257,7 @@ def name_bytes(name: str) -> bytes:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def open(path: str | os.PathLike[str]) -> Imatrix:
+def open_imatrix(path: str | os.PathLike[str]) -> Imatrix:
     """Opens an importance matrix of llama-imatrix, GGUF or legacy (.dat), read-only. No sums are read.
 
     Errors: OSError; BadFile for what llama-quantize refuses, for counts that are negative or not finite, and for a file

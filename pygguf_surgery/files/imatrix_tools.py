@@ -12,7 +12,7 @@ from .._core import Sink
 from ..architecture.experts import expert_rule
 from ..architecture.names import layer_of
 from ..base.errors import BadFile, BadPlan
-from .imatrix import CHUNK_SIZE, CHUNK_SIZE_KEY, Imatrix, Sums, name_bytes, open, write
+from .imatrix import CHUNK_SIZE, CHUNK_SIZE_KEY, Imatrix, Sums, name_bytes, open_imatrix, write
 from .outputs import check_output
 
 
@@ -50,7 +50,7 @@ def merge(
     _check_chunk_size(chunk_size)
     check_output(paths, output, overwrite)
     with ExitStack() as stack:
-        inputs = [stack.enter_context(open(path)) for path in paths]
+        inputs = [stack.enter_context(open_imatrix(path)) for path in paths]
         sizes = {m.chunk_size: m for m in inputs if m.format == "gguf"}
         if len(sizes) > 1:
             one, other = list(sizes)[:2]
@@ -139,7 +139,7 @@ def convert(
     """
     check_output([path], output, overwrite)
     _check_chunk_size(chunk_size)
-    with open(path) as imatrix:
+    with open_imatrix(path) as imatrix:
         size = chunk_size or imatrix.chunk_size or CHUNK_SIZE
         if os.fsdecode(output).endswith(".dat"):
             _write_legacy(imatrix, output, size, overwrite)
@@ -192,7 +192,7 @@ def _write_legacy(imatrix: Imatrix, output: str | os.PathLike[str], chunk_size: 
         sink.write_at(at, trailer)
 
 
-def slice(
+def slice_experts(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str],
     kept: Mapping[int, Iterable[int]],
@@ -210,7 +210,7 @@ def slice(
     if experts is not None and experts < 1:
         raise BadPlan("not a number of experts", object="experts", found=experts)
     check_output([path], output, overwrite)
-    with open(path) as imatrix:
+    with open_imatrix(path) as imatrix:
         layers = _experts(imatrix)
         if not layers:
             raise BadPlan("an importance matrix without experts", path=imatrix.path)

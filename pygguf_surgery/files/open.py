@@ -11,7 +11,7 @@ from .model import _UNKNOWN, Model, _text
 from .shards import EXAMPLE, parse_shard, shard_names
 
 
-def open(path: str | os.PathLike[str], *, strict: bool = False, metadata_only: bool = False) -> Model:
+def open_model(path: str | os.PathLike[str], *, strict: bool = False, metadata_only: bool = False) -> Model:
     """Opens a GGUF file, read-only; for any shard of a split model, all its shards. No tensor data is read.
 
     strict: what is only a warning by default (Model.warnings) is an error. metadata_only: accept a file whose tensor

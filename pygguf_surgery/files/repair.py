@@ -92,7 +92,7 @@ def _whole_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(type(x) is int for x in values)
 
 
-def open(path: str | os.PathLike[str]) -> Repair:
+def open_repair(path: str | os.PathLike[str]) -> Repair:
     """BadFile for another file; OSError."""
     source = Source(os.path.abspath(os.fsdecode(path)))
     try:

@@ -227,7 +227,7 @@ class Stats:
         write_gguf(path, keys, tensors, overwrite=overwrite)
 
 
-def open(path: str | os.PathLike[str]) -> Stats:
+def open_stats(path: str | os.PathLike[str]) -> Stats:
     """The statistics in a file. BadFile for a file that is none, contradicts itself, or has numbers that are not finite."""
     metadata, tensors = read_gguf(path)
     try:

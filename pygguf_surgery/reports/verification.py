@@ -15,7 +15,7 @@ from ..architecture.names import layer_of
 from ..base.errors import BadFile, BadPlan, SurgeryError
 from ..files.lineage import KEPT_LAYERS, SOURCE_SHA256, Lineage
 from ..files.model import Model, Tensor
-from ..files.open import open as open_model
+from ..files.open import open_model
 from ..quant.types import row_bytes, tensor_type
 
 if TYPE_CHECKING:

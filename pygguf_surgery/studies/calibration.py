@@ -139,14 +139,14 @@ def calibrate(
     Errors: BadPlan for a model without experts or a text shorter than a window, BadFile for a model that llama.cpp does
     not load, Unsupported without llama-cpp-python or where llama.cpp's graph lacks what is recorded.
     """
-    from ..files.open import open
+    from ..files.open import open_model
     from ..llama.session import Session
 
     check_windows(n_ctx, chunks, texts)
     if out is not None:
         check_output([path, *texts], out, overwrite=True)  # what is there may be the start of this very run
     texts = read_texts(texts)
-    with open(path) as model:
+    with open_model(path) as model:
         found, layers = moe_layout(model)
         stats = Stats(
             model.header_sha256,
@@ -162,7 +162,7 @@ def calibrate(
             check_output(model.paths, out, overwrite=True)
     earlier = None
     if out is not None and os.path.lexists(out) and not overwrite:
-        earlier = stats_file.open(out)
+        earlier = stats_file.open_stats(out)
         if earlier.complete:
             raise FileExistsError(
                 errno.EEXIST, "exists already and is complete; overwrite=True (--force) replaces it", os.fsdecode(out)

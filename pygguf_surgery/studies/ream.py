@@ -113,7 +113,7 @@ def _known(model: Model, found: Layout, stats: Any, by: str) -> dict[int, stats_
             hint="or weights_only=True (--weights-only)",
         )
     if not isinstance(stats, Stats):
-        stats = stats_file.open(stats)
+        stats = stats_file.open_stats(stats)
     metrics.check_stats(stats, model, found)
     if by not in metrics.FROM_STATS:
         raise BadPlan(

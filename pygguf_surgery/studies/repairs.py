@@ -249,9 +249,9 @@ def repair(
 
 
 def _check_twin(model: Model, path: str | os.PathLike[str], experts: int, layers: Sequence[int]) -> None:
-    from ..files.open import open
+    from ..files.open import open_model
 
-    with open(path) as other:
+    with open_model(path) as other:
         found, others = moe_layout(other)
         for what, a, b in (
             ("architecture", other.architecture, model.architecture),

@@ -70,7 +70,7 @@ def rank(
         sorted({layer_of(name) for name in model.tensors if (rule := expert_rule(name)) and rule.axis == "values"})
     )
     if stats is not None:
-        stats = stats if isinstance(stats, Stats) else stats_file.open(stats)
+        stats = stats if isinstance(stats, Stats) else stats_file.open_stats(stats)
         metrics.check_stats(stats, model, found)
     if isinstance(by, Mapping):
         return _with_stats(given(by, "dict", found, tables, None), stats)
@@ -119,4 +119,4 @@ def _with_stats(ranking: Ranking, stats: Stats | None) -> Ranking:
 def _open_imatrix(imatrix: str | os.PathLike[str] | Imatrix | None) -> Imatrix | None:
     from ..files import imatrix as imatrix_file
 
-    return imatrix_file.open(imatrix) if isinstance(imatrix, (str, os.PathLike)) else imatrix
+    return imatrix_file.open_imatrix(imatrix) if isinstance(imatrix, (str, os.PathLike)) else imatrix

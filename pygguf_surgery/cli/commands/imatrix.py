@@ -49,10 +49,10 @@ _SHOWN = 16  # ids of experts in a line
 
 def show(args: Namespace) -> int:
     from ...base.printed import abbreviate
-    from ...files.imatrix import open
+    from ...files.imatrix import open_imatrix
     from ...files.imatrix_tools import coverage
 
-    with open(args.input) as imatrix:
+    with open_imatrix(args.input) as imatrix:
         data = coverage(imatrix)
         size = imatrix.source.size
     if args.json:
@@ -73,10 +73,10 @@ def merge(args: Namespace) -> int:
 
 
 def slice(args: Namespace) -> int:
-    from ...files.imatrix_tools import slice
+    from ...files.imatrix_tools import slice_experts
 
     _check_output(args)
-    unknown = slice(args.input, args.output, read_kept(args.by), experts=args.experts, overwrite=args.force)
+    unknown = slice_experts(args.input, args.output, read_kept(args.by), experts=args.experts, overwrite=args.force)
     if unknown:
         words.say(f"warning: layers of {args.by} without an entry: {', '.join(map(str, unknown))}")
     return _written(args.output)
@@ -94,7 +94,7 @@ def read_kept(path: str) -> Mapping[int, Sequence[int]]:
     """layer -> ids, of {"kept": {"0": [ids]}} in a JSON file or of what a pruned GGUF says of itself."""
     from ...base.errors import BadPlan, SurgeryError
     from ...files.lineage import source_experts
-    from ...files.open import open as open_model
+    from ...files.open import open_model
 
     with open(path, "rb") as file:
         magic = file.read(4)
@@ -124,10 +124,10 @@ def _check_output(args: Namespace) -> None:
 
 
 def _written(path: str) -> int:
-    from ...files.imatrix import open
+    from ...files.imatrix import open_imatrix
     from ...files.imatrix_tools import coverage
 
-    with open(path) as imatrix:
+    with open_imatrix(path) as imatrix:
         words.show(_describe(coverage(imatrix), imatrix.source.size))
     return 0
 

@@ -76,8 +76,8 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def repair(args: Namespace) -> int:
-    from ...files.open import open as open_model
-    from ...files.repair import open as open_repair
+    from ...files.open import open_model
+    from ...files.repair import open_repair
     from ...studies.metrics import METRICS
     from ...studies.repairs import repair as run
     from ..common import Usage, choose, progress
@@ -116,7 +116,7 @@ def repair(args: Namespace) -> int:
 
 
 def show(args: Namespace) -> int:
-    from ...files.stats import open as open_stats
+    from ...files.stats import open_stats
 
     stats = open_stats(args.input)
     if args.json:
@@ -127,7 +127,7 @@ def show(args: Namespace) -> int:
 
 
 def merge(args: Namespace) -> int:
-    from ...files.stats import open as open_stats
+    from ...files.stats import open_stats
 
     check_output(args.inputs, args.output, args.force)
     first, *others = (open_stats(path) for path in args.inputs)

@@ -29,7 +29,7 @@ _EXCLUSIVE = (
 
 
 def info(args: Namespace) -> int:
-    from ...files.open import open as open_model
+    from ...files.open import open_model
     from .info import describe, to_json
 
     # Not a context manager: closing hashes the header, for plans that outlive the model, and nothing here does.
@@ -173,7 +173,7 @@ def _place_quantize(args: Namespace) -> None:
 
 
 def _describe_or_write(args: Namespace) -> int:
-    from ...files.open import open as open_model
+    from ...files.open import open_model
     from ...run.writing import output_paths, write
 
     given = vars(args)
@@ -252,7 +252,7 @@ def _keep_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
                 refuse_existing([path])
     quiet = getattr(args, "quiet", False) or args.json
     if args.repair is not None and (args.keep, args.ratio, args.by) == (None, None, None):
-        from ...files.repair import open as open_repair
+        from ...files.repair import open_repair
 
         if word := next((word for word in ("stats", "super_experts") if getattr(args, word)), None):
             raise Usage(f"--{word.replace('_', '-')} goes with --keep, --ratio or --by: the repair names the experts")
