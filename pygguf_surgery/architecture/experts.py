@@ -147,7 +147,7 @@ def check_shape(name: str, shape: tuple[int, ...], model: Layout) -> SurgeryErro
         return None
     local, rule = local_name(name), expert_rule(name)
     if layer not in model.layers:
-        if rule and rule.axis != "none" or _EXPERT_WORD.match(local) and not _DENSE.fullmatch(local):
+        if (rule and rule.axis != "none") or (_EXPERT_WORD.match(local) and not _DENSE.fullmatch(local)):
             return BadFile("an expert tensor in a layer without ffn_down_exps", object=name)
         return None
     if rule is None:
@@ -177,7 +177,7 @@ def check_shape(name: str, shape: tuple[int, ...], model: Layout) -> SurgeryErro
 # --- neurons of an expert -------------------------------------------------------------------------------------------
 
 # fmt: off
-# Along which axis of an expert's slice its neurons lie. "half": gate and up, one after the other, each with all neurons.
+# The axis of a slice along which its neurons lie. "half": gate and up, one after the other, each with all neurons.
 NEURON_AXES: Mapping[str, str] = {
     "ffn_gate_exps.weight": "rows", "ffn_up_exps.weight": "rows", "ffn_gate_up_exps.weight": "half rows",
     "ffn_down_exps.weight": "columns", "ffn_gate_exps.bias": "columns", "ffn_up_exps.bias": "columns",
@@ -204,7 +204,7 @@ def has_mean(name: str) -> bool:
 SOFTMAX, SIGMOID, SQRT_SOFTPLUS = 1, 2, 4
 # The softmax is over the logits of the experts that are picked, so that no other logit enters their gates.
 SOFTMAX_OVER_PICKED = frozenset(("gpt-oss",))
-# What is added to a score where the router picks and, in all architectures but those, not where it computes gates.
+# What is added to the scores by which the router picks, by architecture.
 _SELECTION_BIASES = ("exp_probs_b.bias", "exp_probs_b", "exp_probs_b_vl.bias")
 _OTHER_SELECTION_BIASES: Mapping[str, tuple[str, ...]] = {"gpt-oss": ("ffn_gate_inp.bias",)}
 _NEVER_PICKED = -3e4  # finite, as llama.cpp's check of tensors wants it

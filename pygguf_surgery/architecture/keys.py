@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from .._core import Value
 from ..base.errors import BadFile, SurgeryError
 
-Get = Callable[[str], Any]  # the value of a key, None where it is missing
+Get = Callable[[str], object]  # the value of a key, None where it is missing
 
 # Numbers under "{architecture}." that count the first layers, which differ from the rest.
 LEADING = ("leading_dense_block_count", "hash_layer_count")
@@ -21,7 +20,8 @@ def getter(metadata: Mapping[str, Value]) -> Get:
     return lambda key: metadata[key].value if key in metadata else None
 
 
-def like(value: Value, new: Any) -> Value:
+def like(value: Value, new: object) -> Value:
+    """Another value of the same type."""
     return Value(new, value.type)
 
 
@@ -31,9 +31,10 @@ def whole_numbers(metadata: Mapping[str, Value], key: str) -> list[int] | None:
     value = metadata.get(key)
     if value is None or not value.type.endswith("[]"):
         return None
-    if not all(isinstance(x, int) for x in value.value):
+    numbers: list[int] = value.value
+    if not all(isinstance(x, int) for x in numbers):
         raise BadFile("not an array of whole numbers", object=key, found=value.type)
-    return value.value
+    return numbers
 
 
 def mtp_layers(architecture: str, get: Get) -> int:
@@ -83,8 +84,11 @@ NOT_MTP = frozenset(("graniteswitch",))
 def read_count(get: Get, key: str, default: int | None = None) -> int:
     """The value of `key` as a count; BadFile where it is missing (without a default) or not a whole number >= 0."""
     value = get(key)
-    if value is None and default is not None:
-        return default
+    return default if value is None and default is not None else as_count(value, key)
+
+
+def as_count(value: object, key: str) -> int:
+    """The value of `key` as a count. BadFile where it is missing or not a whole number >= 0."""
     if value is None:
         raise BadFile("missing metadata", object=key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .._core import Value
 from ..base.errors import BadPlan, SurgeryError, Unsupported
@@ -68,31 +67,31 @@ PERIODS: Mapping[str, tuple[Period, ...]] = {
 # fmt: on
 
 
-def _tokens(architecture: str, metadata: Metadata) -> Any:
+def _tokens(architecture: str, metadata: Metadata) -> object:
     if (value := metadata.get(f"{architecture}.vocab_size")) is not None:
         return value.value
     tokens = metadata.get("tokenizer.ggml.tokens")
     return len(tokens) if tokens is not None and tokens.type.endswith("[]") else 0
 
 
-def _deepseek2(architecture: str, metadata: Metadata, n: int) -> Any:
+def _deepseek2(architecture: str, metadata: Metadata, n: int) -> object:
     tokens = _tokens(architecture, metadata)
     lite = n in (26, 27) or (n == 48 and tokens == 128256)
     gating = f"{architecture}.expert_gating_func"
     return lite, gating not in metadata and n in (47, 48) and tokens == 154880
 
 
-def _minicpm(architecture: str, metadata: Metadata, n: int) -> Any:
+def _minicpm(architecture: str, metadata: Metadata, n: int) -> object:
     return None if f"{architecture}.residual_scale" in metadata else n
 
 
-def _last(architecture: str, metadata: Metadata, n: int) -> Any:
+def _last(architecture: str, metadata: Metadata, n: int) -> object:
     return n
 
 
 # fmt: off
 # What llama.cpp derives from the number of layers (n, without MTP layers): it must come to the same afterwards.
-BY_COUNT: Mapping[str, tuple[str, Callable[[str, Metadata, int], Any]]] = {
+BY_COUNT: Mapping[str, tuple[str, Callable[[str, Metadata, int], object]]] = {
     "baichuan": ("position encoding", lambda _, __, n: n if n in (32, 40) else None),
     "command-r": ("norms of query and key", lambda _, __, n: n >= 64),
     "deepseek2": ("kind of attention and gate", _deepseek2),
@@ -144,15 +143,16 @@ UNIFORM = frozenset("""
     nomic-bert olmo olmoe openelm orion paddleocr pangu-embedded phi2 phi3 phimoe plamo plamo2 plm pockettts qwen
     qwen2 qwen2moe qwen2vl qwen3 qwen3moe refact rnd1 rwkv6 rwkv6qwen2 seed_oss spark2_5 stablelm starcoder
     starcoder2 step35 talkie xverse
-""".split())
+""".split())  # noqa: SIM905
 # fmt: on
 
 # --- rules of single architectures ----------------------------------------------------------------------------------
 
 
-def _moved(kept: list[int], differs: Callable[[int, int], bool]) -> str | None:
-    """In words, the first layer for which differs(old number, new number)."""
-    return next((f"layer {old} becomes layer {new}" for new, old in enumerate(kept) if differs(old, new)), None)
+def _moved(kept: list[int], facts: Sequence[object]) -> str | None:
+    """In words, the first layer that comes to a place of which another fact holds. facts: of each place."""
+    moves = (f"layer {old} becomes layer {new}" for new, old in enumerate(kept) if facts[old] != facts[new])
+    return next(moves, None)
 
 
 def _first_stays(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> SurgeryError | None:
@@ -172,7 +172,7 @@ def _rescaled(architecture: str, metadata: Metadata, n: int, kept: list[int]) ->
     """The converter divided the weights of layer i by 2^(i // step), and llama.cpp halves the state as it goes."""
     key = f"{architecture}.rescale_every_n_layers"
     step = read_count(getter(metadata), key, 0)
-    moved = _moved(kept, lambda old, new: old // step != new // step) if step else None
+    moved = _moved(kept, [layer // step for layer in range(n)]) if step else None
     if moved is None:
         return None
     return BadPlan(f"the weights are scaled for their place, every {step} layers", object=key, found=moved)
@@ -182,7 +182,7 @@ def _deep_stack(architecture: str, metadata: Metadata, n: int, kept: list[int]) 
     """The first n_deepstack_layers take the layers of an image's embedding, one each."""
     key = f"{architecture}.n_deepstack_layers"
     deep = read_count(getter(metadata), key, 0)
-    moved = _moved(kept, lambda old, new: min(old, deep) != min(new, deep))
+    moved = _moved(kept, [min(layer, deep) for layer in range(n)])
     if moved is None:
         return None
     return BadPlan(f"the first {deep} layers take embeddings of images and must stay", object=key, found=moved)
@@ -193,8 +193,7 @@ def _full_indexers(architecture: str, metadata: Metadata, n: int, kept: list[int
     key = f"{architecture}.attention.indexer.types"
     if key in metadata or read_count(getter(metadata), f"{architecture}.context_length", 0) < 1 << 20:
         return None
-    full = [layer < 2 or layer % 4 == 2 for layer in range(n)]
-    moved = _moved(kept, lambda old, new: full[old] != full[new])
+    moved = _moved(kept, [layer < 2 or layer % 4 == 2 for layer in range(n)])
     if moved is None:
         return None
     return BadPlan(
@@ -205,8 +204,8 @@ def _full_indexers(architecture: str, metadata: Metadata, n: int, kept: list[int
     )
 
 
-# What llama.cpp makes of a layer's place, beside periods: (architecture, metadata, number of layers, layers that stay) ->
-# why they would not compute what they did.
+# What llama.cpp makes of a place, beside periods. A rule takes architecture, metadata, the number of layers and the
+# layers that stay, and says why those would not compute what they did.
 BY_PLACE: Mapping[str, Callable[[str, Metadata, int, list[int]], SurgeryError | None]] = {
     "rwkv7": _first_stays,
     "arwkv7": _first_stays,
@@ -299,8 +298,7 @@ def _window(architecture: str, get: Get) -> bool:
 
 def _period_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> Iterable[SurgeryError]:
     for _, key, period, special in periods(architecture, metadata):
-        moved = _moved(kept, lambda old, new: (old % period == special) != (new % period == special))
-        if moved:
+        if moved := _moved(kept, [layer % period == special for layer in range(n)]):
             yield BadPlan(
                 f"layers alternate with period {period}",
                 object=key or architecture,
@@ -309,7 +307,7 @@ def _period_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[
             )
 
 
-def _kinds(architecture: str, metadata: Metadata, n: int) -> Iterable[tuple[str, list[Any]]]:
+def _kinds(architecture: str, metadata: Metadata, n: int) -> Iterable[tuple[str, Sequence[object]]]:
     """(key, kind of each layer) of what decides which attention a layer has."""
     for rule, key, period, special in periods(architecture, metadata):
         if rule.listed_by:
@@ -322,7 +320,8 @@ def _kinds(architecture: str, metadata: Metadata, n: int) -> Iterable[tuple[str,
     )
     if architecture in RECURRENT_WITHOUT_HEADS and heads is not None:
         has_ffn = ffn if ffn is not None and architecture.startswith("nemotron_h") else [0] * len(heads)
-        yield f"{architecture}.attention.head_count_kv", [(x > 0, y > 0) for x, y in zip(heads[:n], has_ffn)]
+        kinds = [(x > 0, y > 0) for x, y in zip(heads[:n], has_ffn, strict=False)]  # the file may list more or fewer
+        yield f"{architecture}.attention.head_count_kv", kinds
 
 
 def _kind_obstacles(architecture: str, metadata: Metadata, n: int, kept: list[int]) -> Iterable[SurgeryError]:

@@ -15,7 +15,7 @@ from .._core import Value
 from ..base.errors import BadFile, BadPlan, SurgeryError, Unsupported
 from ..base.words import nearest_multiples
 from .experts import Layout, check_shape, is_single_expert, layout
-from .keys import PER_LAYER_KEYS, WITHOUT_MTP_KEYS, Get, getter, mtp_fault, read_count
+from .keys import PER_LAYER_KEYS, WITHOUT_MTP_KEYS, Get, as_count, getter, mtp_fault, read_count
 from .names import layer_of
 
 if TYPE_CHECKING:
@@ -204,7 +204,10 @@ def check_experts(architecture: str, metadata: Metadata, shapes: Shapes) -> list
 
 
 def _check_matrices(layer: str, shapes: Shapes, width: object) -> list[SurgeryError]:
-    """Those of one layer with experts: gate and up [E, n_ff, n], down [E, m, n_ff], router [E, n_embd]. width: n_embd."""
+    """Those of one layer with experts: gate and up [E, n_ff, n], down [E, m, n_ff], router [E, n_embd].
+
+    width: n_embd.
+    """
     faults: list[SurgeryError] = []
     n_ff = next(iter(shapes[layer + "ffn_down_exps.weight"][-1:]), 1)
     parts = {name: shapes.get(f"{layer}ffn_{name}_exps.weight") for name in ("gate", "up", "gate_up")}
@@ -277,18 +280,17 @@ def check_expert_count(architecture: str, experts: int) -> SurgeryError | None:
 def used_experts(get: Get, key: str) -> int:
     """The most experts per token of any layer. The value is one number or one per layer (0 in dense ones)."""
     value = get(key)
-    numbers = value if isinstance(value, list) else [value]
-    used = max((read_count(lambda _, x=x: x, key) for x in numbers), default=0)
+    used = max((as_count(x, key) for x in (value if isinstance(value, list) else [value])), default=0)
     if used < 1:
         raise BadFile("no expert is used", object=key, found=value)
     return used
 
 
 def check_groups(architecture: str, experts: Layout, kept: Ids, n: int, used: int, get: Get) -> list[SurgeryError]:
-    """A router group is a contiguous range of ids; the router first picks group_used groups, by their two best experts.
+    """A router group is a range of ids. The router first picks group_used of them, by their two best experts.
 
-    kept: the ids that stay of `experts`, n in each layer, of which a token uses `used`. BadFile is raised for a number of
-    used groups that contradicts the file itself.
+    kept: the ids that stay of `experts`, n in each layer, of which a token uses `used`. BadFile is raised where the
+    file itself has an impossible number of used groups.
     """
     key, groups = f"{architecture}.expert_group_count", experts.groups
     if groups == 1:
@@ -326,7 +328,8 @@ def check_groups(architecture: str, experts: Layout, kept: Ids, n: int, used: in
         if uneven is not None:
             faults.append(
                 BadPlan(
-                    f"{counts[uneven]} experts kept in group {uneven} (ids {uneven * size}..{uneven * size + size - 1})",
+                    f"{counts[uneven]} experts kept in group {uneven} "
+                    f"(ids {uneven * size}..{uneven * size + size - 1})",
                     object=f"blk.{layer}.ffn_down_exps.weight",
                     expected=per_group,
                     hint=f"keep the same number in each of the {groups} groups, or routing is re-partitioned",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 
 class SurgeryError(Exception):
     """Base of all errors of this package.
@@ -11,7 +14,17 @@ class SurgeryError(Exception):
     A failed system call that is nobody's fault (no such file, no permission) is the plain OSError subclass instead.
     """
 
-    def __init__(self, problem: str, *, path=None, object=None, offset=None, found=None, expected=None, hint=None):
+    def __init__(
+        self,
+        problem: str,
+        *,
+        path: str | None = None,
+        object: str | None = None,
+        offset: int | None = None,
+        found: object = None,
+        expected: object = None,
+        hint: str | None = None,
+    ) -> None:
         super().__init__(problem)
         self.problem = problem
         self.path = path
@@ -34,12 +47,12 @@ class SurgeryError(Exception):
             text += f"; {self.hint}"
         return text
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., SurgeryError], tuple[object, ...]]:
         return _rebuild, (type(self), self.__dict__)
 
 
-def _rebuild(cls, fields):
-    error = cls(fields["problem"])
+def _rebuild(kind: type[SurgeryError], fields: Mapping[str, Any]) -> SurgeryError:
+    error = kind(fields["problem"])
     for name, value in fields.items():
         setattr(error, name, value)
     return error
@@ -64,9 +77,9 @@ class SourceChanged(SurgeryError):
 class OutOfSpace(SurgeryError, OSError):
     """The output does not fit on its disk, or into a limit of this process."""
 
-    def __init__(self, problem: str, *, errno=None, **fields):
+    def __init__(self, problem: str, *, errno: int | None = None, **fields: Any) -> None:
         SurgeryError.__init__(self, problem, **fields)
         self.errno = errno
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., SurgeryError], tuple[object, ...]]:
         return _rebuild, (type(self), {**self.__dict__, "errno": self.errno})

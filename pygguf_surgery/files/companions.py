@@ -24,7 +24,10 @@ class Companion:
 
 
 class Companions:
-    """Opens each file that plans name once, however often they are checked, and closes all together. A context manager."""
+    """Opens each file that plans name once, however often they are checked, and closes all together.
+
+    A context manager.
+    """
 
     def __init__(self) -> None:
         self._opened: dict[tuple[str, str], Imatrix | Repair] = {}

@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .._core import Source, TensorInfo, Value, read_header, type_id
 from ..base.errors import BadFile, BadPlan, SurgeryError
@@ -21,7 +20,12 @@ from .gguf import write_gguf
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
+
+    from .gguf import Data
+
+    # Streamed sums: how many, and a function that gives them in pieces.
+    Sums = tuple[int, Callable[[], Iterable[NDArray[np.float32]]]]
 
 
 POLICIES = ("default", "fail", "ones", "layer-mean")
@@ -102,7 +106,7 @@ class Imatrix:
     def __enter__(self) -> Imatrix:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -121,7 +125,7 @@ class Imatrix:
         for entry in self.entries.values():
             digest.update(entry.counts.astype("<f4").tobytes())
             # A dense model's counts are the same for every text of that length, but not the sums.
-            digest.update(self.source.read(entry.offset, 4 * min(entry.size, _DIGESTED)))
+            digest.update(self.source.read(entry.offset, 4 * min(entry.size, _DIGESTED)).data)
         return digest.hexdigest()
 
     # --- values -----------------------------------------------------------------------------------------------------
@@ -178,8 +182,8 @@ class Imatrix:
         return self._scan(name, row_elements).zero
 
     def unseen(self, name: str, row_elements: int) -> list[int]:
-        """Rows that nothing was counted for. A legacy file lost the counts; there, of several rows, it is those that
-        are the number of chunks throughout, as llama-imatrix writes them (this reads all sums, once)."""
+        """Rows that nothing was counted for. A legacy file has lost the counts: of an entry with several rows they are
+        the rows whose sums all equal the number of chunks, as llama-imatrix writes them (this reads all sums, once)."""
         entry = self.entries[name]
         if entry.legacy:
             return self._scan(name, row_elements).constant if entry.rows(row_elements) > 1 else []
@@ -207,8 +211,8 @@ class Imatrix:
 
 @dataclass
 class _Known:
-    """What was read of the sums of a file, whoever opened it: a plan that is fitted, checked and written opens its importance
-    matrix several times, and hundreds of megabytes are scanned once."""
+    """What was read of the sums of a file, whoever opened it: a plan that is fitted, checked and written opens its
+    importance matrix several times, and hundreds of megabytes are scanned once."""
 
     scans: dict[tuple[str, int], _Scan] = field(default_factory=dict)  # by name and elements of a row
     means: dict[tuple[str, int], NDArray[np.float32]] = field(default_factory=dict)
@@ -242,7 +246,7 @@ class _Scan:
                     offset=entry.offset + 4 * element,
                     found=f"{piece[at]} in element {element}",
                 )
-            for i, (low, high) in enumerate(zip(least, most), first):
+            for i, (low, high) in enumerate(zip(least, most, strict=True), first):
                 divisor = entry.divisor(i, row_elements)
                 if divisor > 0 and high / np.float32(divisor) == 0:  # the quotient is what counts: it may underflow
                     self.zero.append(i)
@@ -288,7 +292,9 @@ def _open_gguf(source: Source) -> Imatrix:
             raise BadFile(
                 "metadata of another type", path=source.path, object=key, found=metadata[key].type, expected=wanted
             )
-    sums, counts, others = {}, {}, 0
+    sums: dict[str, TensorInfo] = {}
+    counts: dict[str, TensorInfo] = {}
+    others = 0
     for tensor in header.tensors:
         for suffix, found in ((_SUMS, sums), (_COUNTS, counts)):
             if tensor.name.endswith(suffix):
@@ -400,7 +406,7 @@ class _LegacyReader:
         return at
 
     def number(self, what: str) -> int:
-        return struct.unpack("<i", self.source.read(self.skip(4, what), 4).tobytes())[0]
+        return int(self.source.read(self.skip(4, what), 4).view("<i4")[0])
 
     def text(self, what: str, least: int, most: int) -> str:
         at = self.offset
@@ -413,7 +419,7 @@ class _LegacyReader:
 
 
 def _kind(source: Source) -> str | None:
-    """What a file is that is no importance matrix, from its first bytes."""
+    """What a file is that is not an importance matrix, from its first bytes."""
     if source.size == 0:
         return "an empty file"
     head = source.read(0, min(16, source.size)).tobytes()
@@ -428,13 +434,10 @@ def _kind(source: Source) -> str | None:
 
 # --- writing --------------------------------------------------------------------------------------------------------
 
-# Streamed sums: how many, and a function that gives them in pieces.
-Sums = tuple[int, Callable[[], Iterable[Any]]]
-
 
 def write(
     path: str | os.PathLike[str],
-    entries: Mapping[str, tuple[Any, Any]],
+    entries: Mapping[str, tuple[ArrayLike | Sums, ArrayLike]],
     *,
     datasets: Sequence[str] = (),
     chunk_count: int = 0,
@@ -449,15 +452,16 @@ def write(
     """
     import numpy as np
 
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, tuple[Data, str, tuple[int, ...]]] = {}
     for name in sorted(entries, key=name_bytes):
-        sums, counts = entries[name]
-        counts = np.atleast_1d(np.asarray(counts, np.float32)).ravel()
+        sums, each = entries[name]
+        counts = np.atleast_1d(np.asarray(each, np.float32)).ravel()
+        data: Data
         if isinstance(sums, tuple):
             size, data = sums
         else:
-            data = np.ascontiguousarray(sums, "<f4").ravel()
-            size = data.size
+            array = np.ascontiguousarray(sums, "<f4").ravel()
+            size, data = array.size, array
         rows = len(counts)
         if rows < 1 or size < 1 or size % rows:
             raise BadPlan("sums and counts that do not fit", object=name, found=f"{size} sums, {rows} counts")

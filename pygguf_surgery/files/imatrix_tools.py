@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._core import Sink
 from ..architecture.experts import expert_rule
 from ..architecture.names import layer_of
 from ..base.errors import BadFile, BadPlan
-from .imatrix import CHUNK_SIZE, CHUNK_SIZE_KEY, Imatrix, Sums, name_bytes, open_imatrix, write
+from .imatrix import CHUNK_SIZE, CHUNK_SIZE_KEY, Imatrix, name_bytes, open_imatrix, write
 from .outputs import check_output
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .imatrix import Sums
+
+    Floats = NDArray[np.float32]
+    Counts = NDArray[np.float32] | NDArray[np.float64]
 
 
 def _check_chunk_size(chunk_size: int | None) -> None:
@@ -21,10 +30,10 @@ def _check_chunk_size(chunk_size: int | None) -> None:
         raise BadPlan("not a chunk size", object="chunk_size", found=chunk_size)
 
 
-def _stream(imatrix: Imatrix, name: str, change: Callable[[Any], Any] | None = None) -> Sums:
+def _stream(imatrix: Imatrix, name: str, change: Callable[[Floats], Floats] | None = None) -> Sums:
     """The sums of an entry, `change` done to each piece."""
 
-    def pieces():
+    def pieces() -> Iterator[Floats]:
         for piece in imatrix.pieces(name):
             yield piece if change is None else change(piece)
         imatrix.source.check_unchanged()
@@ -75,12 +84,12 @@ def merge(
         )
 
 
-def _add(inputs: list[Imatrix], name: str, chunk_size: int) -> tuple[Sums, Any]:
+def _add(inputs: list[Imatrix], name: str, chunk_size: int) -> tuple[Sums, Counts]:
     import numpy as np
 
     parts = [_raw(m, name, chunk_size) for m in inputs]
     size, rows = parts[0][0][0], next((len(counts) for _, counts in parts if len(counts) > 1), 1)
-    for imatrix, ((other, _), counts) in zip(inputs, parts):
+    for imatrix, ((other, _), counts) in zip(inputs, parts, strict=True):
         if other != size or len(counts) not in (1, rows):
             raise BadPlan(
                 "entries of different sizes",
@@ -90,7 +99,7 @@ def _add(inputs: list[Imatrix], name: str, chunk_size: int) -> tuple[Sums, Any]:
                 expected=f"{size} sums, {rows} counts, as in {inputs[0].path}",
             )
 
-    def pieces():
+    def pieces() -> Iterator[Floats]:
         for several in zip(*(pieces() for (_, pieces), _ in parts), strict=True):
             with np.errstate(over="ignore"):  # refused below
                 total = several[0].copy()
@@ -98,10 +107,13 @@ def _add(inputs: list[Imatrix], name: str, chunk_size: int) -> tuple[Sums, Any]:
                     total += piece
             yield _finite(total, name, inputs[0].path)
 
-    return (size, pieces), sum(np.broadcast_to(counts, rows).astype(np.float64) for _, counts in parts)
+    total_counts = np.zeros(rows)
+    for _, counts in parts:
+        total_counts += counts
+    return (size, pieces), total_counts
 
 
-def _raw(imatrix: Imatrix, name: str, chunk_size: int) -> tuple[Sums, Any]:
+def _raw(imatrix: Imatrix, name: str, chunk_size: int) -> tuple[Sums, Counts]:
     """Sums and counts as a GGUF file has them. Legacy numbers are per chunk: times chunk_size."""
     import numpy as np
 
@@ -109,14 +121,14 @@ def _raw(imatrix: Imatrix, name: str, chunk_size: int) -> tuple[Sums, Any]:
     if not entry.legacy:
         return _stream(imatrix, name), entry.counts
 
-    def scale(piece):
+    def scale(piece: Floats) -> Floats:
         with np.errstate(over="ignore"):
             return _finite(piece * np.float32(chunk_size), name, imatrix.path)
 
     return _stream(imatrix, name, scale), np.array([entry.divisor(0, entry.size) * chunk_size])
 
 
-def _finite(values: Any, name: str, path: str) -> Any:
+def _finite(values: Floats, name: str, path: str) -> Floats:
     import numpy as np
 
     if not np.isfinite(values).all():
@@ -173,11 +185,11 @@ def _write_legacy(imatrix: Imatrix, output: str | os.PathLike[str], chunk_size: 
         heads.append((calls, struct.pack("<i", len(name)) + name + struct.pack("<ii", calls, entry.size)))
     if not entries:
         raise BadPlan("an importance matrix without entries", path=imatrix.path)
-    total = 4 + sum(len(head) + 4 * e.size for e, (_, head) in zip(entries, heads)) + len(trailer)
-    with Sink(output, total, overwrite=overwrite) as sink:
+    total = 4 + sum(len(head) + 4 * e.size for e, (_, head) in zip(entries, heads, strict=True)) + len(trailer)
+    with Sink(os.fsdecode(output), total, overwrite=overwrite) as sink:
         sink.write_at(0, struct.pack("<i", len(entries)))
         at = 4
-        for entry, (calls, head) in zip(entries, heads):
+        for entry, (calls, head) in zip(entries, heads, strict=True):
             sink.write_at(at, head)
             at += len(head)
             part = entry.size // len(entry.counts)
@@ -302,13 +314,13 @@ def _chunk_ids(name: str, ids: list[int], experts: int, chunks: int) -> list[int
     return chosen
 
 
-def _cut(sums: Sums, counts: Any, ids: list[int], experts: int) -> tuple[Sums, Any]:
+def _cut(sums: Sums, counts: Counts, ids: list[int], experts: int) -> tuple[Sums, Counts]:
     """The sums and counts of some experts."""
     size, pieces = sums
     part = size // experts
     wanted = set(ids)
 
-    def cut():
+    def cut() -> Iterator[Floats]:
         at = 0
         for piece in pieces():  # a piece may begin and end inside an expert
             for expert in range(at // part, -(-(at + piece.size) // part)):
@@ -323,8 +335,9 @@ def coverage(imatrix: Imatrix) -> dict[str, Any]:
     """What an importance matrix has seen, ready for JSON: "path", "format", "datasets", "chunk_count", "chunk_size",
     "warnings", "entries": [{"name", "size", "rows", "least", "most"}] (rows are counts of their own, least and most of
     the tokens that were counted), "layers": [{"layer", "experts", "seen", "least", "most", "never", "tokens"}], never
-    being the ids of the experts that no token reached, tokens those of each expert (the least of its tensors). A legacy file has lost the counts: "least" and "most" are null there, and
-    layers whose experts share one count are left out."""
+    being the ids of the experts that no token reached, tokens those of each expert (the least of its tensors). A legacy
+    file has lost the counts: "least" and "most" are null there, and layers whose experts share one count are left out.
+    """
     layers = []
     for layer, experts in sorted(_experts(imatrix).items()):
         if experts == 1:

@@ -38,10 +38,10 @@ class Lineage:
     """What the keys say. Layers are numbers in this file; ids of experts are those of the source.
 
     version: of the program that made the file. source_sha256, source_name: the hash of the source's header, its
-    general.name. layers: the source's number of each layer, None where none was dropped. metric: what chose the experts.
-    By layer: kept, ids of its experts, ascending; padded, how many experts of zeros follow them; merged, for each expert
-    of the source the one that it is in, or DROPPED; scores, of all experts of the source. repaired: layers whose down
-    projections are new.
+    general.name. layers: the source's number of each layer, None where none was dropped. metric: what chose the
+    experts. By layer: kept, ids of its experts, ascending; padded, how many experts of zeros follow them; merged, for
+    each expert of the source the one that it is in, or DROPPED; scores, of all experts of the source. repaired: layers
+    whose down projections are new.
     """
 
     version: str | None = None
@@ -143,8 +143,8 @@ class Lineage:
         scores: Mapping[int, Sequence[float]],
         repaired: Collection[int],
     ) -> Lineage:
-        """After one more cut of experts. kept: ids as they are before it, None for experts of zeros; repaired: the layers
-        that it repaired. Ids of a first cut are the source's; those of a second count in what the first one left."""
+        """After one more cut of experts. kept: ids as they are before it, None for experts of zeros; repaired: the
+        layers that it repaired. Ids of a first cut are the source's; a second one counts in what the first one left."""
         now = replace(
             self,
             metric=metric if self.metric in (None, "", metric) else f"{self.metric}, {metric}",

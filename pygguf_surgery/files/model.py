@@ -7,7 +7,7 @@ import operator
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from .._core import Header, Source, TensorInfo, Value
 from .._core import dequantize as decode
@@ -19,9 +19,6 @@ from ..quant.types import row_bytes, tensor_type, type_of_id
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-
-_UNKNOWN = object()
 
 
 class Metadata(Mapping[str, Any]):
@@ -62,7 +59,7 @@ class Tensor:
     shard in model.sources and offset is absolute in that file. Reading is safe from several threads.
     """
 
-    __slots__ = ("_model", "name", "ne", "nbytes", "offset", "source", "type", "type_id")
+    __slots__ = ("_model", "name", "nbytes", "ne", "offset", "source", "type", "type_id")
 
     def __init__(self, model: Model, info: TensorInfo, source: int, data_offset: int):
         self._model = model
@@ -114,6 +111,7 @@ class Tensor:
             return self._decode([(0, self.nbytes)], threads).reshape(self.shape)
         if not self.ne:
             raise BadPlan("a scalar has no rows or experts", object=self.name)
+        slice_shape: tuple[int, ...]
         if rows is not None:
             wanted, slice_shape = rows, (self.ne[0],)
             count = self.elements // max(1, self.ne[0])
@@ -133,11 +131,11 @@ class Tensor:
     def _path(self) -> str:
         return self._model.paths[self.source]
 
-    def _index(self, index: Any, count: int) -> int:
+    def _index(self, index: object, count: int) -> int:
         # A mask is not a list of indices. Older versions of numpy only warn of its elements.
         mask = isinstance(index, bool) or getattr(getattr(index, "dtype", None), "kind", "") == "b"
         try:
-            i = None if mask else operator.index(index)
+            i = None if mask else operator.index(cast(SupportsIndex, index))
         except TypeError:
             i = None
         if i is None:
@@ -167,20 +165,20 @@ class Model:
         self.path: str = self.paths[0]
         self.metadata_only = metadata_only
         self.alignment: int = headers[0].alignment
-        self._data_offsets = [min(h.data_offset, s.size) for h, s in zip(headers, sources)]
+        self._data_offsets = [min(h.data_offset, s.size) for h, s in zip(headers, sources, strict=True)]
         self.header_bytes: int = sum(self._data_offsets)
         self.file_bytes: int = sum(source.size for source in sources)
         self.warnings: list[str] = [
             text if len(sources) == 1 else f"{os.path.basename(path)}: {text}"
-            for path, header in zip(self.paths, headers)
+            for path, header in zip(self.paths, headers, strict=True)
             for text in header.warnings
         ]
         items = dict(headers[0].metadata)
         if len(sources) > 1:
             items = {key: value for key, value in items.items() if not key.startswith("split.")}
         self.metadata = Metadata(items)
-        self.architecture: str = _text(items, "general.architecture", self.path)
-        self.name: str = _text(items, "general.name", self.path)
+        self.architecture: str = read_text(items, "general.architecture", self.path)
+        self.name: str = read_text(items, "general.name", self.path)
         self.tensors: dict[str, Tensor] = {}
         for i, header in enumerate(headers):
             for info in header.tensors:
@@ -216,8 +214,8 @@ class Model:
         with self._lock:
             if self._header_sha256 is None:
                 digest = hashlib.sha256()
-                for source, nbytes in zip(self.sources, self._data_offsets):
-                    digest.update(source.read(0, nbytes))
+                for source, nbytes in zip(self.sources, self._data_offsets, strict=True):
+                    digest.update(source.read(0, nbytes).data)
                 self._header_sha256 = digest.hexdigest()
             return self._header_sha256
 
@@ -226,9 +224,11 @@ class Model:
         return self.metadata.get(f"{self.architecture}.{key_suffix}", default)
 
 
-def _text(items: dict[str, Value], key: str, path: str) -> str:
+def read_text(items: Mapping[str, Value], key: str, path: str) -> str:
+    """The text of a key, empty where it is missing. BadFile for a value of another type."""
     if key not in items:
         return ""
     if items[key].type != "str":
         raise BadFile("not a string", path=path, object=key, found=items[key].type, expected="str")
-    return items[key].value
+    text: str = items[key].value
+    return text

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from .._core import Header, Source, Value, read_header
 from ..base.errors import BadFile
-from .model import _UNKNOWN, Model, _text
+from .model import Model, read_text
 from .shards import EXAMPLE, parse_shard, shard_names
 
 
@@ -43,12 +42,12 @@ def open_model(path: str | os.PathLike[str], *, strict: bool = False, metadata_o
         raise
 
 
-def _whole(items: dict[str, Value], key: str, path: str, default: Any = _UNKNOWN) -> int:
+def _whole(items: dict[str, Value], key: str, path: str, default: int | None = None) -> int:
     if key not in items:
-        if default is _UNKNOWN:
+        if default is None:
             raise BadFile("missing key of a shard", path=path, object=key)
         return default
-    value = items[key].value
+    value: object = items[key].value
     if isinstance(value, bool) or not isinstance(value, int):
         raise BadFile("not a whole number", path=path, object=key, found=items[key].type)
     return value
@@ -65,13 +64,13 @@ def _shard_paths(path: str, count: int) -> list[str]:
             expected=EXAMPLE,
             hint="rename the shards: the name says where the others are",
         )
-    if shard.count != count:
+    if shard.total != count:
         raise BadFile(
             "the number of shards in the name and in the file differ",
             path=path,
             object="split.count",
             found=count,
-            expected=shard.count,
+            expected=shard.total,
         )
     paths = shard_names(shard.prefix, count)
     missing = [other for other in paths if not os.path.exists(other)]
@@ -90,7 +89,7 @@ def _shard_paths(path: str, count: int) -> list[str]:
 def _check_shards(paths: list[str], headers: list[Header]) -> None:
     total = sum(len(header.tensors) for header in headers)
     architecture = None
-    for number, (path, header) in enumerate(zip(paths, headers)):
+    for number, (path, header) in enumerate(zip(paths, headers, strict=True)):
         items = dict(header.metadata)
         for key, expected in (("split.no", number), ("split.count", len(paths)), ("split.tensors.count", total)):
             found = _whole(items, key, path)
@@ -98,7 +97,7 @@ def _check_shards(paths: list[str], headers: list[Header]) -> None:
                 raise BadFile(
                     "shards that do not belong together", path=path, object=key, found=found, expected=expected
                 )
-        name = _text(items, "general.architecture", path)
+        name = read_text(items, "general.architecture", path)
         if number == 0:
             architecture = name
         elif name and name != architecture:

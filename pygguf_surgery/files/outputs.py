@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
-from typing import Any
 
 from ..base.errors import BadPlan
 
 
-def check_output(inputs: Iterable[Any], output: str | os.PathLike[str], overwrite: bool) -> None:
+def check_output(inputs: Iterable[object], output: str | os.PathLike[str], overwrite: bool) -> None:
     """Before anything is read: an output that is one of the inputs, whatever `overwrite` says, or that exists; a folder
     where no file can be made. inputs: paths; anything else among them is passed over."""
     for path in inputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 from .._core import Source, read_header
 from ..base.errors import BadFile, SurgeryError
@@ -46,7 +46,7 @@ class Repair:
         layers = metadata.get(PREFIX + "layers")
         if not _whole_numbers(layers):
             raise BadFile("missing metadata", path=self.path, object=PREFIX + "layers")
-        self.kept = {}
+        self.kept: dict[int, tuple[int, ...]] = {}
         for layer in layers:
             ids = metadata.get(f"{PREFIX}{layer}.kept")
             if not _whole_numbers(ids) or not ids:
@@ -65,10 +65,10 @@ class Repair:
         repaired = [layer for layer in self.kept if f"blk.{layer}.ffn_down_exps.weight" in self.tensors]
         if errors is not None and errors.type == "F64" and errors.shape == (len(repaired), 2):
             pairs = source.read(errors.offset, errors.nbytes).view("<f8").reshape(-1, 2)
-            self.errors = {layer: (float(a), float(b)) for layer, (a, b) in zip(repaired, pairs)}
-        digest = hashlib.sha256(source.read(0, header.data_offset))
+            self.errors = {layer: (float(a), float(b)) for layer, (a, b) in zip(repaired, pairs, strict=True)}
+        digest = hashlib.sha256(source.read(0, header.data_offset).data)
         for tensor in self.tensors.values():
-            digest.update(source.read(tensor.offset, min(tensor.nbytes, 4096)))
+            digest.update(source.read(tensor.offset, min(tensor.nbytes, 4096)).data)
         self.digest = digest.hexdigest()
 
     def close(self) -> None:
@@ -88,12 +88,12 @@ class Repair:
         return "\n".join(lines)
 
 
-def _whole_numbers(values: Any) -> bool:
+def _whole_numbers(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(x) is int for x in values)
 
 
 def open_repair(path: str | os.PathLike[str]) -> Repair:
-    """BadFile for another file; OSError."""
+    """Opens a repair, read-only. BadFile for a file of another kind, OSError."""
     source = Source(os.path.abspath(os.fsdecode(path)))
     try:
         return Repair(source)

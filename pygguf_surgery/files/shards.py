@@ -10,10 +10,10 @@ _SHARD = re.compile(r"(.*)-[0-9]{5}-of-([0-9]{5})(?:\.gguf)?", re.DOTALL)
 
 
 class ShardName(NamedTuple):
-    """prefix: the path up to the number, the same for all shards. count: how many the name says there are."""
+    """prefix: the path up to the number, the same for all shards. total: how many the name says there are."""
 
     prefix: str
-    count: int
+    total: int
 
 
 def parse_shard(path: str) -> ShardName | None:

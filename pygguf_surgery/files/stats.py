@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._core import Value
 from ..base.errors import BadFile, BadPlan, SurgeryError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _PREFIX = "pgs.stats."
+Kind = TypeVar("Kind")
 
 
 @dataclass
@@ -47,7 +48,9 @@ class LayerStats:
     def empty(cls, experts: int) -> LayerStats:
         import numpy as np
 
-        return cls(*(np.zeros(experts) for _ in range(6)), *(np.zeros((experts, experts)) for _ in range(2)))
+        count, gate, norm, norm_sq, gated_norm, most = np.zeros((6, experts))
+        coactivation, logit_gram = np.zeros((2, experts, experts))
+        return cls(count, gate, norm, norm_sq, gated_norm, most, coactivation, logit_gram)
 
     def arrays(self) -> dict[str, NDArray[np.float64]]:
         return {
@@ -228,7 +231,8 @@ class Stats:
 
 
 def open_stats(path: str | os.PathLike[str]) -> Stats:
-    """The statistics in a file. BadFile for a file that is none, contradicts itself, or has numbers that are not finite."""
+    """The statistics in a file. BadFile for a file of another kind, one that contradicts itself, or one with numbers
+    that are not finite."""
     metadata, tensors = read_gguf(path)
     try:
         return _read(metadata, tensors)
@@ -237,10 +241,10 @@ def open_stats(path: str | os.PathLike[str]) -> Stats:
         raise
 
 
-def _read(metadata: Mapping[str, Value], tensors: Mapping[str, Any]) -> Stats:
+def _read(metadata: Mapping[str, Value], tensors: Mapping[str, NDArray[Any]]) -> Stats:
     import numpy as np
 
-    def get(name: str, kind: type) -> Any:
+    def get(name: str, kind: type[Kind]) -> Kind:
         value = metadata.get(_PREFIX + name)
         if value is None or not isinstance(value.value, kind):
             raise BadFile(
@@ -270,18 +274,18 @@ def _read(metadata: Mapping[str, Value], tensors: Mapping[str, Any]) -> Stats:
         experts,
         get("n_ctx", int),
         {},
-        [Text(*row) for row in zip(*columns)],
+        [Text(*row) for row in zip(*columns, strict=True)],
         get("nll", float),
         get("nll_squares", float),
         get("predictions", int),
         get("parse_special", bool),
     )
-    for layer, seen in zip(layers, tokens):
-        arrays: dict[str, Any] = {}
+    for layer, seen in zip(layers, tokens, strict=True):
+        arrays: dict[str, NDArray[np.float64]] = {}
         for item in fields(LayerStats):
             name = f"blk.{layer}.{item.name}"
             array = tensors.get(name)
-            if item.name == "tokens" or array is None and item.name == "gated_sum":
+            if item.name == "tokens" or (array is None and item.name == "gated_sum"):
                 continue
             shape = (experts,) * (2 if item.name in ("coactivation", "logit_gram") else 1)
             if (
@@ -296,8 +300,8 @@ def _read(metadata: Mapping[str, Value], tensors: Mapping[str, Any]) -> Stats:
                     found=None if array is None else f"{array.dtype} {list(array.shape)}",
                     expected=f"float64 {list(shape)}",
                 )
-            if not np.isfinite(array).all() or item.name not in ("logit_gram", "gated_sum") and (array < 0).any():
-                raise BadFile("statistics that are no sums", object=name)
+            if not np.isfinite(array).all() or (item.name not in ("logit_gram", "gated_sum") and (array < 0).any()):
+                raise BadFile("statistics that cannot be sums", object=name)
             arrays[item.name] = array
         stats.layers[layer] = LayerStats(**arrays, tokens=seen)
     return stats

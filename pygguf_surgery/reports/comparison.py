@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..architecture.names import ROLES, role_of
 from ..base.errors import BadPlan
@@ -33,7 +34,7 @@ class Sums:
     difference: float = 0.0  # sum of (x - y)^2
     largest: float = 0.0  # max |x - y|
 
-    def add(self, x: np.ndarray, y: np.ndarray) -> None:
+    def add(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
         # Products and pairwise sums, not x @ y: BLAS would start threads that wait for each other on a busy machine.
         x, y = x.ravel().astype(np.float64), y.ravel().astype(np.float64)
         product = x * y
@@ -82,7 +83,8 @@ def compare(source: Model, result: Model, *, kept: Kept | None = None) -> dict[s
     lineage = Lineage.of(result.metadata.exact()).since(Lineage.of(source.metadata.exact()))
     kept = lineage.slices() if kept is None else kept
     layers = lineage.layers
-    tensors, roles = [], {}
+    tensors: list[dict[str, Any]] = []
+    roles: dict[str, _Role] = {}
     for tensor in result.tensors.values():
         role = role_of(tensor.name)
         total = roles.setdefault(role, _Role(role))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .._core import FILL
 from .._core import dequantize as decode
@@ -43,12 +44,12 @@ class Origin:
     starts: list[int] = field(default_factory=list)  # where each run begins in the whole
     nbytes: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for _, _, size in self.runs:
             self.starts.append(self.nbytes)
             self.nbytes += size
 
-    def read(self, begin: int, nbytes: int) -> np.ndarray:
+    def read(self, begin: int, nbytes: int) -> NDArray[np.uint8]:
         """uint8 [nbytes] from byte `begin` of the whole."""
         out = np.empty(nbytes, np.uint8)
         done = 0
@@ -97,13 +98,14 @@ def origin_of(result: Tensor, source: Model, kept: Kept, layers: Layers = None) 
 
 def _slices(name: str, source: Model, kept: Kept) -> Slices | None:
     """Old ids of the slices that a cut left of this tensor; None where it has no expert axis or its layer no list."""
-    rule, ids = expert_rule(name), kept.get(layer_of(name))
-    if rule is None or ids is None or rule.axis not in ("experts", "groups"):
+    rule, layer = expert_rule(name), layer_of(name)
+    if rule is None or layer is None or layer not in kept or rule.axis not in ("experts", "groups"):
         return None
+    ids = kept[layer]
     if rule.axis == "experts":
         return tuple(ids)
-    chunk = max(1, source.get("experts_per_group", 1))
-    return tuple(dict.fromkeys(i // chunk for i in ids))
+    size = max(1, source.get("experts_per_group", 1))
+    return tuple(dict.fromkeys(None if i is None else i // size for i in ids))
 
 
 def chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
@@ -115,7 +117,7 @@ def chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
             yield first, min(step, rows - first)
 
 
-def decode_rows(origin: Origin, tensor: Tensor, first: int, n: int) -> np.ndarray:
+def decode_rows(origin: Origin, tensor: Tensor, first: int, n: int) -> NDArray[np.float32]:
     """Rows first..first+n of `tensor`, as its origin has them: float32 [n, row]."""
     size = row_bytes(origin.tensor.type, tensor.ne[0] if tensor.ne else 1)
     return decode(origin.read(first * size, n * size).reshape(n, size), origin.tensor.type_id, 1)

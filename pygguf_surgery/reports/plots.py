@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..base.errors import BadPlan, Unsupported
 
@@ -62,6 +62,6 @@ def importance(keep: Keep) -> bytes:
     return out.getvalue()
 
 
-def _ticks(layers: list[int]) -> Any:
+def _ticks(layers: list[int]) -> range:
     step = -(-len(layers) // 32)
     return range(0, len(layers), step)

@@ -222,7 +222,9 @@ def _check_against(model: Model, source: Model, report: Report) -> None:
             report.merged.append(tensor.name)
             _check_singles(model, tensor, origin, merged, report)
         elif rule is not None and rule.axis == "values":
-            _check_remap(model, tensor, origin, kept.get(layer_of(tensor.name)), report)
+            layer = layer_of(tensor.name)
+            ids = [i for i in kept[layer] if i is not None] if layer in kept else None
+            _check_remap(model, tensor, origin, ids, report)
         elif tensor.type == origin.tensor.type:
             _check_equal(model, tensor, origin, report)
         else:
@@ -277,7 +279,7 @@ def _check_equal(model: Model, tensor: Tensor, origin: Origin, report: Report) -
     report.equal_experts += len(origin.slices or ())
 
 
-def _check_remap(model: Model, tensor: Tensor, origin: Origin, kept: tuple[int, ...] | None, report: Report) -> None:
+def _check_remap(model: Model, tensor: Tensor, origin: Origin, kept: list[int] | None, report: Report) -> None:
     """Values are expert ids: a kept one has its new number, a dropped one any kept one that its token lacks."""
     import numpy as np
 
@@ -288,7 +290,7 @@ def _check_remap(model: Model, tensor: Tensor, origin: Origin, kept: tuple[int, 
         good = (old == new).all(axis=1)
     else:
         table = np.full(max(int(old.max(initial=0)), *kept) + 1, -1, np.int32)
-        table[list(kept)] = np.arange(len(kept), dtype=np.int32)
+        table[kept] = np.arange(len(kept), dtype=np.int32)
         expected, ordered = table[old], np.sort(new, axis=1)
         good = ((new == expected) | (expected < 0)).all(axis=1) & (ordered >= 0).all(axis=1)
         good &= (ordered < len(kept)).all(axis=1) & (np.diff(ordered, axis=1) != 0).all(axis=1)

@@ -143,7 +143,7 @@ def test_another_file_is_no_statistics(tmp_path):
     stats = some_stats()
     stats.layers[1].norm_sum[0] = np.nan
     stats.write(tmp_path / "nan.gguf")
-    with pytest.raises(pgs.BadFile, match="no sums"):
+    with pytest.raises(pgs.BadFile, match="cannot be sums"):
         pgs.experts.open_stats(tmp_path / "nan.gguf")
 
 
