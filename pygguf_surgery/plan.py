@@ -99,7 +99,7 @@ class Plan:
     ) -> Plan:
         """Keep these experts, {layer: ids}, and drop the others; the ids of a second cut are those after the first.
 
-        mtp: "keep" cuts the MTP blocks like the rest (`keep` names them too), "drop" removes these blocks.
+        mtp: "keep" cuts the MTP layers like the rest (`keep` names them too), "drop" removes these layers.
         repair: the file that experts.repair made for these experts: their down projections are taken from it.
         """
         if mtp not in ("keep", "drop"):
@@ -177,7 +177,7 @@ class Plan:
         return self._with(RemoveMetadata(keys))
 
     def prune_layers(self, layers: Iterable[int]) -> Plan:
-        """Drop these blocks and renumber the rest; what depends on a block's number follows, or is a blocker."""
+        """Drop these layers and renumber the rest; what depends on a layer's number follows, or is a blocker."""
         numbers = sorted({_whole(layer, "layer") for layer in layers})
         if not numbers or numbers[0] < 0:
             raise BadPlan("not the layers to drop", object="layers", found=repr(numbers), expected="[0, 1, ...]")

@@ -50,7 +50,7 @@ def drop(architecture: str, out: Draft, dropped: Collection[int]) -> None:
         if word != name and word in LAYER_NUMBERS:
             metadata[name] = like(value, [_renumber(name, x, gone) for x in whole_numbers(metadata, name) or ()])
         elif word != name and word in PER_LAYER_KEYS or name in PER_LAYER_GLOBAL:
-            # Cut by index: some are longer than the number of blocks, some leave the MTP blocks out.
+            # Cut by index: some are longer than the number of blocks, some leave the MTP layers out.
             metadata[name] = like(value, [x for i, x in enumerate(value.value) if _number(i, gone) is not None])
         elif word != name and len(value) in lengths and word not in OTHER_ARRAYS:
             raise Unsupported(

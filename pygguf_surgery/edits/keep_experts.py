@@ -104,7 +104,7 @@ def _check_kept(architecture: str, edit: KeepExperts, found: Layout, dropped: ra
             mtp = layer in found.mtp
             blockers.append(
                 BadPlan(
-                    "no experts named for this " + ("MTP block" if mtp else "layer"),
+                    "no experts named for this " + ("MTP layer" if mtp else "layer"),
                     object=f"blk.{layer}",
                     hint='or drop it with mtp="drop"' if mtp else None,
                 )
@@ -297,7 +297,7 @@ def _remap(tensor: OutputTensor, ids: Slices, best_first: Slices, experts: int) 
     raise Unsupported("expert ids that are not copied", object=tensor.name)
 
 
-# --- MTP blocks -----------------------------------------------------------------------------------------------------
+# --- MTP layers -----------------------------------------------------------------------------------------------------
 
 
 def _drop_mtp(architecture: str, out: Draft) -> range:
@@ -305,19 +305,19 @@ def _drop_mtp(architecture: str, out: Draft) -> range:
     get = getter(out.metadata)
     key = f"{architecture}.nextn_predict_layers"
     if architecture in NOT_MTP:
-        raise Unsupported("this architecture has no MTP blocks", object=key)
+        raise Unsupported("this architecture has no MTP layers", object=key)
     nextn = read_count(get, key, 0)
     if not nextn:
-        out.warn("the model has no MTP blocks to drop")
+        out.warn("the model has no MTP layers to drop")
         return range(0)
     blocks = read_count(get, f"{architecture}.block_count")
     if nextn >= blocks:
-        raise BadPlan("nothing is left without the MTP blocks", object=key, found=nextn, expected=f"less than {blocks}")
+        raise BadPlan("nothing is left without the MTP layers", object=key, found=nextn, expected=f"less than {blocks}")
     dropped = range(blocks - nextn, blocks)
     gone = {t.name for t in out.tensors if layer_of(t.name) in dropped}
     for layer in sorted({layer for name in gone if (layer := layer_of(name)) is not None}):
         if not any(name.startswith(f"blk.{layer}.nextn.") for name in gone):
-            raise Unsupported("not an MTP block: it has no nextn tensors", object=f"blk.{layer}")
+            raise Unsupported("not an MTP layer: it has no nextn tensors", object=f"blk.{layer}")
     drop(architecture, out, dropped)
     return dropped
 

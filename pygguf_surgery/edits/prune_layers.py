@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def apply(draft: Draft, edit: PruneLayers, context: Context) -> Draft:
     """Drops the blocks that `edit` names and numbers the rest from 0. Reads no tensor data, changes nothing in place.
 
-    All that is per block follows: names, arrays with one element per block, counts of leading dense and of MTP blocks,
+    All that is per block follows: names, arrays with one element per block, counts of leading dense and of MTP layers,
     lists of kept experts, general.tensor_extra. The result lists the source's numbers of the layers that are left. What llama.cpp would not load or would compute otherwise becomes a blocker; nothing is raised.
     """
     out, tensors, metadata = draft.copy(), draft.tensors, draft.metadata
@@ -75,7 +75,7 @@ def _check_named(edit: PruneLayers, count: int, nextn: int, names: list[str]) ->
     if twice := [layer for layer, n in Counter(named).items() if n > 1]:
         raise BadPlan(f"layer {twice[0]} named twice", object="prune_layers")
     present = {layer_of(name) for name in names}
-    # Some files count MTP blocks and leave their tensors out.
+    # Some files count MTP layers and leave their tensors out.
     if missing := [layer for layer in named if layer not in present and layer < count - nextn]:
         raise BadPlan("a layer without tensors", object=f"blk.{missing[0]}")
     if beyond := [layer for layer in present if layer is not None and layer >= count]:

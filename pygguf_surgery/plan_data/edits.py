@@ -12,7 +12,7 @@ from .expressions import Group
 
 @dataclass(frozen=True)
 class KeepExperts:
-    """Keep these experts. kept: layer -> ascending ids, the same count in every layer. mtp: "keep" (cut the MTP blocks
+    """Keep these experts. kept: layer -> ascending ids, the same count in every layer. mtp: "keep" (cut the MTP layers
     with the rest; they must be in `kept`) or "drop" (remove them). order: the kept ids best first, for layers whose
     tables of expert ids need substitutes; where it is missing they are taken in ascending order."""
 
@@ -55,7 +55,7 @@ class RemoveMetadata:
 
 @dataclass(frozen=True)
 class PruneLayers:
-    """Drop these blocks, numbered as they are when the edit's turn comes, and renumber the rest."""
+    """Drop these layers, numbered as they are when the edit's turn comes, and renumber the rest."""
 
     layers: tuple[int, ...]
 

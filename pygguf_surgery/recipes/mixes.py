@@ -148,7 +148,7 @@ def allows(architecture: str, name: str, shape: tuple[int, ...], leave_output: b
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the choice depends on beside names and shapes. blocks: llama.cpp's n_layer_all, MTP blocks included.
+    """What the choice depends on beside names and shapes. blocks: llama.cpp's n_layer_all, MTP layers included.
     experts: n_expert, 0 in a dense model. gqa: query heads per key head in the first block, 0 if it has none."""
 
     architecture: str

@@ -28,7 +28,7 @@ def _router_norm(reduce: Reduce, layers: Sequence[int]) -> Scores:
     alike: dict[Any, dict[int, Tensor]] = {}  # many small tensors: one pass over all of a type and shape
     for layer, tensors in reduce.tensors(("ffn_gate_inp.weight",), layers).items():
         if not tensors:
-            raise BadFile("a block with experts and no router", object=f"blk.{layer}.ffn_gate_inp.weight")
+            raise BadFile("a layer with experts and no router", object=f"blk.{layer}.ffn_gate_inp.weight")
         alike.setdefault((tensors[0].type_id, tensors[0].ne), {})[layer] = tensors[0]
     scores = {}
     for routers in alike.values():
@@ -188,7 +188,7 @@ def compute(
     by: str, reduce: Reduce, layers: Sequence[int], stats: Stats | None, imatrix: Imatrix | None
 ) -> tuple[Scores, list[str]]:
     """Scores of these layers by one of METRICS, and what the user should know. BadPlan where what it needs is not given
-    or is of another model. MTP blocks that the numbers do not reach are scored by aimer."""
+    or is of another model. MTP layers that the numbers do not reach are scored by aimer."""
     notes: list[str] = []
     if by in FROM_WEIGHTS:
         return FROM_WEIGHTS[by](reduce, layers), notes
@@ -222,7 +222,7 @@ def compute(
     if missing:
         scores |= _aimer(reduce, missing)
         notes.append(
-            f"{', '.join(f'blk.{layer}' for layer in missing)} (MTP): by aimer, as calibration does not run MTP blocks"
+            f"{', '.join(f'blk.{layer}' for layer in missing)} (MTP): by aimer, as calibration does not run MTP layers"
         )
     return {layer: scores[layer] for layer in layers}, notes
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Ranking:
-    """Scores of the experts of each MoE block, MTP blocks included: higher = keep. Made by `rank`.
+    """Scores of the experts of each MoE layer, MTP layers included: higher = keep. Made by `rank`.
 
     metric: its name. scores: layer -> float64 array of E scores; empty where the user named the experts. seen: what
     calibration says beside them.
@@ -151,7 +151,7 @@ class Ranking:
 
     def _global_numbers(self, n: int) -> dict[int, int]:
         """How many experts each layer would keep of a budget over all layers: the largest shares of their layer's sum
-        of scores, or the largest scores where those are no masses. Each keeps as many as a token uses; MTP blocks, which
+        of scores, or the largest scores where those are no masses. Each keeps as many as a token uses; MTP layers, which
         may be scored by another metric, keep n."""
         import numpy as np
 

@@ -72,7 +72,7 @@ def _per_layer(kind: str, layers: Any, found: Layout, path: str | None, form: st
         if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__iter__"):
             raise BadPlan("not a list of numbers", path=path, object=f"{kind}.{layer}", found=type(values).__name__)
         numbers_of[layer] = list(values)
-    # A list without the MTP blocks is complete where the plan drops those.
+    # A list without the MTP layers is complete where the plan drops those.
     missing = [layer for layer in found.layers if layer not in numbers_of and layer not in found.mtp]
     if missing:
         raise BadPlan(

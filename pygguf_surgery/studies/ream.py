@@ -56,7 +56,7 @@ def group(
     router logits. A member's neurons are matched with the centroid's by scipy's linear_sum_assignment on the distance of
     normalised rows [gate | up | down^T]. Weights are the shares of saliency.
     stats: of `calibrate(..., merge_stats=True)`. weights_only: without any; the saliency is then 1 / (mean|w| / rms) (see
-    aimer), the similarity that of router rows and of outputs for random inputs. MTP blocks are always grouped so.
+    aimer), the similarity that of router rows and of outputs for random inputs. MTP layers are always grouped so.
     memory: of the weights and costs that are worked on at once. progress: called with experts done and in all.
     Errors: as in `rank`; Unsupported without scipy or for a model whose experts share chunk experts.
     """
@@ -97,7 +97,7 @@ def group(
             source.close()
     notes = (
         [
-            f"{', '.join(f'blk.{i}' for i in blind)} (MTP): from the weights alone, as calibration does not run MTP blocks"
+            f"{', '.join(f'blk.{i}' for i in blind)} (MTP): from the weights alone, as calibration does not run MTP layers"
         ]
         if blind and not weights_only
         else []

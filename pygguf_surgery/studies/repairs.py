@@ -214,7 +214,7 @@ def repair(
     such as a quantized one. texts, n_ctx, chunks, parse_special, gpu_layers: as in `calibrate`; as many tokens as can be
     had, since the fit has kept x F parameters per output (F: width of an expert). memory: for the tokens of the layers that
     are worked on at once, beside llama.cpp's own; each pass over the text runs it twice.
-    MTP blocks, which llama.cpp does not run, keep their down projections.
+    MTP layers, which llama.cpp does not run, keep their down projections.
     Errors: as in `calibrate`, and BadPlan if the tokens of one layer do not fit `memory`.
     """
     from ..llama.session import Session

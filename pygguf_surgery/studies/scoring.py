@@ -37,7 +37,7 @@ def rank(
     io: str = "auto",
     progress: Progress | None = None,
 ) -> Ranking:
-    """Scores every expert of every MoE block, MTP blocks included unless mtp="drop".
+    """Scores every expert of every MoE layer, MTP layers included unless mtp="drop".
 
     by: one of `metrics.METRICS`, below, with the sums over the tokens t routed to expert e, g its gate and f its output
     before the gate; or a dict or a JSON file, {"scores": {"0": [E numbers]}} or {"kept": {"0": [ids]}}, with an optional
@@ -52,7 +52,7 @@ def rank(
       msan                mean ||f||^2
       weighted-frequency  sum g
       best                reap-sum, for a cut whose down projections are repaired (experts.repair): by far the best
-    MTP blocks, which calibration does not run, are scored by aimer then. Sums are in float64; weights are streamed within
+    MTP layers, which calibration does not run, are scored by aimer then. Sums are in float64; weights are streamed within
     `memory`, quantized ones decoded first. stats, imatrix: the file or what `open` returned.
     progress: called with bytes done and bytes in all; an exception from it stops the run.
     Errors: BadPlan for a model without experts, an unknown `by`, statistics that are missing or of another model, BadFile

@@ -62,7 +62,7 @@ def bits_per_weight(model: Model) -> float | None:
 
 
 def experts(model: Model) -> dict[str, Any] | None:
-    """{"count", "used" (a number, or one per block), "layers": blocks with experts}; None without experts."""
+    """{"count", "used" (a number, or one per layer), "layers": layers with experts}; None without experts."""
     layers = moe_layers(model.tensors)
     if not layers and not model.get("expert_count"):
         return None
