@@ -190,7 +190,7 @@ def check_experts(architecture: str, metadata: Metadata, shapes: Shapes) -> list
     faults += check_numbers(architecture, metadata)
     single = [name for name in shapes if is_single_expert(name)]
     faults += [
-        BadFile("a tensor per expert, as in old files: current llama.cpp loads none", object=name) for name in single
+        BadFile("one tensor per expert, a layout that llama.cpp no longer loads", object=name) for name in single
     ]
     try:
         experts = layout(architecture, shapes, getter(metadata))

@@ -19,7 +19,7 @@ from ..plan_data.edits import KeepExperts
 from ..plan_data.expressions import Copy, OutputTensor, Remap, Repaired, Slices, Take
 from ..plan_data.outcome import Draft
 from ..quant.types import tensor_type
-from .blocks import drop
+from .layers import drop
 
 if TYPE_CHECKING:
     from ..files.model import Model
@@ -301,7 +301,7 @@ def _remap(tensor: OutputTensor, ids: Slices, best_first: Slices, experts: int) 
 
 
 def _drop_mtp(architecture: str, out: Draft) -> range:
-    """Removes the last nextn_predict_layers blocks as if the model had been converted without them."""
+    """Removes the last nextn_predict_layers layers as if the model had been converted without them."""
     get = getter(out.metadata)
     key = f"{architecture}.nextn_predict_layers"
     if architecture in NOT_MTP:
@@ -310,10 +310,10 @@ def _drop_mtp(architecture: str, out: Draft) -> range:
     if not nextn:
         out.warn("the model has no MTP layers to drop")
         return range(0)
-    blocks = read_count(get, f"{architecture}.block_count")
-    if nextn >= blocks:
-        raise BadPlan("nothing is left without the MTP layers", object=key, found=nextn, expected=f"less than {blocks}")
-    dropped = range(blocks - nextn, blocks)
+    layers = read_count(get, f"{architecture}.block_count")
+    if nextn >= layers:
+        raise BadPlan("nothing is left without the MTP layers", object=key, found=nextn, expected=f"less than {layers}")
+    dropped = range(layers - nextn, layers)
     gone = {t.name for t in out.tensors if layer_of(t.name) in dropped}
     for layer in sorted({layer for name in gone if (layer := layer_of(name)) is not None}):
         if not any(name.startswith(f"blk.{layer}.nextn.") for name in gone):

@@ -44,7 +44,7 @@ DERIVED = {
 def derived_reason(architecture: str, key: str) -> str | None:
     """Why a key cannot be set or removed, or None."""
     if key.startswith("split."):
-        return "the output is one file"
+        return "it follows from the shards of the output"
     for pattern, reason in DERIVED.items():
         if key == pattern.replace("{arch}", architecture):
             return reason

@@ -18,7 +18,7 @@ from ..base.errors import BadFile, BadPlan, SurgeryError
 from ..files.lineage import drop_size_label, record_layers
 from ..plan_data.edits import PruneLayers
 from ..plan_data.outcome import Draft
-from . import blocks
+from . import layers
 
 if TYPE_CHECKING:
     from .context import Context
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 def apply(draft: Draft, edit: PruneLayers, context: Context) -> Draft:
-    """Drops the blocks that `edit` names and numbers the rest from 0. Reads no tensor data, changes nothing in place.
+    """Drops the layers that `edit` names and numbers the rest from 0. Reads no tensor data, changes nothing in place.
 
-    All that is per block follows: names, arrays with one element per block, counts of leading dense and of MTP layers,
+    All that is per layer follows: names, arrays with one element per layer, counts of leading dense and of MTP layers,
     lists of kept experts, general.tensor_extra. The result lists the source's numbers of the layers that are left. What llama.cpp would not load or would compute otherwise becomes a blocker; nothing is raised.
     """
     out, tensors, metadata = draft.copy(), draft.tensors, draft.metadata
@@ -55,7 +55,7 @@ def apply(draft: Draft, edit: PruneLayers, context: Context) -> Draft:
                 )
         if out.blockers:
             return out
-        blocks.drop(architecture, out, dropped)
+        layers.drop(architecture, out, dropped)
         _drop_interval(architecture, out, len(trunk))
         drop_size_label(out.metadata, out.warnings)
         record_layers(model, out.metadata, [layer for layer in range(count) if layer not in dropped])
@@ -65,7 +65,7 @@ def apply(draft: Draft, edit: PruneLayers, context: Context) -> Draft:
 
 
 def _check_named(edit: PruneLayers, count: int, nextn: int, names: list[str]) -> frozenset[int]:
-    """The blocks to drop, each of which is there."""
+    """The layers to drop, each of which is there."""
     try:
         named = [operator.index(layer) for layer in edit.layers]
     except TypeError:
@@ -80,7 +80,7 @@ def _check_named(edit: PruneLayers, count: int, nextn: int, names: list[str]) ->
         raise BadPlan("a layer without tensors", object=f"blk.{missing[0]}")
     if beyond := [layer for layer in present if layer is not None and layer >= count]:
         raise BadFile(
-            "tensors of a block beyond the last one", object=f"blk.{min(beyond)}", expected=f"blocks 0..{count - 1}"
+            "tensors of a layer beyond the last one", object=f"blk.{min(beyond)}", expected=f"layers 0..{count - 1}"
         )
     if len(named) >= count - nextn and set(range(count - nextn)) <= set(named):
         raise BadPlan("no layer is left", object="prune_layers", found=f"all {count - nextn} dropped")

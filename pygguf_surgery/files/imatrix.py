@@ -54,7 +54,7 @@ class Entry:
         return f"<Entry {self.name} {self.size} sums, {len(self.counts)} counts>"
 
     def rows(self, row_elements: int) -> int:
-        """How many rows of this length it has; BadPlan if it has no whole number of them."""
+        """How many rows of this length it has; BadPlan if it is not made of whole rows."""
         if row_elements < 1 or self.size % row_elements or self.size // len(self.counts) % row_elements:
             raise BadPlan(
                 "importance of another size",

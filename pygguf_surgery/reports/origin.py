@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .._core import FILL
 from .._core import dequantize as decode
 from ..architecture.experts import expert_rule, pad_value
-from ..architecture.names import layer_of
+from ..architecture.names import layer_of, local_name
 from ..base.runs import merge_adjacent
 from ..files.model import Model, Tensor
 from ..plan_data.expressions import Slices
@@ -30,7 +30,7 @@ def source_name(name: str, layers: Layers) -> str:
     layer = layer_of(name)
     if layers is None or layer is None or layer >= len(layers):
         return name
-    return f"blk.{layers[layer]}.{name.split('.', 2)[2]}"
+    return f"blk.{layers[layer]}.{local_name(name)}"
 
 
 @dataclass

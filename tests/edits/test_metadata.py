@@ -76,7 +76,7 @@ def test_an_existing_key_keeps_its_type_and_place(plan, model, tmp_path, key, ob
     assert out[key].type == model.metadata.value(key).type
     plain = obj.value if isinstance(obj, Value) else obj
     assert out[key].value == pytest.approx(plain) if isinstance(plain, float) else out[key].value == plain
-    # split.* go: the output is one file
+    # split.* go: they follow from the shards of the output
     assert list(out) == [k for k in model.metadata if not k.startswith("split.")]
     assert {k: v for k, v in out.items() if k != key} == {
         k: v for k, v in model.metadata.exact().items() if k != key and not k.startswith("split.")}

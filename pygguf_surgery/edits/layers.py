@@ -1,4 +1,4 @@
-"""The blocks of a model ("blk.N."): taking some away, and what the result says of the source it was cut from."""
+"""The layers of a model ("blk.N."): taking some away as if they had never been there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from ..architecture.keys import (
     read_count,
     whole_numbers,
 )
-from ..architecture.names import layer_of
+from ..architecture.loader import EXTRA_NAME, is_tensor_extra
+from ..architecture.names import layer_of, local_name
 from ..base.errors import BadPlan, Unsupported
 from ..files.lineage import without_layers
 
@@ -28,21 +29,19 @@ if TYPE_CHECKING:
     from ..plan_data.outcome import Draft
 
 
-# --- taking blocks away ---------------------------------------------------------------------------------------------
+# --- taking layers away ---------------------------------------------------------------------------------------------
 
 
 def drop(architecture: str, out: Draft, dropped: Collection[int]) -> None:
-    """Removes these blocks as if the model had been converted without them: the rest is numbered from 0, and all that
-    has one element per block, counts blocks or names them follows. SurgeryError, before anything is changed, for an
-    array that nobody knows and that may have one element per block.
+    """Removes these layers as if the model had been converted without them: the rest is numbered from 0, and all that
+    has one element per layer, counts layers or names them follows. SurgeryError, before anything is changed, for an
+    array that nobody knows and that may have one element per layer.
     """
     metadata = dict(out.metadata)
-    blocks, nextn = (
-        read_count(getter(metadata), f"{architecture}.block_count"),
-        mtp_layers(architecture, getter(metadata)),
-    )
+    get = getter(metadata)
+    layers, nextn = read_count(get, f"{architecture}.block_count"), mtp_layers(architecture, get)
     gone = sorted(dropped)
-    lengths = {blocks, blocks - nextn} if gone and gone[0] < blocks - nextn else {blocks}
+    lengths = {layers, layers - nextn} if gone and gone[0] < layers - nextn else {layers}
     for name, value in metadata.items():
         word = name.removeprefix(f"{architecture}.")
         if not value.type.endswith("[]"):
@@ -50,15 +49,15 @@ def drop(architecture: str, out: Draft, dropped: Collection[int]) -> None:
         if word != name and word in LAYER_NUMBERS:
             metadata[name] = like(value, [_renumber(name, x, gone) for x in whole_numbers(metadata, name) or ()])
         elif word != name and word in PER_LAYER_KEYS or name in PER_LAYER_GLOBAL:
-            # Cut by index: some are longer than the number of blocks, some leave the MTP layers out.
+            # Cut by index: some are longer than the number of layers, some leave the MTP layers out.
             metadata[name] = like(value, [x for i, x in enumerate(value.value) if _number(i, gone) is not None])
         elif word != name and len(value) in lengths and word not in OTHER_ARRAYS:
             raise Unsupported(
-                "unknown array: it may have one element per block",
+                "unknown array: it may have one element per layer",
                 object=name,
-                hint=f"it has {len(value)} elements, as many as there are blocks",
+                hint=f"it has {len(value)} elements, as many as there are layers",
             )
-    _count(architecture, metadata, gone, blocks, nextn)
+    _count(architecture, metadata, gone, layers, nextn)
     out.metadata = _rename(metadata, gone)
     out.tensors = [
         tensor if new == tensor.name else replace(tensor, name=new, notes=list(tensor.notes))
@@ -67,29 +66,29 @@ def drop(architecture: str, out: Draft, dropped: Collection[int]) -> None:
     ]
 
 
-def _number(block: int, gone: list[int]) -> int | None:
-    """The number of a block without those in `gone`, None for one of them."""
-    below = bisect_left(gone, block)
-    return None if below < len(gone) and gone[below] == block else block - below
+def _number(layer: int, gone: list[int]) -> int | None:
+    """The number of a layer without those in `gone`, None for one of them."""
+    below = bisect_left(gone, layer)
+    return None if below < len(gone) and gone[below] == layer else layer - below
 
 
-def _renumber(key: str, block: int, gone: list[int]) -> int:
-    number = _number(block, gone)
+def _renumber(key: str, layer: int, gone: list[int]) -> int:
+    number = _number(layer, gone)
     if number is None:
-        raise BadPlan(f"block {block} is named by this key and cannot be dropped", object=key)
+        raise BadPlan(f"layer {layer} is named by this key and cannot be dropped", object=key)
     return number
 
 
-def _count(architecture: str, metadata: dict[str, Value], dropped: list[int], blocks: int, nextn: int) -> None:
+def _count(architecture: str, metadata: dict[str, Value], dropped: list[int], layers: int, nextn: int) -> None:
     key = f"{architecture}.block_count"
-    metadata[key] = like(metadata[key], blocks - len(dropped))
+    metadata[key] = like(metadata[key], layers - len(dropped))
     for word in LEADING:
         if (key := f"{architecture}.{word}") in metadata:
             leading = read_count(getter(metadata), key)
-            metadata[key] = like(metadata[key], leading - sum(block < leading for block in dropped))
+            metadata[key] = like(metadata[key], leading - sum(layer < leading for layer in dropped))
     if nextn:
         key = f"{architecture}.nextn_predict_layers"
-        left = nextn - sum(block >= blocks - nextn for block in dropped)
+        left = nextn - sum(layer >= layers - nextn for layer in dropped)
         if left:
             metadata[key] = like(metadata[key], left)
         else:
@@ -97,23 +96,23 @@ def _count(architecture: str, metadata: dict[str, Value], dropped: list[int], bl
 
 
 def _new_name(name: str, gone: list[int]) -> str | None:
-    """The name of a tensor afterwards, None for one of a dropped block."""
-    block = layer_of(name)
-    number = None if block is None else _number(block, gone)
-    if number == block:
+    """The name of a tensor afterwards, None for one of a dropped layer."""
+    layer = layer_of(name)
+    number = None if layer is None else _number(layer, gone)
+    if number == layer:
         return name
-    return None if number is None else f"blk.{number}.{name.split('.', 2)[2]}"
+    return None if number is None else f"blk.{number}.{local_name(name)}"
 
 
 def _rename(metadata: dict[str, Value], gone: list[int]) -> dict[str, Value]:
-    """Keys and lists that name blocks, in their old places."""
+    """Keys and lists that name layers, in their old places."""
     result = without_layers(metadata, lambda layer: _number(layer, gone))
-    names = result.get("general.tensor_extra.name")
+    names = result.get(EXTRA_NAME)
     if names is None or names.type != "str[]":
         return result
     new = [_new_name(name, gone) for name in names.value]
     for key, value in result.items():  # arrays parallel to the names
-        if key.startswith("general.tensor_extra.") and value.type.endswith("[]") and len(value) == len(new):
+        if is_tensor_extra(key) and value.type.endswith("[]") and len(value) == len(new):
             result[key] = like(
                 value, [x for x, name in zip(new if value is names else value.value, new) if name is not None]
             )
