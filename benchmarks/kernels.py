@@ -71,7 +71,7 @@ rng = np.random.default_rng(0)
 MOST = 256  # rows of 4096: 4 MiB of floats
 x = (0.02 * rng.standard_normal((MOST, ROW))).astype(np.float32)
 importance = (rng.standard_exponential(ROW) + 0.05).astype(np.float32)[None]
-facts = [t for t in _core.types() if wanted is None or t["name"] in wanted]
+facts = [t for t in _core.types() if wanted is None or t.name in wanted]
 
 
 def report(label: str, columns: list) -> None:
@@ -91,28 +91,28 @@ def header(title: str) -> None:
 
 header("encoding")
 for t in facts:
-    if not t["encodes"] or t["name"] == "F32":
+    if not t.encodes or t.name == "F32":
         continue
     for weights in (None, importance):
-        if weights is None and t["needs_importance"] or weights is not None and not t["uses_importance"]:
+        if weights is None and t.needs_importance or weights is not None and not t.uses_importance:
             continue
 
         def encode(n):
-            return lambda: _core.quantize(x[:n], t["id"], weights, 1)
+            return lambda: _core.quantize(x[:n], t.id, weights, 1)
 
         n = rows_for(encode, MOST, 0.06)
         columns = [pairs(name, encode(n), n * ROW, args.runs) for name in sets]
-        report(t["name"] + ("" if weights is None else " imatrix"), columns)
+        report(t.name + ("" if weights is None else " imatrix"), columns)
 print()
 header("decoding")
 for t in facts:
-    if not (t["decodes"] and t["encodes"]) or t["name"] == "F32":
+    if not (t.decodes and t.encodes) or t.name == "F32":
         continue
     use("ggml")
-    encoded = _core.quantize(x[:64], t["id"], importance if t["uses_importance"] else None, 1)
+    encoded = _core.quantize(x[:64], t.id, importance if t.uses_importance else None, 1)
     encoded = np.tile(encoded, (4, 1))
 
     def decode():
-        return _core.dequantize(encoded, t["id"], 1)
+        return _core.dequantize(encoded, t.id, 1)
 
-    report(t["name"], [pairs(name, decode, encoded.shape[0] * ROW, args.runs) for name in sets])
+    report(t.name, [pairs(name, decode, encoded.shape[0] * ROW, args.runs) for name in sets])

@@ -26,6 +26,7 @@ class Value:
     def raw(self) -> bytes: ...  # as encoded in a file, without the type words, length or count
     def head(self, n: int) -> list[Any]: ...  # first elements of an array
     def __len__(self) -> int: ...  # elements of an array, else TypeError
+    def __bool__(self) -> bool: ...  # True, also of an empty array
     def __eq__(self, other: object) -> bool: ...
     def __hash__(self) -> int: ...
 
@@ -78,11 +79,31 @@ class Sink:
     def __enter__(self) -> Sink: ...
     def __exit__(self, *args: Any) -> None: ...
 
-def types() -> list[dict[str, Any]]:
-    """[{"id", "name", "block", "block_bytes", "quantized", "encodes", "decodes", "needs_importance", "uses_importance",
-    "has_best"}]; has_best: an encoder with less error than ggml's, which uses importance"""
+class TypeFacts:
+    """What there is to know of a ggml type."""
 
-def type_id(name: str) -> int: ...  # any case; Unsupported with the nearest names
+    @property
+    def id(self) -> int: ...
+    @property
+    def name(self) -> str: ...  # as ggml writes it: "Q4_K"
+    @property
+    def block(self) -> int: ...  # elements of a block
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def quantized(self) -> bool: ...  # blocks share scales
+    @property
+    def encodes(self) -> bool: ...
+    @property
+    def decodes(self) -> bool: ...
+    @property
+    def needs_importance(self) -> bool: ...  # the encoder cannot do without
+    @property
+    def uses_importance(self) -> bool: ...  # an importance changes the bytes
+    @property
+    def has_best(self) -> bool: ...  # there is an encoder with less error than ggml's, which uses importance
+
+def types() -> list[TypeFacts]: ...
 def quantize(
     rows: NDArray[np.float32], type: int, importance: NDArray[np.float32] | None, threads: int, best: bool = False
 ) -> NDArray[np.uint8]:
@@ -94,8 +115,60 @@ def dequantize(rows: NDArray[np.uint8], type: int, threads: int) -> NDArray[np.f
 def first_invalid_block(data: NDArray[np.uint8], type: int) -> int | None:
     """Index of the first block (element, for types without blocks) with NaN, infinity or an invalid scale: ggml's rules."""
 
-def kernels() -> str: ...  # the set that runs: avx512, avx2, scalar, or ggml; PGS_KERNELS forces one
+def kernels() -> str: ...  # the set that runs: avx512, avx2, sse, neon, ggml or scalar; PGS_KERNELS forces one
 def ggml_version() -> str: ...
+
+class Run:
+    """Bytes of a source file, or one value, a little-endian float32, over and over."""
+
+    def __init__(self, source: int, offset: int, nbytes: int) -> None: ...
+    @staticmethod
+    def fill(value: float, nbytes: int) -> Run: ...
+    @property
+    def source(self) -> int | None: ...  # index among the sources of the run; None: `value`
+    @property
+    def offset(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def value(self) -> float: ...
+
+class Remap:
+    """New ids of experts, in columns of `column` ids: id -> table[id]; where that is -1, the first of `substitutes` (new
+    ids, best first) that its column does not hold yet."""
+
+    def __init__(self, table: Sequence[int], substitutes: Sequence[int], column: int) -> None: ...
+
+class Member:
+    """An expert of a group that is merged: its slice of the source, its weight (those of a group add to one), and where
+    the order of its neurons is among the orders of the merge; None: as they are."""
+
+    def __init__(self, slice: int, weight: float = 1.0, order: int | None = None) -> None: ...
+
+class Merge:
+    """Output slice g, of `slice_rows` rows, is the weighted mean of the source's slices in groups[g], the first its
+    centroid, their neurons reordered: rows, or columns."""
+
+    def __init__(
+        self,
+        slice_rows: int,
+        groups: Sequence[Sequence[Member]],
+        *,
+        orders: Sequence[NDArray[np.uint32]] = (),
+        columns: bool = False,
+    ) -> None: ...
+
+class ImportanceRow:
+    """One row of importance: row_elements float32 at byte `offset` of a source, each divided by `divisor` in float32."""
+
+    def __init__(self, source: int, offset: int, *, divisor: float = 1.0) -> None: ...
+    @staticmethod
+    def held(values: NDArray[np.float32], *, divisor: float = 1.0) -> ImportanceRow:
+        """Values in memory, [row_elements]. Rows of one object share them."""
+
+    @staticmethod
+    def sum(source: int, parts: Sequence[tuple[int, int | None]], *, divisor: float = 1.0) -> ImportanceRow:
+        """The sum of those at several (offset, order), in this order, divided afterwards; order: see Member."""
 
 class Job:
     """One output tensor: its source bytes are the runs, concatenated, or `literal`."""
@@ -109,27 +182,20 @@ class Job:
         row_elements: int,
         rows: int,
         target_offset: int,
-        runs: NDArray[np.uint64] | None = None,  # [n, 3]: source index, byte offset, bytes
-        literal: bytes | None = None,
-        importance: NDArray[np.float32] | None = None,  # [m, row_elements]
-        # [g, 2]: (source index, byte offset) of row_elements float32, or (IN_MEMORY, row of `importance`). Without it
-        # the g rows are those of `importance`. g divides rows: consecutive rows / g share an importance row.
-        importance_rows: NDArray[np.uint64] | None = None,
-        importance_divisors: NDArray[np.float32] | None = None,  # [g]: each value read is divided by it, in float32
-        remap: tuple[Sequence[int], Sequence[int], int] | None = None,  # table, substitutes, column
-        # [g] lists of (byte offset, order): the first is the importance row itself, the sums at the others are added to
-        # it before it is divided. order: index into the orders of `merge`, or AS_IS.
-        importance_parts: Sequence[Sequence[tuple[int, int]]] | None = None,
-        # (rows of a slice, columns, orders, groups of (slice, order or AS_IS, weight)): output slice g is the weighted mean
-        # of the source's slices in groups[g], the first its centroid, neurons reordered: rows, or columns.
-        merge: tuple[int, bool, Sequence[NDArray[np.uint32]], Sequence[Sequence[tuple[int, int, float]]]] | None = None,
+        runs: Sequence[Run] = (),
+        literal: bytes = b"",
+        importance_rows: Sequence[ImportanceRow] = (),  # their number divides rows: consecutive rows share one
+        remap: Remap | None = None,
+        merge: Merge | None = None,
         file: int = 0,  # index of the output file
         best: bool = False,  # with less error than ggml's encoder, where the type has_best; else ggml's bytes
     ) -> None: ...
-
-FILL: int  # the "source index" of runs whose offset is four bytes, little-endian, to be repeated
-AS_IS: int  # the "order" of a member of a merge whose neurons stay where they are
-IN_MEMORY: int  # the "source index" of importance rows that the job itself holds
+    @property
+    def name(self) -> str: ...
+    @property
+    def target_offset(self) -> int: ...
+    @property
+    def target_bytes(self) -> int: ...  # without padding
 
 def thread_count(asked: int) -> int: ...  # asked, or for 0 what PGS_THREADS says, or all CPUs
 def plan_budget(jobs: Sequence[Job], *, memory: int, threads: int, io: str) -> dict[str, int]:

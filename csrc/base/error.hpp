@@ -1,5 +1,5 @@
 // One exception type for the whole core: what happened as fields, never as a finished sentence.
-// The text is composed in one place, pygguf_surgery/errors.py; the binding turns `kind` into the Python class.
+// The text is composed in one place, pygguf_surgery/base/errors.py; the binding turns `kind` into the Python class.
 #pragma once
 #include <cstdint>
 #include <exception>

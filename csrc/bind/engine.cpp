@@ -9,90 +9,53 @@
 
 namespace {
 
-using FloatRows = py::array_t<float, py::array::c_style | py::array::forcecast>;
-using RunRows = py::array_t<std::uint64_t, py::array::c_style | py::array::forcecast>;
+constexpr auto array_style = py::array::c_style | py::array::forcecast;
+using FloatRow = py::array_t<float, array_style>;
+using Order = py::array_t<std::uint32_t, array_style>;
+using Jobs = std::vector<std::shared_ptr<pgs::Job>>;
 
-using Order = py::array_t<std::uint32_t, py::array::c_style | py::array::forcecast>;
-// slice_rows, columns, orders, groups of (slice, order, weight)
-using PyMerge = std::tuple<std::uint64_t, bool, std::vector<Order>,
-                           std::vector<std::vector<std::tuple<std::uint32_t, std::uint32_t, float>>>>;
+pgs::Merge make_merge(std::uint64_t slice_rows, std::vector<std::vector<pgs::Merge::Member>> groups,
+                      const std::vector<Order>& orders, bool columns) {
+    pgs::Merge merge{slice_rows, columns, {}, std::move(groups)};
+    for (const Order& order : orders) merge.orders.emplace_back(order.data(), order.data() + order.size());
+    return merge;
+}
 
-pgs::Job make_job(
-    std::string name, std::int32_t source_type, std::int32_t target_type, std::uint64_t row_elements,
-    std::uint64_t rows, std::uint64_t target_offset, const std::optional<RunRows>& runs,
-    const std::optional<py::bytes>& literal, const std::optional<FloatRows>& importance,
-    const std::optional<RunRows>& importance_rows, const std::optional<FloatRows>& importance_divisors,
-    const std::optional<std::tuple<std::vector<std::int32_t>, std::vector<std::int32_t>, std::uint64_t>>& remap,
-    const std::optional<std::vector<std::vector<std::pair<std::uint64_t, std::uint32_t>>>>& importance_parts,
-    const std::optional<PyMerge>& merge, std::uint32_t file, bool best) {
-    pgs::Job job;
-    if (merge) {
-        const auto& [slice_rows, columns, orders, groups] = *merge;
-        job.merge = pgs::Merge{slice_rows, columns, {}, {}};
-        for (const Order& order : orders) job.merge->orders.emplace_back(order.data(), order.data() + order.size());
-        for (const auto& group : groups) {
-            auto& parts = job.merge->groups.emplace_back();
-            for (const auto& [slice, order, weight] : group) parts.push_back({slice, order, weight});
-        }
-    }
-    job.best = best;
-    job.name = std::move(name);
-    job.file = file;
-    job.source_type = source_type;
-    job.target_type = target_type;
-    job.row_elements = row_elements;
-    job.rows = rows;
-    job.target_offset = target_offset;
-    pgs::resolve_sizes(job);
-    if (runs) {
-        if (runs->ndim() != 2 || runs->shape(1) != 3) throw py::value_error("runs must have shape (n, 3)");
-        auto r = runs->unchecked<2>();
-        for (py::ssize_t i = 0; i < r.shape(0); ++i) {
-            if (r(i, 0) > UINT32_MAX) throw py::value_error("source index out of range");
-            job.runs.push_back({static_cast<std::uint32_t>(r(i, 0)), r(i, 1), r(i, 2)});
-        }
-    }
-    if (literal) job.literal = std::string(*literal);
-    if (importance) {
-        if (importance->ndim() != 2) throw py::value_error("importance must have two dimensions");
-        if (static_cast<std::uint64_t>(importance->shape(1)) != row_elements)
-            throw pgs::Error(pgs::Kind::bad_plan, "importance does not fit the rows").on(job.name);
-        job.importance.assign(importance->data(), importance->data() + importance->size());
-        try {
-            pgs::check_importance(job.importance.data(), importance->shape(0), row_elements);
-        } catch (pgs::Error& e) {
-            e.object = job.name;
-            throw;
-        }
-    }
-    if (importance_rows) {
-        if (importance_rows->ndim() != 2 || importance_rows->shape(1) != 2 || importance_rows->shape(0) == 0)
-            throw py::value_error("importance_rows must have shape (g, 2)");
-        auto r = importance_rows->unchecked<2>();
-        for (py::ssize_t i = 0; i < r.shape(0); ++i)
-            job.importance_rows.push_back({r(i, 0), r(i, 1), 1, pgs::Merge::as_is, {}});
-    } else if (importance) {
-        for (py::ssize_t i = 0; i < importance->shape(0); ++i)
-            job.importance_rows.push_back(
-                {pgs::ImportanceRow::in_memory, static_cast<std::uint64_t>(i), 1, pgs::Merge::as_is, {}});
-    }
-    if (importance_divisors) {
-        const std::size_t n = job.importance_rows.size();
-        if (importance_divisors->ndim() != 1 || static_cast<std::size_t>(importance_divisors->size()) != n)
-            throw py::value_error("importance_divisors must have shape (g,)");
-        for (std::size_t i = 0; i < n; ++i) job.importance_rows[i].divisor = importance_divisors->data()[i];
-    }
-    if (importance_parts) {
-        if (importance_parts->size() != job.importance_rows.size())
-            throw py::value_error("importance_parts must have an entry for each of importance_rows");
-        for (std::size_t i = 0; i < importance_parts->size(); ++i) {
-            auto& row = job.importance_rows[i];
-            const auto& parts = (*importance_parts)[i];
-            if (!parts.empty()) row.order = parts[0].second;
-            for (std::size_t j = 1; j < parts.size(); ++j) row.more.push_back({parts[j].first, parts[j].second});
-        }
-    }
-    if (remap) job.remap = pgs::Remap{std::get<0>(*remap), std::get<1>(*remap), std::get<2>(*remap)};
+pgs::ImportanceRow held_row(const FloatRow& values, float divisor) {
+    pgs::ImportanceRow row;
+    row.held = std::make_shared<const std::vector<float>>(values.data(), values.data() + values.size());
+    row.divisor = divisor;
+    return row;
+}
+
+pgs::ImportanceRow summed_row(std::uint32_t source,
+                              const std::vector<std::pair<std::uint64_t, std::optional<std::uint32_t>>>& parts,
+                              float divisor) {
+    pgs::ImportanceRow row{source, {}, nullptr, divisor};
+    for (const auto& [offset, order] : parts) row.parts.push_back({offset, order});
+    return row;
+}
+
+std::shared_ptr<pgs::Job> make_job(std::string name, std::int32_t source_type, std::int32_t target_type,
+                                   std::uint64_t row_elements, std::uint64_t rows, std::uint64_t target_offset,
+                                   std::vector<pgs::Run> runs, std::string literal,
+                                   std::vector<pgs::ImportanceRow> importance_rows, std::optional<pgs::Remap> remap,
+                                   std::optional<pgs::Merge> merge, std::uint32_t file, bool best) {
+    auto job = std::make_shared<pgs::Job>();
+    job->name = std::move(name);
+    job->file = file;
+    job->source_type = source_type;
+    job->target_type = target_type;
+    job->row_elements = row_elements;
+    job->rows = rows;
+    job->runs = std::move(runs);
+    job->literal = std::move(literal);
+    job->target_offset = target_offset;
+    job->importance_rows = std::move(importance_rows);
+    job->best = best;
+    job->remap = std::move(remap);
+    job->merge = std::move(merge);
+    pgs::complete(*job);
     return job;
 }
 
@@ -107,7 +70,7 @@ std::vector<std::shared_ptr<pgs::Source>> sources_of(const std::vector<PySource*
 }
 
 // Shared, not borrowed: the caller's list may lose them during the run.
-pgs::Jobs jobs_of(const std::vector<std::shared_ptr<pgs::Job>>& jobs) {
+pgs::Jobs jobs_of(const Jobs& jobs) {
     if (std::find(jobs.begin(), jobs.end(), nullptr) != jobs.end()) throw py::type_error("a job is None");
     return {jobs.begin(), jobs.end()};
 }
@@ -122,9 +85,8 @@ std::function<void(std::uint64_t, std::uint64_t)> poller(const py::object& progr
 }
 
 py::dict run(const std::vector<PySource*>& py_sources,
-             const std::vector<std::tuple<py::object, py::bytes, std::uint64_t>>& py_outputs,
-             const std::vector<std::shared_ptr<pgs::Job>>& py_jobs, std::uint64_t memory, int threads,
-             const std::string& io, bool overwrite, const py::object& progress) {
+             const std::vector<std::tuple<py::object, py::bytes, std::uint64_t>>& py_outputs, const Jobs& py_jobs,
+             std::uint64_t memory, int threads, const std::string& io, bool overwrite, const py::object& progress) {
     const auto sources = sources_of(py_sources);
     const auto jobs = jobs_of(py_jobs);
     std::vector<pgs::Output> outputs;
@@ -168,35 +130,71 @@ py::array_t<double> reduce_rows(
     return out;
 }
 
-}  // namespace
+py::dict plan_budget(const Jobs& jobs, std::uint64_t memory, int threads, const std::string& io) {
+    const auto budget = pgs::plan_budget(jobs_of(jobs), {memory, threads, pgs::io_from_name(io), false});
+    py::dict d;
+    d["threads"] = budget.threads;
+    d["tile_bytes"] = budget.tile_bytes;
+    d["buffer_bytes"] = budget.buffer_bytes;
+    return d;
+}
 
-void bind_engine(py::module_& m) {
-    py::class_<pgs::Job, std::shared_ptr<pgs::Job>>(m, "Job")
+void bind_job(py::module_& m) {
+    py::class_<pgs::Run>(m, "Run", "Bytes of a source file, or one value over and over.")
+        .def(py::init([](std::uint32_t source, std::uint64_t offset, std::uint64_t nbytes) {
+                 return pgs::Run{source, offset, nbytes, 0};
+             }),
+             py::arg("source"), py::arg("offset"), py::arg("nbytes"))
+        .def_static(
+            "fill", [](float value, std::uint64_t nbytes) { return pgs::Run{std::nullopt, 0, nbytes, value}; },
+            py::arg("value"), py::arg("nbytes"))
+        .def_readonly("source", &pgs::Run::source)
+        .def_readonly("offset", &pgs::Run::offset)
+        .def_readonly("nbytes", &pgs::Run::nbytes)
+        .def_readonly("value", &pgs::Run::value);
+
+    py::class_<pgs::Remap>(m, "Remap", "New ids of experts.")
+        .def(py::init([](std::vector<std::int32_t> table, std::vector<std::int32_t> substitutes, std::uint64_t column) {
+                 return pgs::Remap{std::move(table), std::move(substitutes), column};
+             }),
+             py::arg("table"), py::arg("substitutes"), py::arg("column"));
+
+    py::class_<pgs::Merge::Member>(m, "Member", "An expert of a group that is merged.")
+        .def(py::init([](std::uint32_t slice, float weight, std::optional<std::uint32_t> order) {
+                 return pgs::Merge::Member{slice, weight, order};
+             }),
+             py::arg("slice"), py::arg("weight") = 1.0f, py::arg("order") = py::none());
+
+    py::class_<pgs::Merge>(m, "Merge", "Groups of experts, each of which becomes one.")
+        .def(py::init(&make_merge), py::arg("slice_rows"), py::arg("groups"), py::kw_only(),
+             py::arg("orders") = std::vector<Order>{}, py::arg("columns") = false);
+
+    py::class_<pgs::ImportanceRow>(m, "ImportanceRow", "One row of importance, in a source file or in memory.")
+        .def(py::init([](std::uint32_t source, std::uint64_t offset, float divisor) {
+                 return pgs::ImportanceRow{source, {{offset, std::nullopt}}, nullptr, divisor};
+             }),
+             py::arg("source"), py::arg("offset"), py::kw_only(), py::arg("divisor") = 1.0f)
+        .def_static("held", &held_row, py::arg("values"), py::kw_only(), py::arg("divisor") = 1.0f)
+        .def_static("sum", &summed_row, py::arg("source"), py::arg("parts"), py::kw_only(), py::arg("divisor") = 1.0f);
+
+    py::class_<pgs::Job, std::shared_ptr<pgs::Job>>(m, "Job", "One output tensor.")
         .def(py::init(&make_job), py::arg("name"), py::kw_only(), py::arg("source_type"), py::arg("target_type"),
-             py::arg("row_elements"), py::arg("rows"), py::arg("target_offset"), py::arg("runs") = py::none(),
-             py::arg("literal") = py::none(), py::arg("importance") = py::none(),
-             py::arg("importance_rows") = py::none(), py::arg("importance_divisors") = py::none(),
-             py::arg("remap") = py::none(), py::arg("importance_parts") = py::none(), py::arg("merge") = py::none(),
-             py::arg("file") = 0, py::arg("best") = false)
+             py::arg("row_elements"), py::arg("rows"), py::arg("target_offset"),
+             py::arg("runs") = std::vector<pgs::Run>{}, py::arg("literal") = py::bytes(),
+             py::arg("importance_rows") = std::vector<pgs::ImportanceRow>{}, py::arg("remap") = py::none(),
+             py::arg("merge") = py::none(), py::arg("file") = 0, py::arg("best") = false)
         .def_readonly("name", &pgs::Job::name)
         .def_readonly("target_offset", &pgs::Job::target_offset)
         .def_readonly("target_bytes", &pgs::Job::target_bytes);
-    m.attr("FILL") = pgs::Run::fill;
-    m.attr("AS_IS") = pgs::Merge::as_is;
-    m.attr("IN_MEMORY") = pgs::ImportanceRow::in_memory;
+}
+
+}  // namespace
+
+void bind_engine(py::module_& m) {
+    bind_job(m);
     m.def("thread_count", &pgs::thread_count, py::arg("asked"));
-    m.def(
-        "plan_budget",
-        [](const std::vector<std::shared_ptr<pgs::Job>>& jobs, std::uint64_t memory, int threads,
-           const std::string& io) {
-            const auto b = pgs::plan_budget(jobs_of(jobs), {memory, threads, pgs::io_from_name(io), false});
-            py::dict d;
-            d["threads"] = b.threads;
-            d["tile_bytes"] = b.tile_bytes;
-            d["buffer_bytes"] = b.buffer_bytes;
-            return d;
-        },
-        py::arg("jobs"), py::kw_only(), py::arg("memory"), py::arg("threads"), py::arg("io"));
+    m.def("plan_budget", &plan_budget, py::arg("jobs"), py::kw_only(), py::arg("memory"), py::arg("threads"),
+          py::arg("io"));
     m.def("run", &run, py::arg("sources"), py::arg("outputs"), py::arg("jobs"), py::kw_only(), py::arg("memory"),
           py::arg("threads"), py::arg("io"), py::arg("overwrite"), py::arg("progress"));
     m.def("reduce_rows", &reduce_rows, py::arg("sources"), py::arg("job"), py::arg("rows_per_group"), py::kw_only(),

@@ -12,21 +12,8 @@ constexpr auto array_style = py::array::c_style | py::array::forcecast;
 
 py::list types() {
     py::list out;
-    for (const pgs::TypeFacts& facts : pgs::type_table()) {
-        if (facts.name.empty()) continue;
-        py::dict d;
-        d["id"] = facts.id;
-        d["name"] = facts.name;
-        d["block"] = facts.block;
-        d["block_bytes"] = facts.block_bytes;
-        d["quantized"] = facts.quantized;
-        d["encodes"] = facts.encodes;
-        d["decodes"] = facts.decodes;
-        d["needs_importance"] = facts.needs_importance;
-        d["uses_importance"] = facts.uses_importance;
-        d["has_best"] = facts.has_best;
-        out.append(d);
-    }
+    for (const pgs::TypeFacts& facts : pgs::type_table())
+        if (!facts.name.empty()) out.append(py::cast(&facts, py::return_value_policy::reference));
     return out;
 }
 
@@ -95,8 +82,19 @@ std::optional<std::uint64_t> first_invalid_block(const ByteArray& data, std::int
 }  // namespace
 
 void bind_quant(py::module_& m) {
+    py::class_<pgs::TypeFacts>(m, "TypeFacts", "What there is to know of a ggml type.")
+        .def_readonly("id", &pgs::TypeFacts::id)
+        .def_readonly("name", &pgs::TypeFacts::name)
+        .def_readonly("block", &pgs::TypeFacts::block)
+        .def_readonly("block_bytes", &pgs::TypeFacts::block_bytes)
+        .def_readonly("quantized", &pgs::TypeFacts::quantized)
+        .def_readonly("encodes", &pgs::TypeFacts::encodes)
+        .def_readonly("decodes", &pgs::TypeFacts::decodes)
+        .def_readonly("needs_importance", &pgs::TypeFacts::needs_importance)
+        .def_readonly("uses_importance", &pgs::TypeFacts::uses_importance)
+        .def_readonly("has_best", &pgs::TypeFacts::has_best)
+        .def("__repr__", [](const pgs::TypeFacts& facts) { return "<TypeFacts " + facts.name + ">"; });
     m.def("types", &types);
-    m.def("type_id", &pgs::type_from_name, py::arg("name"));
     m.def("kernels", [] { return std::string(pgs::choose_kernels().name); });
     m.def("ggml_version", &pgs::ggml_version_text);
     m.def("quantize", &quantize, py::arg("rows"), py::arg("type"), py::arg("importance"), py::arg("threads"),

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <optional>
 #include <tuple>
+#include <unordered_set>
 
 #include "base/checked.hpp"
 #include "base/error.hpp"
@@ -127,10 +128,12 @@ Budget plan_budget(const Jobs& jobs, const RunOptions& options) {
     const auto longest_row = std::max_element(jobs.begin(), jobs.end(), [](const auto& a, const auto& b) {
         return tile_buffers(*a, 0).total() < tile_buffers(*b, 0).total();
     });
-    // A job's own importance rows and orders are memory that the caller has filled already; they count all the same.
+    // Importance rows in memory and orders are memory that the caller has filled already; they count all the same, once.
     std::uint64_t held = 0;
+    std::unordered_set<const void*> counted;
     for (const auto& job : jobs) {
-        held += job->importance.size() * sizeof(float);
+        for (const ImportanceRow& row : job->importance_rows)
+            if (row.held && counted.insert(row.held.get()).second) held += row.held->size() * sizeof(float);
         if (job->merge)
             for (const auto& order : job->merge->orders) held += order.size() * sizeof(order[0]);
     }

@@ -1,10 +1,11 @@
 #include "engine/job.hpp"
 
 #include <cmath>
-#include <utility>
+#include <unordered_set>
 
 #include "base/checked.hpp"
 #include "base/error.hpp"
+#include "quant/rows.hpp"
 #include "quant/types.hpp"
 
 namespace pgs {
@@ -26,41 +27,26 @@ namespace {
 Error bad(const Job& job, const char* problem) { return Error(Kind::bad_plan, problem).on(job.name); }
 
 void check_importance_rows(const Job& job, const std::vector<std::shared_ptr<Source>>& sources) {
-    if (job.importance_rows.empty()) {
-        if (!job.importance.empty()) throw bad(job, "importance that no row uses");
-        return;
-    }
+    if (job.importance_rows.empty()) return;
     if (work_of(job) != Work::encode && !job.merge) throw bad(job, "importance of a tensor that is not encoded");
     if (job.rows % job.importance_rows.size()) throw bad(job, "importance does not fit the rows");
     const std::uint64_t bytes = job.row_elements * sizeof(float);  // row_bytes has bounded the row
     for (const ImportanceRow& row : job.importance_rows) {
         if (!std::isfinite(row.divisor) || row.divisor <= 0)
             throw bad(job, "importance divisor is not a positive number").got(std::to_string(row.divisor));
-        if (row.source == ImportanceRow::in_memory) {
-            const auto end = checked_add<std::uint64_t>(row.at, 1);
-            const auto values = end ? checked_mul(*end, job.row_elements) : std::nullopt;
-            if (!values || *values > job.importance.size())
-                throw bad(job, "no such importance row in memory").got(std::to_string(row.at));
-        } else {
-            if (row.source >= sources.size())
-                throw bad(job, "no such source of importance").got(std::to_string(row.source));
-            const auto end = checked_add(row.at, bytes);
+        if (row.held) continue;  // complete has checked it
+        if (row.source >= sources.size())
+            throw bad(job, "no such source of importance").got(std::to_string(row.source));
+        if (row.parts.empty()) throw bad(job, "an importance row of no parts");
+        for (const ImportanceRow::Part& part : row.parts) {
+            const auto end = checked_add(part.offset, bytes);
             if (!end || *end > sources[row.source]->size())
-                throw bad(job, "importance row reaches beyond its source").at(row.at);
-        }
-        auto check_order = [&](std::uint32_t order) {
-            if (order != Merge::as_is &&
-                !(job.merge && order < job.merge->orders.size() && job.merge->orders[order].size() == job.row_elements))
+                throw bad(job, "importance row reaches beyond its source").at(part.offset);
+            if (part.order && !(job.merge && *part.order < job.merge->orders.size() &&
+                                job.merge->orders[*part.order].size() == job.row_elements))
                 throw bad(job, "no such order of an importance row");
-        };
-        check_order(row.order);
-        for (const ImportanceRow::More& more : row.more) {
-            if (row.source == ImportanceRow::in_memory) throw bad(job, "sums of importance in memory");
-            const auto end = checked_add(more.at, bytes);
-            if (!end || *end > sources[row.source]->size())
-                throw bad(job, "importance row reaches beyond its source").at(more.at);
-            check_order(more.order);
         }
+        if (row.parts.size() > 1 && !job.merge) throw bad(job, "sums of importance without a merge");
     }
 }
 
@@ -83,12 +69,12 @@ void check_merge(const Job& job, std::uint64_t source_bytes) {
     bool decodes = job.source_type != job.target_type;
     for (const auto& group : merge.groups) {
         if (group.empty()) throw bad(job, "an empty group");
-        for (const Merge::Part& part : group) {
-            if (part.slice >= source_bytes / *slice_bytes)
-                throw bad(job, "no such slice").got(std::to_string(part.slice));
-            if (part.order != Merge::as_is && part.order >= merge.orders.size()) throw bad(job, "no such order");
-            if (!std::isfinite(part.weight)) throw bad(job, "a weight that is not finite");
-            decodes |= group.size() > 1 || part.order != Merge::as_is;
+        for (const Merge::Member& member : group) {
+            if (member.slice >= source_bytes / *slice_bytes)
+                throw bad(job, "no such slice").got(std::to_string(member.slice));
+            if (member.order && *member.order >= merge.orders.size()) throw bad(job, "no such order");
+            if (!std::isfinite(member.weight)) throw bad(job, "a weight that is not finite");
+            decodes |= group.size() > 1 || member.order;
         }
     }
     const TypeFacts& source = type_facts(job.source_type);
@@ -101,12 +87,24 @@ void check_merge(const Job& job, std::uint64_t source_bytes) {
 
 }  // namespace
 
-void resolve_sizes(Job& job) {
+void complete(Job& job) {
     job.source_row_bytes = row_bytes(type_facts(job.source_type), job.row_elements);
     job.target_row_bytes = row_bytes(type_facts(job.target_type), job.row_elements);
     const auto bytes = checked_mul(job.rows, job.target_row_bytes);
     if (!bytes) throw bad(job, "size overflows");
     job.target_bytes = *bytes;
+    std::unordered_set<const void*> checked;
+    for (std::size_t i = 0; i < job.importance_rows.size(); ++i) {
+        const auto& held = job.importance_rows[i].held;
+        if (!held || !checked.insert(held.get()).second) continue;
+        if (held->size() != job.row_elements) throw bad(job, "importance does not fit the rows");
+        try {
+            check_importance(held->data(), 1, job.row_elements, i);
+        } catch (Error& e) {
+            e.object = job.name;
+            throw;
+        }
+    }
 }
 
 void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sources) {
@@ -119,10 +117,10 @@ void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sourc
     if (!source_bytes || !checked_add(job.target_offset, job.target_bytes)) throw bad(job, "size overflows");
     std::uint64_t sum = job.literal.size();
     for (const Run& run : job.runs) {
-        if (run.source != Run::fill) {
-            if (run.source >= sources.size()) throw bad(job, "no such source");
+        if (run.source) {
+            if (*run.source >= sources.size()) throw bad(job, "no such source");
             const auto end = checked_add(run.offset, run.nbytes);
-            if (!end || *end > sources[run.source]->size()) throw bad(job, "run reaches beyond its source");
+            if (!end || *end > sources[*run.source]->size()) throw bad(job, "run reaches beyond its source");
         }
         const auto next = checked_add(sum, run.nbytes);
         if (!next) throw bad(job, "size overflows");

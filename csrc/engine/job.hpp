@@ -10,11 +10,11 @@
 
 namespace pgs {
 
-// A run of whole rows in a source file; of source `fill` the four bytes of `offset`, little-endian, over and over.
+// A run of whole rows in a source file, or, without a source, of one value over and over.
 struct Run {
-    static constexpr std::uint32_t fill = UINT32_MAX;
-    std::uint32_t source;
-    std::uint64_t offset, nbytes;
+    std::optional<std::uint32_t> source;
+    std::uint64_t offset = 0, nbytes = 0;
+    float value = 0;
 };
 
 // Integer tensors whose values are expert ids, in columns of `column` values: id -> table[id]; where that is -1, the first
@@ -25,32 +25,32 @@ struct Remap {
 };
 
 // Slices of `slice_rows` rows: slice g of the output is the weighted mean of the slices of the source in groups[g]. The
-// neurons of a member come in the order orders[order]: its rows, or with `columns` the elements of its rows.
+// neurons of a member come in the order orders[*order]: its rows, or with `columns` the elements of its rows; without an
+// order they stay where they are.
 struct Merge {
-    static constexpr std::uint32_t as_is = UINT32_MAX;
-    struct Part {
-        std::uint32_t slice = 0, order = as_is;
+    struct Member {
+        std::uint32_t slice = 0;
         float weight = 1;  // those of a group add to one
+        std::optional<std::uint32_t> order;
     };
     std::uint64_t slice_rows = 0;
     bool columns = false;
     std::vector<std::vector<std::uint32_t>> orders;
-    std::vector<std::vector<Part>> groups;  // the first part of a group is its centroid
+    std::vector<std::vector<Member>> groups;  // the first member of a group is its centroid
 };
 
-// Where an importance row is: `row_elements` little-endian float32 at byte `at` of a source, or row `at` of those that
-// the job itself holds. Each value is divided by `divisor`, in float32: llama.cpp's files hold sums and counts. The sums of
-// a merged expert are added before: `more` are at the same source, their elements in the order of one of merge->orders.
+// An importance row. Its values are those in memory, or the sum of `parts`: `row_elements` little-endian float32 at byte
+// `offset` of a source, the elements in an order of the job's merge or as they are. Each is divided by `divisor`, in
+// float32: llama.cpp's files hold sums and counts.
 struct ImportanceRow {
-    static constexpr std::uint64_t in_memory = UINT64_MAX;
-    struct More {
-        std::uint64_t at = 0;
-        std::uint32_t order = Merge::as_is;
+    struct Part {
+        std::uint64_t offset = 0;
+        std::optional<std::uint32_t> order;
     };
-    std::uint64_t source = in_memory, at = 0;
+    std::uint32_t source = 0;
+    std::vector<Part> parts;
+    std::shared_ptr<const std::vector<float>> held;  // null: the row is in the source
     float divisor = 1;
-    std::uint32_t order = Merge::as_is;
-    std::vector<More> more;
 };
 
 // One output tensor. Its source bytes are the concatenation of `runs`, or `literal`.
@@ -61,13 +61,14 @@ struct Job {
     std::uint64_t row_elements = 0, rows = 0;  // as encoded: both types have this shape
     std::vector<Run> runs;
     std::string literal;
-    std::uint64_t target_offset = 0;                                             // a multiple of 8 if encoded
-    std::uint64_t source_row_bytes = 0, target_row_bytes = 0, target_bytes = 0;  // see resolve_sizes; without padding
+    std::uint64_t target_offset = 0;             // a multiple of 8 if encoded
     std::vector<ImportanceRow> importance_rows;  // rows / their number: consecutive rows that share one
-    std::vector<float> importance;               // the rows in memory, each of row_elements, checked
     bool best = false;                           // encode with less error than ggml, where that is possible
     std::optional<Remap> remap;
     std::optional<Merge> merge;  // then the runs are all slices that a group may name
+
+    // What follows from these; see complete. target_bytes: without padding.
+    std::uint64_t source_row_bytes = 0, target_row_bytes = 0, target_bytes = 0;
 };
 
 using Jobs = std::vector<std::shared_ptr<const Job>>;
@@ -76,9 +77,9 @@ enum class Work { move, encode, remap, merge, literal };
 Work work_of(const Job& job);
 bool by_row(const Job& job);  // all but move and literal
 
-// Fills in the numbers of bytes, which follow from the types and the shape. Error(unsupported) for an unknown type,
-// Error(bad_plan) for a size that overflows.
-void resolve_sizes(Job& job);
+// Fills in the numbers of bytes and checks the importance rows in memory. Error(unsupported) for an unknown type,
+// Error(bad_plan) for a size that overflows and for a row that check_importance refuses.
+void complete(Job& job);
 
 // Checks that a job's numbers agree with each other and with its sources; Error(bad_plan) on the job's name.
 void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sources);

@@ -1,6 +1,8 @@
 #include "engine/tiles.hpp"
 
 #include <algorithm>
+#include <array>
+#include <bit>
 
 #include "base/checked.hpp"
 #include "base/error.hpp"
@@ -23,10 +25,8 @@ std::uint64_t rows_per_tile(const Job& job, std::uint64_t tile_bytes) {
     return std::max<std::uint64_t>(1, tile_bytes / std::max<std::uint64_t>(1, row));
 }
 
-// In the job's memory as the encoder takes it.
-bool as_is(const ImportanceRow& row) {
-    return row.source == ImportanceRow::in_memory && row.divisor == 1 && row.order == Merge::as_is && row.more.empty();
-}
+// In memory as the encoder takes it.
+bool as_is(const ImportanceRow& row) { return row.held && row.divisor == 1; }
 
 // Of the tile of a merge, which never reaches from one slice into the next.
 std::uint64_t merge_step(const Job& job, std::uint64_t tile_bytes) {
@@ -103,29 +103,30 @@ Sources reopen_sources(const std::vector<std::shared_ptr<Source>>& sources, Io i
 }
 
 const float* ImportanceReader::row(const Job& job, std::uint64_t index) {
-    const ImportanceRow& where = job.importance_rows[index];
-    const bool in_memory = where.source == ImportanceRow::in_memory;
-    const float* held = in_memory ? job.importance.data() + where.at * job.row_elements : nullptr;
-    if (as_is(where)) return held;
+    const ImportanceRow& row = job.importance_rows[index];
+    if (as_is(row)) return row.held->data();
     if (job_ == &job && index_ == index) return buffer_;
-    job_ = nullptr;                                                        // until all of it is there
-    float* const part = job.merge ? buffer_ + job.row_elements : buffer_;  // sums of several are added in the buffer
-    auto read = [&](std::uint64_t at, std::uint32_t order, bool add) {
-        if (in_memory)
-            std::copy_n(held, job.row_elements, part);
-        else
-            sources_[where.source]->read_at(at, std::as_writable_bytes(std::span(part, job.row_elements)));
-        if (part == buffer_) return;
-        for (std::uint64_t i = 0; i < job.row_elements; ++i) {
-            const float x = part[order == Merge::as_is ? i : job.merge->orders[order][i]];
-            buffer_[i] = add ? buffer_[i] + x : x;
+    job_ = nullptr;  // until all of it is there
+    const std::uint64_t n = job.row_elements;
+    if (row.held) {
+        std::copy_n(row.held->data(), n, buffer_);
+    } else {
+        Source& source = *sources_[row.source];
+        float* const values = job.merge ? buffer_ + n : buffer_;  // sums of several are added in the buffer
+        for (const ImportanceRow::Part& part : row.parts) {
+            source.read_at(part.offset, std::as_writable_bytes(std::span(values, n)));
+            if (values == buffer_) continue;
+            const std::uint32_t* order = part.order ? job.merge->orders[*part.order].data() : nullptr;
+            const bool first = &part == row.parts.data();
+            for (std::uint64_t i = 0; i < n; ++i) {
+                const float x = values[order ? order[i] : i];
+                buffer_[i] = first ? x : buffer_[i] + x;
+            }
         }
-    };
-    read(where.at, where.order, false);
-    for (const ImportanceRow::More& more : where.more) read(more.at, more.order, true);
-    if (where.divisor != 1)
-        for (std::uint64_t i = 0; i < job.row_elements; ++i) buffer_[i] /= where.divisor;
-    check_importance(buffer_, 1, job.row_elements, index);
+    }
+    if (row.divisor != 1)
+        for (std::uint64_t i = 0; i < n; ++i) buffer_[i] /= row.divisor;
+    check_importance(buffer_, 1, n, index);
     job_ = &job;
     index_ = index;
     return buffer_;
@@ -150,11 +151,11 @@ void RunReader::read_at(std::uint64_t offset, std::span<std::byte> out) const {
         const Run& run = job_.runs[i];
         const std::uint64_t inside = offset - starts_[i];
         const std::uint64_t n = std::min<std::uint64_t>(out.size(), run.nbytes - inside);
-        if (run.source == Run::fill) {
-            for (std::uint64_t j = 0; j < n; ++j)
-                out[j] = static_cast<std::byte>(run.offset >> (8 * ((inside + j) % 4)) & 255);
+        if (!run.source) {
+            const auto pattern = std::bit_cast<std::array<std::byte, sizeof run.value>>(run.value);
+            for (std::uint64_t j = 0; j < n; ++j) out[j] = pattern[(inside + j) % pattern.size()];
         } else if (n) {
-            sources_[run.source]->read_at(run.offset + inside, out.first(n));
+            sources_[*run.source]->read_at(run.offset + inside, out.first(n));
         }
         out = out.subspan(n);
         offset += n;

@@ -114,30 +114,30 @@ TileWork TileMaker::merge(const Tile& tile, Buffers& buffers, std::byte* target,
     const std::uint64_t nbytes = tile.count * job_.source_row_bytes;
     const bool converts = job_.source_type != job_.target_type;
     const TileWork work{group.size() * nbytes, group.size() > 1 || converts ? tile.count * job_.row_elements : 0};
-    if (group.size() == 1 && group[0].order == Merge::as_is) {
+    if (group.size() == 1 && !group[0].order) {
         std::byte* const source = buffers.source.get();
         const std::uint64_t row = group[0].slice * merge.slice_rows + tile.first % merge.slice_rows;
         reader_.read_at(row * job_.source_row_bytes, {converts ? source : target, nbytes});
         if (converts) encode_rows(tile, source, &*decoder_, buffers, target, cancel);
         return work;
     }
-    for (const Merge::Part& part : group) add_member(part, &part == group.data(), tile, buffers, cancel);
+    for (const Merge::Member& member : group) add_member(member, &member == group.data(), tile, buffers, cancel);
     encode_rows(tile, buffers.sums.get(), nullptr, buffers, target, cancel);
     return work;
 }
 
 // Adds a member of a group to the sum of the tile's rows, in buffers.sums; behind the sum are the rows of the first one,
 // the centroid.
-void TileMaker::add_member(const Merge::Part& part, bool is_first, const Tile& tile, Buffers& buffers,
+void TileMaker::add_member(const Merge::Member& member, bool is_first, const Tile& tile, Buffers& buffers,
                            const Cancel& cancel) const {
     const Merge& merge = *job_.merge;
     const std::uint64_t k = job_.row_elements, rows = merge.slice_rows, begin = tile.first % rows;
-    const std::uint64_t source_row = job_.source_row_bytes, slice = part.slice * rows;
+    const std::uint64_t source_row = job_.source_row_bytes, slice = member.slice * rows;
     std::byte* const source = buffers.source.get();
     float* const row = floats_of(buffers.floats);
     float* const sums = floats_of(buffers.sums);
     float* const centroids = sums + tile.count * k;
-    const std::uint32_t* order = part.order == Merge::as_is ? nullptr : merge.orders[part.order].data();
+    const std::uint32_t* order = member.order ? merge.orders[*member.order].data() : nullptr;
     const bool mixed = order && !merge.columns;  // rows of the tile lie anywhere in the slice
     const bool permute = order && merge.columns;
     const bool whole = tile.count == rows;
@@ -158,7 +158,7 @@ void TileMaker::add_member(const Merge::Part& part, bool is_first, const Tile& t
             if (is_first)
                 sum[j] = centroid[j] = x;
             else
-                sum[j] += part.weight * (x - centroid[j]);
+                sum[j] += member.weight * (x - centroid[j]);
         }
     }
 }

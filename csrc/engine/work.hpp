@@ -30,7 +30,7 @@ private:
     TileWork remap(const Tile& tile, Buffers& buffers, std::byte* target) const;
     TileWork encode(const Tile& tile, Buffers& buffers, std::byte* target, const Cancel& cancel) const;
     TileWork merge(const Tile& tile, Buffers& buffers, std::byte* target, const Cancel& cancel) const;
-    void add_member(const Merge::Part& part, bool is_first, const Tile& tile, Buffers& buffers,
+    void add_member(const Merge::Member& member, bool is_first, const Tile& tile, Buffers& buffers,
                     const Cancel& cancel) const;
     void encode_rows(const Tile& tile, const std::byte* source, const Decoder* decoder, Buffers& buffers,
                      std::byte* target, const Cancel& cancel) const;

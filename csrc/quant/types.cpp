@@ -1,8 +1,7 @@
 #include "quant/types.hpp"
 
-#include <algorithm>
 #include <cctype>
-#include <vector>
+#include <string>
 
 #include "base/error.hpp"
 #include "ggml.h"
@@ -54,21 +53,6 @@ TypeTable ask_ggml() {
     return table;
 }
 
-std::size_t edit_distance(const std::string& a, const std::string& b) {
-    std::vector<std::size_t> row(b.size() + 1);
-    for (std::size_t j = 0; j <= b.size(); ++j) row[j] = j;
-    for (std::size_t i = 1; i <= a.size(); ++i) {
-        std::size_t diagonal = row[0];
-        row[0] = i;
-        for (std::size_t j = 1; j <= b.size(); ++j) {
-            const std::size_t cost = std::min({row[j] + 1, row[j - 1] + 1, diagonal + (a[i - 1] != b[j - 1])});
-            diagonal = row[j];
-            row[j] = cost;
-        }
-    }
-    return row[b.size()];
-}
-
 }  // namespace
 
 const TypeTable& type_table() {
@@ -82,21 +66,6 @@ const TypeFacts& type_facts(std::int32_t type) {
         table[static_cast<std::size_t>(type)].name.empty())
         throw Error(Kind::unsupported, "unknown tensor type").got(std::to_string(type));
     return table[static_cast<std::size_t>(type)];
-}
-
-std::int32_t type_from_name(const std::string& name) {
-    const std::string wanted = upper(name);
-    const TypeTable& table = type_table();
-    std::vector<std::pair<std::size_t, std::string>> near;
-    for (std::size_t id = 0; id < table.size(); ++id) {
-        if (table[id].name.empty()) continue;
-        if (table[id].name == wanted) return static_cast<std::int32_t>(id);
-        near.emplace_back(edit_distance(wanted, table[id].name), table[id].name);
-    }
-    std::stable_sort(near.begin(), near.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-    std::string hint = "nearest:";
-    for (std::size_t i = 0; i < 3; ++i) hint += (i ? ", " : " ") + near[i].second;
-    throw Error(Kind::unsupported, "unknown tensor type").got(name).advise(hint);
 }
 
 std::uint64_t row_bytes(const TypeFacts& type, std::uint64_t elements) {

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from .._core import Sink, Source, TensorInfo, Value, encode_header, read_header, type_id
+from .._core import Sink, Source, TensorInfo, Value, encode_header, read_header
 from ..base.errors import BadPlan
-from ..quant.types import type_of_id
+from ..quant.types import type_of_id, type_of_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,7 @@ def write_gguf(
         keys.setdefault("general.alignment", Value(alignment, "u32"))
     path = os.fsdecode(path)
     parts = {name: tensor if isinstance(tensor, tuple) else _native(name, tensor) for name, tensor in tensors.items()}
-    infos = [TensorInfo(name, shape[::-1], type_id(kind)) for name, (_, kind, shape) in parts.items()]
+    infos = [TensorInfo(name, shape[::-1], type_of_name(kind).id) for name, (_, kind, shape) in parts.items()]
     header, offsets, file_bytes = encode_header(list(keys.items()), infos, alignment)
     with Sink(path, file_bytes, overwrite=overwrite) as sink:
         sink.write_at(0, header)

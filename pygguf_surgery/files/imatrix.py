@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .._core import Source, TensorInfo, Value, read_header, type_id
+from .._core import Source, TensorInfo, Value, read_header
 from ..base.errors import BadFile, BadPlan, SurgeryError
+from ..quant.types import tensor_type
 from .gguf import write_gguf
 
 if TYPE_CHECKING:
@@ -306,7 +307,7 @@ def _open_gguf(source: Source) -> Imatrix:
         for suffix, found in ((_SUMS, sums), (_COUNTS, counts)):
             if name not in found:
                 raise BadFile("an entry without one of its two tensors", path=source.path, object=name + suffix)
-            if found[name].type != type_id("F32"):
+            if found[name].type != tensor_type("F32").id:
                 raise BadFile("sums or counts that are not F32", path=source.path, object=name + suffix)
     if not sums:
         raise BadFile("an importance matrix without entries", path=source.path)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .._core import AS_IS, FILL, IN_MEMORY, Job, Source
+from .._core import ImportanceRow, Job, Member, Run, Source
+from .._core import Merge as MergedSlices
+from .._core import Remap as RemappedIds
 from ..base.errors import BadPlan, Unsupported
 from ..base.runs import merge_adjacent
 from ..files.companions import Companions
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from .checked import CheckedPlan
 
-Run = tuple[int, int, int]  # source, byte offset, bytes
+Orders = list[dict[int, int | None]]  # of each group: member -> place of the order of its neurons, None: as they are
 
 
 @dataclass
@@ -64,11 +65,13 @@ class Inputs:
 
 @dataclass
 class _Lowered:
-    """What an expression comes to: the runs that hold its bytes, and the arguments of a job that does more."""
+    """What an expression comes to: the runs that hold its bytes, and what a job does with them, if more than copy or
+    encode. Without a merge the runs are as long as the output in the source's type."""
 
     runs: list[Run]
-    options: dict[str, Any] = field(default_factory=dict)
-    whole: bool = True  # the runs are as long as the output in the source's type
+    remap: RemappedIds | None = None
+    merge: MergedSlices | None = None
+    orders: Orders = field(default_factory=list)  # of a merge
 
 
 def build_jobs(model: Model, checked: CheckedPlan, companions: Companions) -> tuple[list[Job], list[Source]]:
@@ -95,35 +98,35 @@ def _inputs(model: Model, checked: CheckedPlan, companions: Companions) -> Input
 
 
 def _job(tensor: OutputTensor, inputs: Inputs, offset: int, file: int) -> Job:
+    source_type, target_type = tensor_type(tensor.source_type), tensor_type(tensor.type)
     row = tensor.shape[-1] if tensor.shape else 1
     if len(tensor.shape) == 1 and isinstance(tensor.expression, Take):
-        if tensor_type(tensor.source_type).block != 1 or tensor_type(tensor.type).block != 1:
+        if source_type.block != 1 or target_type.block != 1:
             raise Unsupported("a vector of blocks cannot be cut", object=tensor.name, found=tensor.source_type)
         row = 1  # runs are whole rows
     rows = math.prod(tensor.shape) // row
     lowered = lower(tensor, inputs)
-    found, expected = sum(nbytes for _, _, nbytes in lowered.runs), rows * row_bytes(tensor.source_type, row)
-    if lowered.whole and found != expected:
+    found, expected = sum(run.nbytes for run in lowered.runs), rows * row_bytes(tensor.source_type, row)
+    if lowered.merge is None and found != expected:
         raise BadPlan(
             "an expression of another size than its shape",
             object=tensor.name,
             found=f"{found} bytes",
             expected=f"{expected}",
         )
-    import numpy as np
-
     return Job(
         tensor.name,
-        source_type=tensor_type(tensor.source_type).id,
-        target_type=tensor_type(tensor.type).id,
+        source_type=source_type.id,
+        target_type=target_type.id,
         row_elements=row,
         rows=rows,
         target_offset=offset,
-        runs=np.array(lowered.runs, dtype=np.uint64).reshape(-1, 3),
+        runs=lowered.runs,
+        importance_rows=_importance(tensor, inputs, lowered.orders),
+        remap=lowered.remap,
+        merge=lowered.merge,
         file=file,
         best=tensor.best,
-        **lowered.options,
-        **_importance(tensor, inputs),
     )
 
 
@@ -137,15 +140,14 @@ def lower(tensor: OutputTensor, inputs: Inputs) -> _Lowered:
 
 def _whole(expression: Copy | Stack, _: OutputTensor, inputs: Inputs) -> _Lowered:
     refs = (inputs.model.tensors[name] for name in expression.refs)
-    return _Lowered([(ref.source, ref.offset, ref.nbytes) for ref in refs])
+    return _Lowered([Run(ref.source, ref.offset, ref.nbytes) for ref in refs])
 
 
 def _take(expression: Take, tensor: OutputTensor, inputs: Inputs) -> _Lowered:
     ref = inputs.model.tensors[expression.ref]
     runs = _slices(expression.indices, tensor, ref.shape, ref.nbytes, ref.source, ref.offset)
     if pads := expression.indices.count(None):  # they come last
-        fill = int.from_bytes(struct.pack("<f", expression.fill), "little")
-        runs.append((FILL, fill, pads * (ref.nbytes // ref.shape[0])))
+        runs.append(Run.fill(expression.fill, pads * (ref.nbytes // ref.shape[0])))
     return _Lowered(runs)
 
 
@@ -158,8 +160,8 @@ def _repaired(expression: Repaired, tensor: OutputTensor, inputs: Inputs) -> _Lo
 def _remap(expression: Remap, tensor: OutputTensor, inputs: Inputs) -> _Lowered:
     ref = inputs.model.tensors[expression.ref]
     table = tuple(-1 if i is None else i for i in expression.table)
-    remap = (table, expression.substitutes, tensor.shape[-1] if tensor.shape else 1)
-    return _Lowered([(ref.source, ref.offset, ref.nbytes)], {"remap": remap})
+    remap = RemappedIds(table, expression.substitutes, tensor.shape[-1] if tensor.shape else 1)
+    return _Lowered([Run(ref.source, ref.offset, ref.nbytes)], remap=remap)
 
 
 def _merge(expression: Merge, tensor: OutputTensor, inputs: Inputs) -> _Lowered:
@@ -167,25 +169,26 @@ def _merge(expression: Merge, tensor: OutputTensor, inputs: Inputs) -> _Lowered:
     import numpy as np
 
     ref = inputs.model.tensors[expression.ref]
-    orders: list[NDArray[np.uint32]] = []
-    groups = []
+    every: list[NDArray[np.uint32]] = []
+    groups: list[list[Member]] = []
+    orders: Orders = []
     for group in expression.groups:
-        parts = []
-        for member, weight, order in zip(group.members, group.weights, group.orders, strict=True):
-            place = AS_IS
+        members, places = [], {}
+        for slice_, weight, order in zip(group.members, group.weights, group.orders, strict=True):
+            place = None
             if order and expression.axis != "none":
-                place = len(orders)
+                place = len(every)
                 neurons = np.frombuffer(order, "<u2").astype(np.uint32)
-                orders.append(
-                    np.concatenate([neurons, neurons + len(neurons)]) if "half" in expression.axis else neurons
-                )
-            parts.append((member, place, weight))
-        groups.append(parts)
-    merge = (math.prod(tensor.shape[1:-1]), expression.axis.endswith("columns"), orders, groups)
-    options: dict[str, Any] = {"merge": merge}
-    if tensor.importance is not None:
-        options["importance_parts"] = _importance_parts(expression, tensor, inputs, groups)
-    return _Lowered([(ref.source, ref.offset, ref.nbytes)], options, whole=False)
+                if "half" in expression.axis:
+                    neurons = np.concatenate([neurons, neurons + len(neurons)])
+                every.append(neurons)
+            members.append(Member(slice_, weight, place))
+            places[slice_] = place
+        groups.append(members)
+        orders.append(places)
+    rows = math.prod(tensor.shape[1:-1])
+    merge = MergedSlices(rows, groups, orders=every, columns=expression.axis.endswith("columns"))
+    return _Lowered([Run(ref.source, ref.offset, ref.nbytes)], merge=merge, orders=orders)
 
 
 LOWERINGS: Mapping[type, Callable[[Any, OutputTensor, Inputs], _Lowered]] = {
@@ -206,41 +209,36 @@ def _slices(
     if not real or not shape or min(real) < 0 or max(real) >= shape[0]:
         raise BadPlan("slices out of range", object=tensor.name, expected=f"within {list(shape)}")
     step = nbytes // shape[0]
-    return [(source, offset + first * step, n * step) for first, n in merge_adjacent(real)]
+    return [Run(source, offset + first * step, n * step) for first, n in merge_adjacent(real)]
 
 
 # --- importance -------------------------------------------------------------------------------------------------------
 
 
-def _importance(tensor: OutputTensor, inputs: Inputs) -> dict[str, Any]:
-    """A job's importance. The rows stay in the importance matrix, which is one of the sources."""
+def _importance(tensor: OutputTensor, inputs: Inputs, orders: Orders) -> list[ImportanceRow]:
+    """A job's importance. The rows stay in the importance matrix, which is one of the sources. That of a merged expert
+    is the sum of its members' rows, which belong to the columns of the tensor and come in their order."""
     if tensor.importance is None:
-        return {}
-    import numpy as np
-
+        return []
     imatrix, source = inputs.imatrix, inputs.imatrix_source
     assert imatrix is not None
     row, entry = tensor.shape[-1], imatrix.entries.get(tensor.importance.ref)
-    held: dict[Substitute, int] = {}  # the row of `inline` that stands for it
-    inline: list[NDArray[np.float32]] = []
-    rows, divisors = [], []
-    for number in tensor.importance.rows:
+    ordered = isinstance(tensor.expression, Merge) and tensor.expression.axis == "columns"
+    held: dict[Substitute, ImportanceRow] = {}
+    rows = []
+    for i, number in enumerate(tensor.importance.rows):
         if isinstance(number, Substitute):
             if number not in held:
-                held[number] = len(inline)
-                inline.append(_substitute(number, imatrix, entry, row))
-            rows.append((IN_MEMORY, held[number]))
-            divisors.append(1.0)
+                held[number] = ImportanceRow.held(_substitute(number, imatrix, entry, row))
+            rows.append(held[number])
             continue
         assert entry is not None  # without one all rows are ones
-        members = number if isinstance(number, tuple) else (number,)
-        rows.append((source, entry.offset + members[0] * row * 4))
-        divisors.append(sum(entry.divisor(member, row) for member in members))
-    return {
-        "importance": np.array(inline, np.float32).reshape(-1, row),
-        "importance_rows": np.array(rows, np.uint64),
-        "importance_divisors": np.array(divisors, np.float32),
-    }
+        if isinstance(number, tuple):  # of a merged expert
+            parts = [(entry.offset + n * row * 4, orders[i][n] if ordered else None) for n in number]
+            rows.append(ImportanceRow.sum(source, parts, divisor=sum(entry.divisor(n, row) for n in number)))
+        else:
+            rows.append(ImportanceRow(source, entry.offset + number * row * 4, divisor=entry.divisor(number, row)))
+    return rows
 
 
 def _substitute(which: Substitute, imatrix: Imatrix, entry: Entry | None, row: int) -> NDArray[np.float32]:
@@ -250,17 +248,3 @@ def _substitute(which: Substitute, imatrix: Imatrix, entry: Entry | None, row: i
         return imatrix.mean_row(entry.name, row)
     assert which is ONES
     return np.ones(row, np.float32)
-
-
-def _importance_parts(
-    expression: Merge, tensor: OutputTensor, inputs: Inputs, groups: list[list[tuple[int, int, float]]]
-) -> list[list[tuple[int, int]]]:
-    """The sums that are added for each importance row of a merged tensor: those of all members of its group. They belong
-    to the columns of the tensor and come in their order."""
-    assert tensor.importance is not None and inputs.imatrix is not None
-    row, entry, parts = tensor.shape[-1], inputs.imatrix.entries.get(tensor.importance.ref), []
-    for group, number in zip(groups, tensor.importance.rows, strict=False):
-        order = {member: place if expression.axis == "columns" else AS_IS for member, place, _ in group}
-        several = number if isinstance(number, tuple) and entry is not None else ()
-        parts.append([(entry.offset + member * row * 4, order[member]) for member in several] if entry else [])
-    return parts

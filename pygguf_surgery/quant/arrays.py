@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from .._core import dequantize as decode
 from .._core import quantize as encode
-from .._core import type_id
 from ..base.errors import BadPlan, Unsupported
 from ..base.units import parse_threads
-from .types import TYPES, TensorType, type_of_id
+from .types import TensorType, type_of_id, type_of_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,7 +99,7 @@ def _facts(type: Any) -> TensorType:
         return type_of_id(int(type))
     if not isinstance(type, str):
         raise BadPlan("a type is a name", object=repr(type))
-    return TYPES[type] if type in TYPES else type_of_id(type_id(type))
+    return type_of_name(type)
 
 
 def _importance(imatrix: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
 
+from .._core import TypeFacts as TensorType
 from .._core import types as core_types
 from ..base.errors import Unsupported
+from ..base.words import nearest_names
 
-
-class TensorType(NamedTuple):
-    """A ggml type. block: elements of a block; block_bytes: its bytes. quantized: blocks share scales. encodes, decodes:
-    whether ggml has an encoder and a decoder. needs_importance: the encoder cannot do without; uses_importance: it makes
-    a difference. has_best: there is an encoder with less error than ggml's, which uses importance."""
-
-    id: int
-    name: str
-    block: int
-    block_bytes: int
-    quantized: bool
-    encodes: bool
-    decodes: bool
-    needs_importance: bool
-    uses_importance: bool
-    has_best: bool
-
-
-TYPES: Mapping[str, TensorType] = MappingProxyType({facts["name"]: TensorType(**facts) for facts in core_types()})
+TYPES: Mapping[str, TensorType] = MappingProxyType({facts.name: facts for facts in core_types()})
 _BY_ID = {facts.id: facts for facts in TYPES.values()}
 
 
 def tensor_type(name: str) -> TensorType:
     """The facts of a type, by the name that ggml writes: "Q4_K". KeyError for another."""
     return TYPES[name]
+
+
+def type_of_name(name: str) -> TensorType:
+    """The facts of a type, by its name in any case. Unsupported, with the nearest names, for one that ggml does not have."""
+    facts = TYPES.get(name) or TYPES.get(name.upper())
+    if facts is None:
+        raise Unsupported("unknown tensor type", found=name, hint=nearest_names(name.upper(), TYPES))
+    return facts
 
 
 def type_of_id(number: int) -> TensorType:

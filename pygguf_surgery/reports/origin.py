@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .._core import FILL
+from .._core import Run
 from .._core import dequantize as decode
 from ..architecture.experts import expert_rule, pad_value
 from ..architecture.names import layer_of, local_name
@@ -39,15 +38,15 @@ class Origin:
 
     model: Model
     tensor: Tensor
-    runs: list[tuple[int, int, int]]  # source file, offset, bytes
+    runs: list[Run]
     slices: Slices | None = None  # old ids of the slices along the slowest axis; None: all of them
     starts: list[int] = field(default_factory=list)  # where each run begins in the whole
     nbytes: int = 0
 
     def __post_init__(self) -> None:
-        for _, _, size in self.runs:
+        for run in self.runs:
             self.starts.append(self.nbytes)
-            self.nbytes += size
+            self.nbytes += run.nbytes
 
     def read(self, begin: int, nbytes: int) -> NDArray[np.uint8]:
         """uint8 [nbytes] from byte `begin` of the whole."""
@@ -55,21 +54,21 @@ class Origin:
         done = 0
         k = bisect_right(self.starts, begin) - 1
         while done < nbytes:
-            file, offset, size = self.runs[k]
+            run = self.runs[k]
             skip = begin + done - self.starts[k]
-            n = min(size - skip, nbytes - done)
-            if file == FILL:
-                pattern = np.frombuffer(offset.to_bytes(4, "little"), np.uint8)
+            n = min(run.nbytes - skip, nbytes - done)
+            if run.source is None:
+                pattern = np.array([run.value], "<f4").view(np.uint8)
                 out[done : done + n] = np.resize(np.roll(pattern, -(skip % 4)), n)
             else:
-                out[done : done + n] = self.model.sources[file].read(offset + skip, n)
+                out[done : done + n] = self.model.sources[run.source].read(run.offset + skip, n)
             done += n
             k += 1
         return out
 
 
 def whole(model: Model, tensor: Tensor) -> Origin:
-    return Origin(model, tensor, [(tensor.source, tensor.offset, tensor.nbytes)] if tensor.nbytes else [])
+    return Origin(model, tensor, [Run(tensor.source, tensor.offset, tensor.nbytes)] if tensor.nbytes else [])
 
 
 def origin_of(result: Tensor, source: Model, kept: Kept, layers: Layers = None) -> Origin | str:
@@ -89,10 +88,10 @@ def origin_of(result: Tensor, source: Model, kept: Kept, layers: Layers = None) 
     if len(slices) != result.shape[0] or not all(0 <= i < tensor.shape[0] for i in real):
         return f"{len(slices)} kept experts do not give its shape {result.shape} from {tensor.shape}"
     size = tensor.nbytes // tensor.shape[0]
-    runs = [(tensor.source, tensor.offset + first * size, n * size) for first, n in merge_adjacent(real)]
+    runs = [Run(tensor.source, tensor.offset + first * size, n * size) for first, n in merge_adjacent(real)]
     if len(real) < len(slices):
-        value = struct.pack("<f", pad_value(source.architecture, result.name))
-        runs.append((FILL, int.from_bytes(value, "little"), (len(slices) - len(real)) * size))
+        value = pad_value(source.architecture, result.name)
+        runs.append(Run.fill(value, (len(slices) - len(real)) * size))
     return Origin(source, tensor, runs, slices)
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .._core import Value, type_id
+from .._core import Value
 from .._core import quantize as encode
 from ..architecture.experts import GATE_IN_INPUT, most_used
 from ..base.errors import BadFile, BadPlan
@@ -21,6 +21,7 @@ from ..base.units import MEMORY_MOST, human, parse_size
 from ..files.gguf import write_gguf
 from ..files.outputs import check_output
 from ..files.repair import FORMAT, PREFIX
+from ..quant.types import tensor_type
 from ..llama.taps import Taps, moe_layout
 from ..llama.texts import TextLike, Windows, check_windows, read_texts, windows_of
 from ..plan_data.choices import Keep
@@ -355,7 +356,7 @@ class _Work:
         old = self.down(layer).dequantize(experts=list(self.kept[layer]))
         new, self.errors[layer] = fit(old, samples, self.held_back)
         for expert in new:
-            yield encode(np.ascontiguousarray(expert), type_id(type), None, 1, False)
+            yield encode(np.ascontiguousarray(expert), tensor_type(type).id, None, 1, False)
 
     def write(self, path: str, keep: Any, parse_special: bool, overwrite: bool) -> None:
         import numpy as np

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .._core import Job, reduce_rows, type_id
+from .._core import Job, Run, reduce_rows
 from ..architecture.experts import Layout
 from ..base.errors import BadFile
 from ..base.units import parse_memory, parse_threads
+from ..quant.types import tensor_type
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,11 +50,11 @@ class Reduce:
         job = Job(
             first.name,
             source_type=first.type_id,
-            target_type=type_id("F32"),
+            target_type=tensor_type("F32").id,
             row_elements=first.ne[0],
             rows=rows * len(tensors),
             target_offset=0,
-            runs=np.array([[t.source, t.offset, t.nbytes] for t in tensors], np.uint64),
+            runs=[Run(t.source, t.offset, t.nbytes) for t in tensors],
         )
         base = self.done
         poll = None if self.progress is None else lambda done, _: self.progress(base + done, self.total)

@@ -66,11 +66,11 @@ def test_quantized_padding_decodes_to_zero(tmp_path):
         assert (tensor.dequantize(experts=range(5)) != 0).any()
 
 
-@pytest.mark.parametrize("type", [f["name"] for f in _core.types() if f["decodes"]])
+@pytest.mark.parametrize("type", [f.name for f in _core.types() if f.decodes])
 def test_zero_bytes_are_zeros_in_every_type(type):
     """What the padding of a tensor that is not encoded is made of."""
-    facts = next(f for f in _core.types() if f["name"] == type)
-    assert (pgs.dequantize(np.zeros((1, facts["block_bytes"]), np.uint8), type) == 0).all()
+    facts = next(f for f in _core.types() if f.name == type)
+    assert (pgs.dequantize(np.zeros((1, facts.block_bytes), np.uint8), type) == 0).all()
 
 
 def test_a_second_cut_of_a_padded_model(tmp_path):

@@ -131,7 +131,7 @@ def test_real_files_are_canonical(name, tmp_path):
     header = read_header(source, strict=True)
     kinds = {t.name: t.type for t in header.tensors}
     from pygguf_surgery._core import types
-    names = {fact["id"]: fact["name"] for fact in types()}
+    names = {fact.id: fact.name for fact in types()}
     tensors = {t.name: (source.read(header.data_offset + t.offset, t.nbytes), names[kinds[t.name]], t.ne[::-1])
                for t in header.tensors}
     write_gguf(tmp_path / "again.gguf", dict(header.metadata), tensors, alignment=header.alignment)

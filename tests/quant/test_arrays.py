@@ -99,7 +99,7 @@ def test_unfit_importance(value):
         pgs.quantize(noise(2, 256), "Q4_K", np.full(256, value, np.float32))
 
 
-@pytest.mark.parametrize("name", [t["name"] for t in _core.types() if t["needs_importance"]])
+@pytest.mark.parametrize("name", [t.name for t in _core.types() if t.needs_importance])
 def test_types_that_need_importance(name):
     with pytest.raises(BadPlan) as e:
         pgs.quantize(noise(1, 256), name)

@@ -13,7 +13,7 @@ from pygguf_surgery.recipes import mixes
 from pygguf_surgery.recipes.overrides import parse_overrides
 from support.drafts import apply_edit
 
-TYPES = {t["name"]: t for t in _core.types()}
+TYPES = {t.name: t for t in _core.types()}
 
 
 def tensor(name, *shape, type="F16"):
@@ -39,7 +39,7 @@ def test_file_type_numbers_are_those_of_gguf_py():
                 break
         else:
             assert name in ("Q1_0", "Q2_0", "Q3_K")  # newer than gguf-py, and an alias of Q3_K_M
-        assert TYPES[type]["encodes"]
+        assert TYPES[type].encodes
     assert mixes.FILE_TYPES["Q3_K"] == mixes.FILE_TYPES["Q3_K_M"]
 
 
@@ -121,7 +121,7 @@ def test_copy_copies_everything():
     assert out.tensors == tensors and out.metadata == {"general.file_type": Value(1, "u32")}
 
 
-@pytest.mark.parametrize("type", [n for n, t in TYPES.items() if t["encodes"] and not t["needs_importance"]
+@pytest.mark.parametrize("type", [n for n, t in TYPES.items() if t.encodes and not t.needs_importance
                                   and n not in mixes.WANT_IMPORTANCE])
 def test_pure_gives_every_tensor_the_plain_type(type):
     tensors = [tensor("token_embd.weight", 4, 256), tensor("output.weight", 4, 256), tensor("output_norm.weight", 256),
@@ -270,7 +270,7 @@ def test_every_file_type_serves_every_category():
     for file_type, (_, default) in (mixes.FILE_TYPES | mixes.OUR_FILE_TYPES).items():
         types = chosen(file_type, names)
         assert types[-1] == ("Q8_0" if file_type.endswith("_MOE") else default)
-        assert all(TYPES[type]["encodes"] for type in types)
+        assert all(TYPES[type].encodes for type in types)
 
 
 def test_q4_k_m_gives_more_bits_to_some_layers():
@@ -383,7 +383,7 @@ FALLBACK_TABLE = {  # the type: for a row of 96 (no multiple of 64 or 256), and 
 }
 
 
-@pytest.mark.parametrize("type", [n for n, t in TYPES.items() if t["encodes"]])
+@pytest.mark.parametrize("type", [n for n, t in TYPES.items() if t.encodes])
 def test_fallback_table(type):
     assert (mixes.fallback(type, 96), mixes.fallback(type, 48)) == FALLBACK_TABLE[type]
     assert mixes.fallback(type, 256) == type
@@ -427,7 +427,7 @@ def test_types_that_need_an_importance_matrix(type):
     assert out.blockers[0].object == "blk.0.attn_q.weight"
     # llama-quantize exempts the output, which ggml itself can only make of some of these types
     alone = quantize(tensors[1:], type, pure=True)
-    assert bool(alone.blockers) == TYPES[type]["needs_importance"]
+    assert bool(alone.blockers) == TYPES[type].needs_importance
 
 
 # --- overrides ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 
 import pygguf_surgery as pgs
 from pygguf_surgery import _core
+from pygguf_surgery.quant.types import tensor_type
 
 MIB = 1 << 20
 RUN = """if True:
@@ -35,8 +36,8 @@ def large(tmp_path_factory):
     path = tmp_path_factory.mktemp("memory") / "large.gguf"
     keys = {"general.architecture": ("qwen3moe", "str"), "qwen3moe.block_count": (1, "u32"),
             "qwen3moe.expert_count": (16, "u32"), "qwen3moe.expert_used_count": (2, "u32")}
-    half = _core.type_id("F16")
-    infos = [_core.TensorInfo("blk.0.ffn_gate_inp.weight", (2048, 16), _core.type_id("F32"))]
+    half = tensor_type("F16").id
+    infos = [_core.TensorInfo("blk.0.ffn_gate_inp.weight", (2048, 16), tensor_type("F32").id)]
     infos += [_core.TensorInfo(f"blk.0.ffn_{part}_exps.weight", ne, half)
               for part, ne in (("gate", (2048, 2730, 16)), ("up", (2048, 2730, 16)), ("down", (2720, 2048, 16)))]
     header, _, size = _core.encode_header([(k, pgs.Value(*v)) for k, v in keys.items()], infos, 32)

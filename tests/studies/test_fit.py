@@ -227,7 +227,7 @@ def test_types_that_need_importance_only_where_there_is_some(model, imatrix):
     without = fitted(Plan(model).quantize("IQ3_M"), size=limits(Plan(model).quantize("IQ3_M"))[0])
     exempt = {"token_embd.weight", "output.weight"}  # as for llama-quantize, if ggml can
     assert {c.name for c in without.choices if c.type in needs} <= exempt
-    assert not {c.type for c in without.choices} & {t["name"] for t in _core.types() if t["needs_importance"]}
+    assert not {c.type for c in without.choices} & {t.name for t in _core.types() if t.needs_importance}
     plan = Plan(model).quantize("IQ3_M", imatrix=imatrix)
     smallest = {c.name: c.type for c in fitted(plan, size=limits(plan)[0]).choices}
     assert smallest["blk.0.ffn_up_exps.weight"] == "IQ1_M"

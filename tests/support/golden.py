@@ -43,7 +43,7 @@ def kinds(name, kernels=None):
 
 
 def encoded(name, weighted, kind):
-    x, importance = rows(kind, TYPES[name]["block"])
+    x, importance = rows(kind, TYPES[name].block)
     return encode(name, x, importance if weighted else None)
 
 
@@ -66,7 +66,7 @@ def of_encoder(name, weighted, kernels=None):
 
 
 def of_decoder(name):
-    return {f"{name} decode": sha256(_core.dequantize(to_decode(name), TYPES[name]["id"], 1).tobytes())}
+    return {f"{name} decode": sha256(_core.dequantize(to_decode(name), TYPES[name].id, 1).tobytes())}
 
 
 @cache

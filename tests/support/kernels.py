@@ -7,8 +7,8 @@ import pytest
 from pygguf_surgery import _core
 from pygguf_surgery.base import errors
 
-TYPES = {t["name"]: t for t in _core.types()}
-ENCODED = [name for name, t in TYPES.items() if t["encodes"] and name != "F32"]
+TYPES = {t.name: t for t in _core.types()}
+ENCODED = [name for name, t in TYPES.items() if t.encodes and name != "F32"]
 DECODED = ["F16", "BF16", "Q8_0", "Q4_K", "Q6_K", "MXFP4"]
 
 
@@ -33,7 +33,7 @@ def with_kernels(name, work):
 
 # (type, with importance) of everything that ggml encodes
 CASES = [(name, weighted) for name in ENCODED for weighted in (False, True)
-         if (TYPES[name]["uses_importance"] if weighted else not TYPES[name]["needs_importance"])]
+         if (TYPES[name].uses_importance if weighted else not TYPES[name].needs_importance)]
 # Below this the inverse of a scale is infinite, and what these types then do, a cast of NaN or infinity to an integer, is
 # undefined in C: compilers differ. The kernels do as gcc's code does on x86.
 LEAST = np.float32(2.0**-100)
@@ -49,7 +49,7 @@ def defined(name, x):
 
 
 def encode(name, x, importance=None, best=False):
-    return _core.quantize(x, TYPES[name]["id"], importance, 1, best)
+    return _core.quantize(x, TYPES[name].id, importance, 1, best)
 
 
 def outcome(work):

@@ -18,7 +18,7 @@ def content(tag, i):
 
 
 def write_set(folder, names, tag, **how):
-    jobs, outputs, kind = [], [], _core.type_id("I8")
+    jobs, outputs, kind = [], [], next(t.id for t in _core.types() if t.name == "I8")
     for i, name in enumerate(names):
         data = content(tag, i)
         jobs.append(_core.Job(f"t{i}", source_type=kind, target_type=kind, row_elements=len(data) - 5, rows=1,

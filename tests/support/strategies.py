@@ -50,12 +50,12 @@ def tensor_infos(draw):
                           .filter(lambda n: len(n.encode()) <= 63), unique=True, max_size=8))
     infos = []
     for name in names:
-        fact = draw(st.sampled_from(sorted(types(), key=lambda f: f["id"])))
+        fact = draw(st.sampled_from(sorted(types(), key=lambda f: f.id)))
         ne = draw(st.lists(st.integers(0, 5), max_size=4))
-        if fact["block"] > 1:
+        if fact.block > 1:
             ne = [*ne, 1] if not ne else ne
-            ne[0] *= fact["block"]
-        infos.append(TensorInfo(name, ne, fact["id"]))
+            ne[0] *= fact.block
+        infos.append(TensorInfo(name, ne, fact.id))
     return infos
 
 

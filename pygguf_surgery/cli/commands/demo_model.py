@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..._core import Value, type_id
+from ..._core import Value
 from ..._core import quantize as encode
 from ...files.gguf import write_gguf
+from ...quant.types import tensor_type
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,7 +98,7 @@ def _data(seed: int, number: int, dims: tuple[int, ...], kind: str):
         if kind == "router":
             x *= random.lognormal(0, 0.6, (dims[0], 1)).astype(np.float32)
         if kind == "matrix":
-            return encode(x.reshape(-1, dims[-1]), type_id("BF16"), None, 0)
+            return encode(x.reshape(-1, dims[-1]), tensor_type("BF16").id, None, 0)
         return x.view(np.uint8)
 
     return make

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import pygguf_surgery
 from pygguf_surgery import BadPlan, SourceChanged, _core
 
-ID = {t["name"]: t["id"] for t in _core.types()}
+ID = {t.name: t.id for t in _core.types()}
 HOW = {"memory": 64 << 20, "threads": 2, "io": "auto"}
 
 
@@ -29,9 +29,13 @@ def source_of(path, data):
     return _core.Source(str(path))
 
 
-def job(source="F32", target="F32", *, row, rows, runs=None, at=0, name="t", **more):
+def job(source="F32", target="F32", *, row, rows, runs=(), at=0, name="t", **more):
     return _core.Job(name, source_type=ID[source], target_type=ID[target], row_elements=row, rows=rows, target_offset=at,
-                     runs=None if runs is None else np.array(runs, np.uint64), **more)
+                     runs=[_core.Run(*run) for run in runs], **more)
+
+
+def held(rows, divisor=1):
+    return [_core.ImportanceRow.held(row, divisor=divisor) for row in rows]
 
 
 def run(sources, path, jobs, nbytes, *, header=b"", progress=None, **how):
@@ -150,14 +154,12 @@ def test_each_group_of_rows_has_its_own_importance(folder, groups):
     x = np.random.default_rng(0).standard_normal((15, 11 * 256), np.float32)
     weights = np.random.default_rng(1).random((groups, x.shape[1]), np.float32) + np.float32(0.01)
     source = source_of(folder / "in", x.tobytes())
-    encoded = job("F32", "Q4_K", row=x.shape[1], rows=15, runs=[[0, 0, x.nbytes]], importance=weights)
+    encoded = job("F32", "Q4_K", row=x.shape[1], rows=15, runs=[[0, 0, x.nbytes]], importance_rows=held(weights))
     run([source], str(folder / "out"), [encoded], encoded.target_bytes, threads=3)
     assert (folder / "out").read_bytes() == _core.quantize(x, ID["Q4_K"], weights, 1).tobytes()
 
 
 # --- importance rows from a file --------------------------------------------------------------------------------------
-
-IN_MEMORY = _core.IN_MEMORY
 
 
 @given(st.data())
@@ -169,17 +171,19 @@ def test_importance_rows_of_a_file_are_divided_and_used(folder, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     x = rng.standard_normal((groups * per_group, row), np.float32)
     sums = (rng.random((data.draw(st.integers(1, 4)), row), np.float32) * np.float32(1000) + np.float32(0.01))
-    held = rng.random((data.draw(st.integers(0, 2)), row), np.float32) + np.float32(0.01)
+    inline = rng.random((data.draw(st.integers(0, 2)), row), np.float32) + np.float32(0.01)
     start = data.draw(st.integers(0, 5000))  # of the sums in their file
     rows, expected = [], []
     divisors = data.draw(st.lists(st.sampled_from([1, 3, 7, 512, 1e-3, 16777216]), min_size=groups, max_size=groups))
     for divisor in np.array(divisors, np.float32):
-        in_memory = len(held) and data.draw(st.booleans())
-        n = data.draw(st.integers(0, len(held if in_memory else sums) - 1))
-        rows.append((IN_MEMORY, n) if in_memory else (1, start + n * row * 4))
-        expected.append((held if in_memory else sums)[n] / divisor)
-    encoded = job("F32", kind, row=row, rows=len(x), runs=[[0, 0, x.nbytes]], importance=held,
-                  importance_rows=np.array(rows, np.uint64), importance_divisors=np.array(divisors, np.float32))
+        in_memory = len(inline) and data.draw(st.booleans())
+        n = data.draw(st.integers(0, len(inline if in_memory else sums) - 1))
+        if in_memory:
+            rows.append(_core.ImportanceRow.held(inline[n], divisor=divisor))
+        else:
+            rows.append(_core.ImportanceRow(1, start + n * row * 4, divisor=divisor))
+        expected.append((inline if in_memory else sums)[n] / divisor)
+    encoded = job("F32", kind, row=row, rows=len(x), runs=[[0, 0, x.nbytes]], importance_rows=rows)
     sources = [source_of(folder / "in", x.tobytes()),
                source_of(folder / "imatrix", bytes(start) + sums.tobytes() + b"more")]
     run(sources, str(folder / "out"), [encoded], encoded.target_bytes, threads=data.draw(st.integers(1, 3)),
@@ -201,9 +205,9 @@ def test_importance_rows_of_experts_in_many_tiles(folder, monkeypatch, kernels, 
     sources = [source_of(folder / "in", x.tobytes()), source_of(folder / "imatrix", sums.tobytes())]
     jobs, at = [], 0
     for i in (0, 1):
-        where = [(1, (i * experts + e) * row * 4) for e in range(experts)]
+        where = [_core.ImportanceRow(1, (i * experts + e) * row * 4, divisor=counts[i, e]) for e in range(experts)]
         jobs.append(job("F32", "Q4_K", row=row, rows=len(x), runs=[[0, 0, x.nbytes]], at=at, name=str(i),
-                        importance_rows=np.array(where, np.uint64), importance_divisors=counts[i]))
+                        importance_rows=where))
         at += jobs[-1].target_bytes
     want = b"".join(_core.quantize(x, ID["Q4_K"], sums[i] / counts[i][:, None], 2).tobytes() for i in (0, 1))
     for threads in (1, 3):
@@ -217,47 +221,63 @@ def two_sources(folder):
     return [source_of(folder / "four", x.tobytes()), source_of(folder / "sums", np.ones((2, 256), np.float32).tobytes())]
 
 
-def weighted(rows, divisors=None, *, name="blk.0", target="Q4_K", **more):
+ROW, ONES = _core.ImportanceRow, np.ones(256, np.float32)
+
+
+def weighted(rows, *, name="blk.0", target="Q4_K", **more):
     more = {"runs": [[0, 0, 4096]]} | more
-    return job("F32", target, row=256, rows=4, name=name, importance_rows=np.array(rows, np.uint64),
-               importance_divisors=None if divisors is None else np.array(divisors, np.float32), **more)
+    return job("F32", target, row=256, rows=4, name=name, importance_rows=rows, **more)
 
 
-@pytest.mark.parametrize("rows, divisors, problem", [
-    ([(1, 1025)], None, "beyond its source"), ([(1, 2**64 - 4)], None, "beyond its source"),
-    ([(2, 0)], None, "no such source"), ([(2**63, 0)], None, "no such source"),
-    ([(IN_MEMORY, 1)], None, "in memory"), ([(IN_MEMORY, 2**64 - 1)], None, "in memory"),
-    ([(IN_MEMORY, 2**56)], None, "in memory"),
-    ([(1, 0)] * 3, None, "does not fit the rows"), ([(1, 0)] * 8, None, "does not fit the rows"),
-    ([(1, 0)] * 2, [1, 0], "divisor"), ([(1, 0)] * 2, [-1, 1], "divisor"), ([(1, 0)], [np.nan], "divisor"),
-    ([(1, 0)], [np.inf], "divisor"), ([(IN_MEMORY, 0)], [-0.0], "divisor"),
+@pytest.mark.parametrize("rows, problem", [
+    ([ROW(1, 1025)], "beyond its source"), ([ROW(1, 2**64 - 4)], "beyond its source"),
+    ([ROW(2, 0)], "no such source"), ([ROW(2**32 - 1, 0)], "no such source"),
+    ([ROW(1, 0)] * 3, "does not fit the rows"), ([ROW(1, 0)] * 8, "does not fit the rows"),
+    ([ROW(1, 0), ROW(1, 0, divisor=0)], "divisor"), ([ROW(1, 0, divisor=-1), ROW(1, 0)], "divisor"),
+    ([ROW(1, 0, divisor=np.nan)], "divisor"), ([ROW(1, 0, divisor=np.inf)], "divisor"),
+    ([ROW.held(ONES, divisor=-0.0)], "divisor"),
+    ([ROW.sum(1, [])], "no parts"), ([ROW.sum(1, [(0, None), (1025, None)])], "beyond its source"),
+    ([ROW.sum(1, [(0, 0)])], "no such order"), ([ROW.sum(1, [(0, None), (4, None)])], "without a merge"),
 ])
-def test_importance_rows_that_do_not_fit(folder, two_sources, rows, divisors, problem):
-    encoded = weighted(rows, divisors, importance=np.ones((1, 256), np.float32))
+def test_importance_rows_that_do_not_fit(folder, two_sources, rows, problem):
+    encoded = weighted(rows)
     with pytest.raises(BadPlan, match=f"blk.0: .*{problem}"):
         run(two_sources, str(folder / "none"), [encoded], encoded.target_bytes)
     assert not (folder / "none").exists()
 
 
-@pytest.mark.parametrize("more", [{"target": "F32"}, {"importance": np.ones((1, 256), np.float32), "target": "F32"}])
-def test_importance_of_what_is_only_copied(folder, two_sources, more):
+@pytest.mark.parametrize("row", [ROW(1, 0), ROW.held(ONES)])
+def test_importance_of_what_is_only_copied(folder, two_sources, row):
     with pytest.raises(BadPlan, match="not encoded"):
-        run(two_sources, str(folder / "none"), [weighted([(1, 0)], **more)], 4096)
+        run(two_sources, str(folder / "none"), [weighted([row], target="F32")], 4096)
 
 
 def test_misuse_of_importance_rows():
-    for rows in ([], [1, 2], [(1, 2, 3)], [[(1, 2)]]):
-        with pytest.raises(ValueError, match="importance_rows"):
+    for wrong in ((-1, 0), (2**32, 0), (0, -1), (0, 2**64), (0, 0.5), (None, 0)):
+        with pytest.raises(TypeError):
+            ROW(*wrong)
+    for rows in ([1], [(1, 0)], [None], np.zeros((1, 2), np.uint64)):
+        with pytest.raises(TypeError):
             weighted(rows)
-    for divisors in ([1, 2], [[1]], []):
-        with pytest.raises(ValueError, match="importance_divisors"):
-            weighted([(1, 0)], divisors)
-    with pytest.raises(ValueError, match="importance_divisors"):
-        job("F32", "Q4_K", row=256, rows=4, importance_divisors=np.ones(1, np.float32))
+    for length in (0, 255, 512):
+        with pytest.raises(BadPlan, match="^blk.0: importance does not fit the rows"):
+            weighted(held(np.ones((1, length), np.float32)))
     with pytest.raises(BadPlan, match="^blk.7: importance is negative in row 1, column 3"):
         values = np.ones((2, 256), np.float32)
         values[1, 3] = -1
-        weighted([(IN_MEMORY, 0)], importance=values, name="blk.7")
+        weighted(held(values), name="blk.7")
+
+
+def test_runs_of_a_value(folder):
+    """A run that repeats a value, beside one from a file, at any place in the pattern; None stands for no source."""
+    source = source_of(folder / "in", bytes(range(1, 11)))
+    fill = _core.Run.fill(-1e30, 7)
+    assert (fill.source, fill.nbytes, fill.value) == (None, 7, np.float32(-1e30))
+    assert (_core.Run(3, 5, 9).source, _core.Run(3, 5, 9).offset, _core.Run(3, 5, 9).nbytes) == (3, 5, 9)
+    copied = _core.Job("t", source_type=ID["I8"], target_type=ID["I8"], row_elements=17, rows=1, target_offset=0,
+                       runs=[_core.Run(0, 0, 10), fill])
+    run([source], str(folder / "out"), [copied], 17)
+    assert (folder / "out").read_bytes() == bytes(range(1, 11)) + np.full(2, -1e30, "<f4").tobytes()[:7]
 
 
 @pytest.mark.parametrize("value, divisor, problem", [
@@ -271,7 +291,7 @@ def test_importance_values_that_no_encoder_takes(folder, two_sources, value, div
     if value == 0:
         sums[3] = 0
     sources = [two_sources[0], source_of(folder / "bad", sums.tobytes())]
-    encoded = weighted([(1, 0), (1, 1024), (1, 3072), (1, 0)], [divisor] * 4)
+    encoded = weighted([ROW(1, at, divisor=divisor) for at in (0, 1024, 3072, 0)])
     for threads in (1, 3):
         with pytest.raises(BadPlan, match=f"^blk.0: {problem}"):
             run(sources, str(folder / "none"), [encoded], encoded.target_bytes, threads=threads)
@@ -281,7 +301,7 @@ def test_importance_values_that_no_encoder_takes(folder, two_sources, value, div
 def test_an_importance_file_that_changes_during_the_run(folder, two_sources):
     path = folder / "changing"
     sources = [two_sources[0], source_of(path, np.ones((1, 256), np.float32).tobytes())]
-    encoded = weighted([(1, 0)])
+    encoded = weighted([ROW(1, 0)])
     with pytest.raises(SourceChanged) as error:
         run(sources, str(folder / "none"), [encoded], encoded.target_bytes,
             progress=lambda *_: path.write_bytes(b"other"))
@@ -291,14 +311,15 @@ def test_an_importance_file_that_changes_during_the_run(folder, two_sources):
 def test_the_budget_counts_importance():
     row, how = 1 << 20, {"memory": 1 << 30, "threads": 1, "io": "auto"}
     plain = job("F32", "Q4_K", row=row, rows=4)
-    held = np.ones((2, row), np.float32)
-    read = job("F32", "Q4_K", row=row, rows=4, importance_rows=np.array([(0, 0)], np.uint64))
-    in_memory = job("F32", "Q4_K", row=row, rows=4, importance=held)
-    divided = job("F32", "Q4_K", row=row, rows=4, importance=held, importance_divisors=np.array([2, 2], np.float32))
-    before, *after = (_core.plan_budget([j], **how)["buffer_bytes"] for j in (plain, read, in_memory, divided))
-    assert [n - before for n in after] == [row * 4, held.nbytes, held.nbytes + row * 4]
+    values = np.ones((2, row), np.float32)
+    read = job("F32", "Q4_K", row=row, rows=4, importance_rows=[ROW(0, 0)])
+    in_memory = job("F32", "Q4_K", row=row, rows=4, importance_rows=held(values))
+    shared = job("F32", "Q4_K", row=row, rows=4, importance_rows=held(values[:1]) * 4)
+    divided = job("F32", "Q4_K", row=row, rows=4, importance_rows=held(values, 2))
+    before, *after = (_core.plan_budget([j], **how)["buffer_bytes"] for j in (plain, read, in_memory, shared, divided))
+    assert [n - before for n in after] == [row * 4, values.nbytes, row * 4, values.nbytes + row * 4]
     with pytest.raises(BadPlan, match="does not fit"):
-        _core.plan_budget([in_memory], memory=held.nbytes, threads=1, io="auto")
+        _core.plan_budget([in_memory], memory=values.nbytes, threads=1, io="auto")
 
 
 def test_the_error_is_the_first_in_the_data_not_in_time():
@@ -336,16 +357,17 @@ def test_a_cancel_while_ggml_makes_a_grid():
         from pygguf_surgery import _core
         x, w = np.ones((64, 256), np.float32), np.ones((1, 256), np.float32)
         x[:, ::3] = -2
+        iq1_m = next(t.id for t in _core.types() if t.name == "IQ1_M")
         cancel, made = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)), False
         try:
             cancel.start()
-            _core.quantize(x, _core.type_id("IQ1_M"), w, 3)
+            _core.quantize(x, iq1_m, w, 3)
             made = True
             while True:
                 time.sleep(0.01)
         except KeyboardInterrupt:
             print("too late" if made else "cancelled", flush=True)
-        sys.stdout.buffer.write(_core.quantize(x, _core.type_id("IQ1_M"), w, 2).tobytes())
+        sys.stdout.buffer.write(_core.quantize(x, iq1_m, w, 2).tobytes())
     """
     folder = str(Path(pygguf_surgery.__file__).parents[1])
     x = np.ones((64, 256), np.float32)

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 import pygguf_surgery
 from pygguf_surgery import BadPlan, OutOfSpace, SourceChanged, _core
+from pygguf_surgery.quant.types import tensor_type
 from support import set_child
 from support.set_child import HOW, NAMES, content, write_set
 
 PACKAGE = str(Path(pygguf_surgery.__file__).parents[1])  # of an installation, or of a checkout with the core in it
-I8, F32, Q8_0 = (_core.type_id(name) for name in ("I8", "F32", "Q8_0"))
+I8, F32, Q8_0 = (tensor_type(name).id for name in ("I8", "F32", "Q8_0"))
 
 
 def write(folder, tag="new", **how):
@@ -89,7 +90,7 @@ def test_the_bytes_are_those_of_single_runs(tmp_path, weights, data):
         at = ends[file] + data.draw(st.integers(0, 5000))
         at += -at % 8 if target == Q8_0 else 0
         make = dict(source_type=F32, target_type=target, row_elements=256, rows=rows, target_offset=at,
-                    runs=np.array([[0, first * 1024, rows * 1024]], np.uint64))
+                    runs=[_core.Run(0, first * 1024, rows * 1024)])
         jobs.append(_core.Job(f"t{i}", **make, file=file))
         alone[file].append(_core.Job(f"t{i}", **make))
         ends[file] = at + jobs[-1].target_bytes
@@ -255,7 +256,7 @@ def test_a_source_that_changes(old, tmp_path, weights):
     source = _core.Source(str(path))
     nbytes = path.stat().st_size
     job = _core.Job("t", source_type=F32, target_type=F32, row_elements=256, rows=400, target_offset=4, file=2,
-                    runs=np.array([[0, 0, nbytes]], np.uint64))
+                    runs=[_core.Run(0, 0, nbytes)])
     with pytest.raises(SourceChanged):
         _core.run([source], outputs_of(old, 4, 4, 4 + nbytes), [job],
                   **HOW | {"overwrite": True, "progress": lambda *_: os.truncate(path, nbytes + 1)})

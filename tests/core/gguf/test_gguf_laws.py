@@ -175,8 +175,8 @@ def test_tensor_shapes_and_offsets(path, ne, kind, offset):
     elements = 1
     for n in ne:  # Python's integers do not wrap
         elements *= n
-    fact = next(fact for fact in types() if fact["id"] == kind)
-    assert header.tensors[0].nbytes == elements // fact["block"] * fact["block_bytes"]
+    fact = next(fact for fact in types() if fact.id == kind)
+    assert header.tensors[0].nbytes == elements // fact.block * fact.block_bytes
 
 
 @given(st.lists(st.binary(max_size=140), max_size=8))

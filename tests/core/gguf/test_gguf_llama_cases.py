@@ -91,7 +91,7 @@ class Crafted:
             return [(I8, (0x7FFFFFFFFFFFFFC0, 1, 1, 1))] * 2
         if self.case == "TENSORS_NBYTES_PAD_WRAP":
             return [(F32, (4, 1073741823, 1073741825, 1))]
-        known = {fact["id"]: fact["block"] for fact in types()}
+        known = {fact.id: fact.block for fact in types()}
         configs = []
         for _ in range(100):
             kind = rng.choice(list(gguf.GGMLQuantizationType))
@@ -170,7 +170,7 @@ class Crafted:
                 dims = (4 * (2**31 - 1),) * n_dims
             elif self.case == "TENSORS_NBYTES_TOO_BIG":
                 dims = (int(1.01 * (2**64 // 8) ** (1 / n_dims)) + 1,) * n_dims
-            written_type = max(fact["id"] for fact in types()) + 1 if self.case == "TENSORS_BAD_TYPE" else kind
+            written_type = max(fact.id for fact in types()) + 1 if self.case == "TENSORS_BAD_TYPE" else kind
             written = info(name, dims, written_type, -1 if self.case == "TENSORS_BAD_OFFSET" else offset)
             if self.case == "TENSORS_BAD_N_DIMS":
                 at = len(string(name))

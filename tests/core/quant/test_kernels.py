@@ -15,7 +15,7 @@ from support import kernel_data
 from support.kernels import CASES, DECODED, SETS, TYPES, UNDEFINED, defined, encode, outcome, with_kernels
 from support.strategies import WEIGHTS, rows_of
 
-F16 = _core.type_id("F16")
+F16 = TYPES["F16"].id
 
 
 def assert_all_sets_equal(work):
@@ -57,7 +57,7 @@ def test_a_set_of_another_machine_is_an_error(monkeypatch):
 @pytest.mark.parametrize("kind", ["ordinary", "strange", "huge", "tiny"])
 def test_bytes_of_rows(name, weighted, kind):
     """Rows of one block, of several, of an odd number; fewer blocks than lanes, and more."""
-    block = TYPES[name]["block"]
+    block = TYPES[name].block
     for seed, (rows, blocks) in enumerate([(1, 1), (3, 1), (37, 1), (5, 3), (2, 8)]):
         k = block * blocks
         x = defined(name, getattr(kernel_data, kind)(rows, k, seed))
@@ -69,7 +69,7 @@ def test_bytes_of_rows(name, weighted, kind):
 @given(st.data())
 @settings(max_examples=20)
 def test_bytes_of_any_block(name, weighted, data):
-    x = defined(name, data.draw(rows_of(TYPES[name]["block"])))
+    x = defined(name, data.draw(rows_of(TYPES[name].block)))
     importance = None
     if weighted:
         few = data.draw(st.lists(WEIGHTS, min_size=1, max_size=6).filter(any))
@@ -89,9 +89,9 @@ def test_bytes_where_ggml_is_undefined_are_those_of_gcc_on_x86(name, kernels):
 @pytest.mark.parametrize("name", DECODED)
 @given(st.data())
 def test_numbers_of_any_bytes(name, data):
-    size = TYPES[name]["block_bytes"]
+    size = TYPES[name].block_bytes
     blocks = data.draw(hnp.arrays(np.uint8, (data.draw(st.integers(1, 3)), size * data.draw(st.integers(1, 20)))))
-    decoded = [with_kernels(s, lambda: _core.dequantize(blocks, TYPES[name]["id"], 1)) for s in ("ggml", *SETS)]
+    decoded = [with_kernels(s, lambda: _core.dequantize(blocks, TYPES[name].id, 1)) for s in ("ggml", *SETS)]
     for found in decoded[1:]:
         assert np.array_equal(found.view(np.uint32), decoded[0].view(np.uint32)) or (
             np.array_equal(found, decoded[0], equal_nan=True) and np.isnan(found).any())
@@ -135,7 +135,7 @@ def test_bytes_of_a_hundred_million_weights(name, weighted):
         weights = kernel_data.importance(MANY[1], seed, seed % 3)[None] if weighted else None
 
         def work():
-            return _core.quantize(x, TYPES[name]["id"], weights, threads)
+            return _core.quantize(x, TYPES[name].id, weights, threads)
 
         expected = with_kernels("ggml", work)
         for kernels in SETS:

@@ -58,8 +58,8 @@ def run(driver, kernels, cases):
     for name, todo, x, w in cases:
         rows, k = x.shape
         if todo == DECODE:
-            k = k // TYPES[name]["block_bytes"] * TYPES[name]["block"]
-        question += struct.pack("<iiQQQ", TYPES[name]["id"], todo, rows, k, w is not None) + x.tobytes()
+            k = k // TYPES[name].block_bytes * TYPES[name].block
+        question += struct.pack("<iiQQQ", TYPES[name].id, todo, rows, k, w is not None) + x.tobytes()
         question += b"" if w is None else w.tobytes()
     result = subprocess.run(["qemu-aarch64-static", driver], input=question, capture_output=True, check=True,
                             env={**os.environ, "PGS_KERNELS": kernels})
@@ -76,7 +76,7 @@ def run(driver, kernels, cases):
 @pytest.mark.parametrize("kernels", ["neon", "scalar"])
 @pytest.mark.parametrize(("name", "weighted"), CASES)
 def test_bytes_are_those_of_x86(driver, name, weighted, kernels):
-    block, cases, expected = TYPES[name]["block"], [], []
+    block, cases, expected = TYPES[name].block, [], []
     shapes = [(1, block), (37, block), (5, 3 * block), (64, 8 * block)] + [(128, 2048)] * (2 if kernels == "neon" else 0)
     for seed, (rows, k) in enumerate(shapes):
         for kind in ("ordinary", "strange", "huge", "tiny"):
@@ -103,7 +103,7 @@ def test_golden_bytes_and_numbers(driver, kernels):
     cases, expected = [], {}
     for name, weighted in CASES:
         for kind in golden.kinds(name):
-            x, w = golden.rows(kind, TYPES[name]["block"])
+            x, w = golden.rows(kind, TYPES[name].block)
             cases.append((name, ENCODE, x, w if weighted else None))
             case = f"{name} {'imatrix' if weighted else '-'} {kind}"
             expected[case] = golden.golden()[case]
@@ -118,8 +118,8 @@ def test_golden_bytes_and_numbers(driver, kernels):
 @pytest.mark.parametrize("kernels", ["neon", "scalar"])
 @pytest.mark.parametrize("name", DECODED)
 def test_numbers_of_any_count(driver, name, kernels):
-    data, size = golden.to_decode(name)[:1], TYPES[name]["block_bytes"]
+    data, size = golden.to_decode(name)[:1], TYPES[name].block_bytes
     expected = np.frombuffer(run(driver, "scalar", [(name, DECODE, data, None)])[0], np.uint32)
     for blocks in (1, 3, 9, 17):
         (found,) = run(driver, kernels, [(name, DECODE, np.ascontiguousarray(data[:, : blocks * size]), None)])
-        assert np.array_equal(np.frombuffer(found, np.uint32), expected[: blocks * TYPES[name]["block"]])
+        assert np.array_equal(np.frombuffer(found, np.uint32), expected[: blocks * TYPES[name].block])

@@ -10,9 +10,10 @@ from hypothesis.extra import numpy as hnp
 
 from pygguf_surgery import _core
 from pygguf_surgery.base import errors
+from pygguf_surgery.quant.types import tensor_type, type_of_name
 
-TYPES = {t["name"]: t for t in _core.types()}
-ENCODED = [n for n, t in TYPES.items() if t["encodes"] and t["quantized"]]
+TYPES = {t.name: t for t in _core.types()}
+ENCODED = [n for n, t in TYPES.items() if t.encodes and t.quantized]
 # What gguf-py can encode by itself.
 GGUF_PY = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
 
@@ -22,9 +23,9 @@ def rows(n, k, seed=0, scale=0.02):
 
 
 def encode(x, name, importance=None, threads=1):
-    if importance is None and TYPES[name]["needs_importance"]:
+    if importance is None and TYPES[name].needs_importance:
         importance = np.ones((1, x.shape[1]), np.float32)
-    return _core.quantize(x, TYPES[name]["id"], importance, threads)
+    return _core.quantize(x, TYPES[name].id, importance, threads)
 
 
 def test_every_type_that_ggml_encodes_is_there():
@@ -37,8 +38,8 @@ def test_block_sizes_agree_with_gguf_py():
     for name, t in TYPES.items():
         kind = getattr(gguf.GGMLQuantizationType, name, None)
         if kind is not None and name != "Q8_1":  # gguf-py counts 40 bytes, ggml 36
-            assert kind.value == t["id"]
-            assert gguf.GGML_QUANT_SIZES[kind] == (t["block"], t["block_bytes"]), name
+            assert kind.value == t.id
+            assert gguf.GGML_QUANT_SIZES[kind] == (t.block, t.block_bytes), name
 
 
 @pytest.mark.parametrize("name", GGUF_PY)
@@ -51,7 +52,7 @@ def test_bytes_equal_gguf_py(name):
 @pytest.mark.parametrize("name", sorted(set(ENCODED) - {"Q1_0", "Q2_0"}))
 def test_decoding_equals_gguf_py(name):
     data = encode(rows(8, 512), name)
-    ours = _core.dequantize(data, TYPES[name]["id"], 1)
+    ours = _core.dequantize(data, TYPES[name].id, 1)
     theirs = gguf_dequantize(data, gguf.GGMLQuantizationType[name])
     # gguf-py sums and multiplies in another order for some types: a few units in the last place.
     np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-9)
@@ -70,7 +71,7 @@ def test_importance_matters_exactly_where_the_table_says(name):
     heavy = np.ones((1, 512), np.float32)
     heavy[0, ::3] = 50
     changed = not np.array_equal(encode(x, name, heavy), encode(x, name))
-    assert changed == TYPES[name]["uses_importance"]
+    assert changed == TYPES[name].uses_importance
 
 
 def test_each_group_of_rows_has_its_own_importance():
@@ -90,7 +91,7 @@ def test_a_value_that_is_no_number_names_its_place(name, bad):
         encode(x, name)
 
 
-@pytest.mark.parametrize("name", [n for n in ENCODED if TYPES[n]["uses_importance"]])
+@pytest.mark.parametrize("name", [n for n in ENCODED if TYPES[n].uses_importance])
 @pytest.mark.parametrize("bad, text", [(0, "all zero"), (-1, "negative"), (np.nan, "not a finite"), (np.inf, "not a finite")])
 def test_unfit_importance_is_an_error(name, bad, text):
     w = np.full((1, 256), bad if bad == 0 else 1, np.float32)
@@ -125,12 +126,12 @@ def test_mxfp4_block_that_llama_cpp_would_refuse_names_the_block():
 
 @pytest.mark.parametrize("name", ENCODED)
 def test_type_names_in_any_case(name):
-    assert _core.type_id(name.lower()) == _core.type_id(name) == TYPES[name]["id"]
+    assert type_of_name(name.lower()) is type_of_name(name) is tensor_type(name)
 
 
 def test_unknown_type_names_the_nearest():
     with pytest.raises(errors.Unsupported, match="Q4_K"):
-        _core.type_id("Q4K")
+        type_of_name("Q4K")
 
 
 def test_row_that_is_no_multiple_of_the_block():
@@ -149,24 +150,24 @@ def test_any_reasonable_row_is_encoded_or_refused(x, name):
         data = encode(x, name)
     except errors.BadPlan:
         return
-    assert np.isfinite(_core.dequantize(data, TYPES[name]["id"], 1)).all()
+    assert np.isfinite(_core.dequantize(data, TYPES[name].id, 1)).all()
 
 
 @given(floats)
 def test_copy_types_are_exact(x):
-    assert np.array_equal(_core.dequantize(encode(x, "F32"), TYPES["F32"]["id"], 1).view(np.uint32), x.view(np.uint32))
+    assert np.array_equal(_core.dequantize(encode(x, "F32"), TYPES["F32"].id, 1).view(np.uint32), x.view(np.uint32))
 
 
 @pytest.mark.parametrize("block", [0, 4095, 4096, 9999])
 def test_first_invalid_block(block):
-    data = np.zeros((10000, TYPES["MXFP4"]["block_bytes"]), np.uint8)
-    assert _core.first_invalid_block(data, TYPES["MXFP4"]["id"]) is None
+    data = np.zeros((10000, TYPES["MXFP4"].block_bytes), np.uint8)
+    assert _core.first_invalid_block(data, TYPES["MXFP4"].id) is None
     data[block:, 0] = 255  # the exponent that means NaN
-    assert _core.first_invalid_block(data, TYPES["MXFP4"]["id"]) == block
+    assert _core.first_invalid_block(data, TYPES["MXFP4"].id) == block
 
 
 def test_first_invalid_element_of_floats():
     x = np.ones(9000, np.float32)
     x[8999] = np.nan
-    assert _core.first_invalid_block(x.view(np.uint8), TYPES["F32"]["id"]) == 8999
-    assert _core.first_invalid_block(x[:8999].astype(np.float16).view(np.uint8), TYPES["F16"]["id"]) is None
+    assert _core.first_invalid_block(x.view(np.uint8), TYPES["F32"].id) == 8999
+    assert _core.first_invalid_block(x[:8999].astype(np.float16).view(np.uint8), TYPES["F16"].id) is None
