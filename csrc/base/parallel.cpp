@@ -11,6 +11,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "base/error.hpp"
@@ -48,6 +49,24 @@ int thread_count(int asked) {
     return n ? static_cast<int>(n) : 1;
 }
 
+void do_here(const std::function<void()>& work) {
+    class Environment {
+    public:
+        Environment() {
+            std::fegetenv(&before_);
+            std::fesetenv(FE_DFL_ENV);
+        }
+        ~Environment() { std::fesetenv(&before_); }
+        Environment(const Environment&) = delete;
+        Environment& operator=(const Environment&) = delete;
+
+    private:
+        std::fenv_t before_{};
+    };
+    const Environment environment;
+    work();
+}
+
 void parallel_for(int threads, std::uint64_t items, Cancel& cancel, const std::function<void(int, std::uint64_t)>& work,
                   const std::function<void()>& poll, int poll_ms) {
     std::atomic<std::uint64_t> next{0};
@@ -67,7 +86,7 @@ void parallel_for(int threads, std::uint64_t items, Cancel& cancel, const std::f
             try {
                 work(worker, item);
             } catch (...) {
-                std::lock_guard lock(mutex);
+                std::scoped_lock lock(mutex);
                 // Those before it were handed out already and are finished, so that the error does not depend on luck.
                 next.store(items, std::memory_order_relaxed);
                 if (item < error_item) {
@@ -76,7 +95,7 @@ void parallel_for(int threads, std::uint64_t items, Cancel& cancel, const std::f
                 }
             }
         }
-        std::lock_guard lock(mutex);
+        std::scoped_lock lock(mutex);
         if (--running == 0) done_cv.notify_all();
     };
 
@@ -84,15 +103,15 @@ void parallel_for(int threads, std::uint64_t items, Cancel& cancel, const std::f
     std::exception_ptr poll_error;
     try {
         pool.reserve(static_cast<std::size_t>(threads));
-        for (int i = 0; i < threads && static_cast<std::uint64_t>(i) < items; ++i) {
+        for (int i = 0; i < threads && std::cmp_less(i, items); ++i) {
             {
-                std::lock_guard lock(mutex);
+                std::scoped_lock lock(mutex);
                 ++running;
             }
             try {
                 pool.emplace_back(body, i);
             } catch (const std::system_error&) {  // a limit on threads: fewer do it too
-                std::lock_guard lock(mutex);
+                std::scoped_lock lock(mutex);
                 --running;
                 if (i == 0) throw;
                 break;

@@ -23,6 +23,9 @@ private:
 // How many threads a run uses: `asked` if positive, else PGS_THREADS, else the CPUs this process may run on.
 int thread_count(int asked);
 
+// Calls work() on this thread in the floating-point environment of a worker: for what is done in a few milliseconds.
+void do_here(const std::function<void()>& work);
+
 // Calls work(worker, item) for every item in [0, items), each once, from `threads` new threads. Items are handed out in
 // ascending order, so fast cores take more. While they run the calling thread calls poll() every `poll_ms` (and once at
 // the end); an exception from poll cancels the rest. After one from a worker no item is handed out any more. All threads

@@ -90,6 +90,7 @@ py::dict run(const std::vector<PySource*>& py_sources,
     const auto sources = sources_of(py_sources);
     const auto jobs = jobs_of(py_jobs);
     std::vector<pgs::Output> outputs;
+    outputs.reserve(py_outputs.size());
     for (const auto& [path, header, file_bytes] : py_outputs) outputs.push_back({path_bytes(path), header, file_bytes});
     const pgs::RunOptions options{memory, threads, pgs::io_from_name(io), overwrite};
     const auto poll = poller(progress);
@@ -126,7 +127,7 @@ py::array_t<double> reduce_rows(
         sums = pgs::reduce_rows(sources, job, rows_per_group, weights, options, cancel, poll);
     }
     py::array_t<double> out({static_cast<py::ssize_t>(sums.size() / 2), py::ssize_t{2}});
-    std::copy(sums.begin(), sums.end(), out.mutable_data());
+    std::ranges::copy(sums, out.mutable_data());
     return out;
 }
 

@@ -46,6 +46,7 @@ void raise(const pgs::Error& e) {
 }  // namespace
 
 void bind_errors(py::module_&) {
+    // NOLINTNEXTLINE(performance-unnecessary-value-param): the signature that pybind11 wants
     py::register_exception_translator([](std::exception_ptr p) {
         try {
             if (p) std::rethrow_exception(p);

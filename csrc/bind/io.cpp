@@ -5,7 +5,7 @@
 
 std::string path_bytes(const py::object& path) {
     PyObject* encoded = nullptr;
-    if (!PyUnicode_FSConverter(path.ptr(), &encoded)) throw py::error_already_set();
+    if (!PyUnicode_FSConverter(path.ptr(), static_cast<void*>(&encoded))) throw py::error_already_set();
     return std::string(py::reinterpret_steal<py::bytes>(encoded));
 }
 
@@ -39,7 +39,7 @@ py::array view_bytes(PySource& self, std::uint64_t offset, std::uint64_t nbytes)
     if (!self.mapping) self.mapping = std::make_shared<pgs::Mapping>(source.path(), source.identity());
     auto owner = std::make_unique<std::shared_ptr<pgs::Mapping>>(self.mapping);
     py::capsule keep(owner.get(), [](void* p) { delete static_cast<std::shared_ptr<pgs::Mapping>*>(p); });
-    owner.release();
+    (void)owner.release();
     py::array_t<std::uint8_t> out({static_cast<py::ssize_t>(nbytes)}, {1},
                                   reinterpret_cast<const std::uint8_t*>(self.mapping->bytes().data()) + offset, keep);
     py::detail::array_proxy(out.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;

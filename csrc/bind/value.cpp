@@ -141,7 +141,7 @@ void put_scalar(std::string& raw, py::handle object, ValueType type) {
 
 void check(const Value& value) {
     if (const auto problem = pgs::value_problem(value); !problem.empty())
-        throw Error(Kind::bad_plan, problem).got(pgs::bytes_text(value.raw.size())).want(form_name(value));
+        throw Error(Kind::bad_plan, std::string(problem)).got(pgs::bytes_text(value.raw.size())).want(form_name(value));
 }
 
 // numpy scalars as Python values, numpy arrays as lists of them; anything else as it is.

@@ -39,7 +39,7 @@ Layout lay_out(const std::vector<Output>& outputs, const Jobs& jobs, const Sourc
             throw Error(Kind::bad_plan, "no such output file").on(job->name).got(std::to_string(job->file));
         in_order.push_back(job.get());
     }
-    std::stable_sort(in_order.begin(), in_order.end(), [](const Job* a, const Job* b) {
+    std::ranges::stable_sort(in_order, [](const Job* a, const Job* b) {
         return std::tie(a->file, a->target_offset, a->target_bytes) <
                std::tie(b->file, b->target_offset, b->target_bytes);
     });
@@ -107,6 +107,7 @@ public:
 private:
     static std::vector<SinkFile> files_of(const std::vector<Output>& outputs) {
         std::vector<SinkFile> files;
+        files.reserve(outputs.size());
         for (const Output& output : outputs) files.push_back({output.path, output.file_bytes});
         return files;
     }
@@ -125,9 +126,8 @@ private:
 }  // namespace
 
 Budget plan_budget(const Jobs& jobs, const RunOptions& options) {
-    const auto longest_row = std::max_element(jobs.begin(), jobs.end(), [](const auto& a, const auto& b) {
-        return tile_buffers(*a, 0).total() < tile_buffers(*b, 0).total();
-    });
+    const auto longest_row = std::ranges::max_element(
+        jobs, [](const auto& a, const auto& b) { return tile_buffers(*a, 0).total() < tile_buffers(*b, 0).total(); });
     // Importance rows in memory and orders are memory that the caller has filled already; they count all the same, once.
     std::uint64_t held = 0;
     std::unordered_set<const void*> counted;
@@ -152,8 +152,7 @@ RunStats run(const std::vector<std::shared_ptr<Source>>& inputs, const std::vect
     std::atomic<std::uint64_t> read{0}, encoded{0};
 
     auto do_item = [&](int worker, std::uint64_t item) {
-        const auto after = std::upper_bound(layout.parts.begin(), layout.parts.end(), item,
-                                            [](std::uint64_t i, const Part& p) { return i < p.first_item; });
+        const auto after = std::ranges::upper_bound(layout.parts, item, {}, &Part::first_item);
         const Part& part = *std::prev(after);
         if (!part.job) return set.put_zeros(part.file, part.offset, part.nbytes, cancel);
         const Job& job = *part.job;

@@ -24,12 +24,12 @@ Sums row_sums(const float* x, std::uint64_t n, const double* weights) {
     std::uint64_t i = 0;
     for (; i + 8 <= n; i += 8)
         for (int j = 0; j < 8; ++j) {
-            const double v = static_cast<double>(x[i + static_cast<std::uint64_t>(j)]);
+            const auto v = static_cast<double>(x[i + static_cast<std::uint64_t>(j)]);
             a[j] += std::fabs(v);
             s[j] += weights ? v * v * weights[i + static_cast<std::uint64_t>(j)] : v * v;
         }
     for (int j = 0; i < n; ++i, ++j) {
-        const double v = static_cast<double>(x[i]);
+        const auto v = static_cast<double>(x[i]);
         a[j] += std::fabs(v);
         s[j] += weights ? v * v * weights[i] : v * v;
     }
@@ -77,7 +77,7 @@ std::vector<double> reduce_rows(const std::vector<std::shared_ptr<Source>>& inpu
     std::atomic<std::uint64_t> done{0};
     auto work = [&](int worker, std::uint64_t item) {
         auto& b = pool[static_cast<std::size_t>(worker)];
-        if (!b) b.reset(new Buffers{page_buffer(piece * source_row), page_buffer(floats_bytes)});
+        if (!b) b = std::make_unique<Buffers>(Buffers{page_buffer(piece * source_row), page_buffer(floats_bytes)});
         auto* floats = reinterpret_cast<float*>(b->floats.get());
         const std::uint64_t begin = item * batch * rows_per_group;
         const std::uint64_t end = std::min(job.rows, begin + batch * rows_per_group);

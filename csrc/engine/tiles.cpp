@@ -71,7 +71,7 @@ TileBuffers tile_buffers(const Job& job, std::uint64_t tile_bytes) {
         job.merge ? merge_step(job, tile_bytes) : std::min(job.rows, rows_per_tile(job, tile_bytes));
     TileBuffers b{rows * job.source_row_bytes, rows * job.target_row_bytes + block,
                   std::min(job.rows, chunk_rows(job.row_elements)) * job.row_elements * sizeof(float)};
-    if (!std::all_of(job.importance_rows.begin(), job.importance_rows.end(), as_is))
+    if (!std::ranges::all_of(job.importance_rows, as_is))
         b.importance = (job.merge ? 2 : 1) * job.row_elements * sizeof(float);
     if (job.merge) b.sums = 2 * rows * job.row_elements * sizeof(float);
     return b;
@@ -145,8 +145,7 @@ void RunReader::read_at(std::uint64_t offset, std::span<std::byte> out) const {
         std::copy_n(reinterpret_cast<const std::byte*>(job_.literal.data()) + offset, out.size(), out.data());
         return;
     }
-    std::size_t i =
-        static_cast<std::size_t>(std::upper_bound(starts_.begin(), starts_.end(), offset) - starts_.begin()) - 1;
+    std::size_t i = static_cast<std::size_t>(std::ranges::upper_bound(starts_, offset) - starts_.begin()) - 1;
     while (!out.empty()) {
         const Run& run = job_.runs[i];
         const std::uint64_t inside = offset - starts_[i];

@@ -27,9 +27,8 @@ void remap_ids(const Remap& remap, const std::byte* source, std::byte* target, s
         for (std::size_t i = 0; i < column.size(); ++i) out[i] = remap.table[static_cast<std::size_t>(column[i])];
         for (auto& id : out) {
             if (id >= 0) continue;
-            const auto free = std::find_if(remap.substitutes.begin(), remap.substitutes.end(), [&](std::int32_t s) {
-                return std::find(out.begin(), out.end(), s) == out.end();
-            });
+            const auto free = std::ranges::find_if(
+                remap.substitutes, [&](std::int32_t s) { return std::ranges::find(out, s) == out.end(); });
             if (free == remap.substitutes.end())
                 throw Error(Kind::bad_plan, "too few experts are left to replace dropped ids");
             id = *free;

@@ -55,7 +55,7 @@ struct Value {
 
 // What is wrong with a value as an encoding ("" if nothing): its raw bytes do not fit its type and count, or an array
 // of arrays. Bytes that are only unusual (bool 2, a string that is no UTF-8) are fine.
-std::string value_problem(const Value& value);
+std::string_view value_problem(const Value& value);
 
 // As Python decodes it: no overlong forms, no surrogates, at most U+10FFFF.
 bool is_utf8(std::string_view text);
@@ -64,7 +64,7 @@ bool is_utf8(std::string_view text);
 std::string shown(std::string_view text);
 
 // What a file that starts with `head` (up to 64 bytes) and is no GGUF looks like, as a hint; "" if nobody knows.
-std::string foreign_format_hint(std::string_view head);
+std::string_view foreign_format_hint(std::string_view head);
 
 struct TensorInfo {
     std::string name;

@@ -9,7 +9,7 @@
 
 namespace pgs {
 
-std::string foreign_format_hint(std::string_view head) {
+std::string_view foreign_format_hint(std::string_view head) {
     if (head.starts_with("version https://git-lfs"))
         return "it looks like a git-lfs pointer: run `git lfs pull`, or download the file itself";
     if (head.starts_with("PK\x03\x04"))

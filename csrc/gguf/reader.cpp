@@ -177,11 +177,11 @@ private:
         const auto head_bytes = std::min<std::uint64_t>(size_, 64);
         window_.fetch(head_bytes);
         const std::string_view head(window_.at(0), head_bytes);
-        if (head.substr(0, 4) != "GGUF")
+        if (!head.starts_with("GGUF"))
             throw bad("not a GGUF file", 0, "magic")
                 .got("'" + shown(head.substr(0, 4)) + "'")
                 .want("'GGUF'")
-                .advise(foreign_format_hint(head));
+                .advise(std::string(foreign_format_hint(head)));
         if (size_ < fixed_header_bytes)
             throw bad("file ends inside its header", 0)
                 .got(bytes_text(size_))
@@ -291,8 +291,7 @@ private:
         const std::uint64_t at = pos_;
         take_raw(value, value.count * smallest, object);  // bounded above by the file: no overflow
         if (value.element != ValueType::boolean) return;
-        const auto odd =
-            std::find_if(value.raw.begin(), value.raw.end(), [](char c) { return static_cast<unsigned char>(c) > 1; });
+        const auto odd = std::ranges::find_if(value.raw, [](char c) { return static_cast<unsigned char>(c) > 1; });
         if (odd != value.raw.end())
             warn("array has a bool that is neither 0 nor 1", at + static_cast<std::uint64_t>(odd - value.raw.begin()),
                  object);
@@ -430,7 +429,7 @@ private:
         }
         if (!ascending) {
             warn("tensor data is not in the order of the tensors", offset_fields_[order.front()]);
-            std::sort(order.begin(), order.end(), [this](std::size_t a, std::size_t b) {
+            std::ranges::sort(order, [this](std::size_t a, std::size_t b) {
                 return header_.tensors[a].offset < header_.tensors[b].offset;
             });
         }

@@ -2,6 +2,7 @@
 
 #include <bit>
 #include <cstring>
+#include <utility>
 
 #include "base/checked.hpp"
 #include "base/words.hpp"
@@ -24,7 +25,7 @@ constexpr ValueTypeFacts value_types[value_type_count] = {
 // Bytes of the UTF-8 sequence at `p`, 0 if it is none.
 std::size_t sequence_bytes(const unsigned char* p, const unsigned char* end) {
     auto continues = [&](std::size_t i, unsigned low = 0x80, unsigned high = 0xBF) {
-        return static_cast<std::size_t>(end - p) > i && p[i] >= low && p[i] <= high;
+        return std::cmp_greater(end - p, i) && p[i] >= low && p[i] <= high;
     };
     const unsigned lead = p[0];
     if (lead < 0x80) return 1;
@@ -95,7 +96,7 @@ std::string shown(std::string_view text) {
     return out;
 }
 
-std::string value_problem(const Value& value) {
+std::string_view value_problem(const Value& value) {
     const std::uint64_t have = value.raw.size();
     if (static_cast<std::uint32_t>(value.type) >= value_type_count) return "unknown value type";
     if (value.type == ValueType::str) return have > max_string_bytes ? "string longer than 1 GiB" : "";

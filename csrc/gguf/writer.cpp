@@ -74,7 +74,7 @@ EncodedHeader encode_header(const std::vector<std::pair<std::string, Value>>& me
     for (const auto& [key, value] : metadata) {
         check_name("key", key, max_key_bytes, seen);
         if (const auto problem = value_problem(value); !problem.empty())
-            throw Error(Kind::bad_plan, problem).on(shown(key));
+            throw Error(Kind::bad_plan, std::string(problem)).on(shown(key));
         put_string(out, key);
         put_word(out, static_cast<std::uint32_t>(value.type));
         if (value.type == ValueType::array) {

@@ -42,7 +42,7 @@ void BlockWriter::gather(std::uint64_t offset, std::span<const std::byte> data) 
     const std::size_t length = std::min(block_, size_ - start);
     Block complete;
     {
-        std::lock_guard lock(mutex_);
+        std::scoped_lock lock(mutex_);
         Block& block = pending_[start];
         if (!block.bytes) block.bytes = page_buffer(block_);
         std::memcpy(block.bytes.get() + (offset - start), data.data(), data.size());
@@ -107,7 +107,7 @@ void BlockWriter::write_behind(std::uint64_t offset, std::uint64_t nbytes, bool 
     if (drop) sync({offset, nbytes}, SYNC_FILE_RANGE_WRITE);
     std::vector<Range> old;
     {
-        std::lock_guard lock(mutex_);
+        std::scoped_lock lock(mutex_);
         dirty_.push_back({offset, nbytes});
         dirty_bytes_ += nbytes;
         while (dirty_bytes_ > window) {

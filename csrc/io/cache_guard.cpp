@@ -29,7 +29,7 @@ void CacheGuard::touch(std::uint64_t offset, std::uint64_t nbytes) {
     if (!known_ || nbytes == 0) return;
     std::set<std::uint64_t> due;
     {
-        std::lock_guard lock(mutex_);
+        std::scoped_lock lock(mutex_);
         const std::uint64_t last = (offset + nbytes - 1) / part_bytes;
         for (std::uint64_t part = offset / part_bytes; part <= last + 1; ++part) {  // + 1: for the read-ahead
             if (part * part_bytes >= file_bytes_) break;
@@ -44,7 +44,7 @@ void CacheGuard::touch(std::uint64_t offset, std::uint64_t nbytes) {
     for (const std::uint64_t part : due) {
         const Absent* absent;
         {
-            std::lock_guard lock(mutex_);
+            std::scoped_lock lock(mutex_);
             absent = &absent_.at(part);
         }
         drop(part, *absent);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "base/error.hpp"
 
@@ -31,7 +32,7 @@ bool DirectSource::read_direct(std::uint64_t offset, std::span<std::byte> out) {
             refused_.store(true, std::memory_order_relaxed);
             return false;
         }
-        if (static_cast<std::uint64_t>(n) <= skip) throw truncated(path_, fd_, size()).at(offset);
+        if (std::cmp_less_equal(n, skip)) throw truncated(path_, fd_, size()).at(offset);
         const std::size_t got = std::min<std::size_t>(static_cast<std::size_t>(n) - skip, out.size());
         if (!straight) std::memcpy(out.data(), memory + skip, got);
         out = out.subspan(got);

@@ -152,7 +152,7 @@ bool SinkSet::take_back() {
     for (std::size_t i = 1; i < sinks_.size(); ++i) clean &= sinks_[i]->withdraw() && sinks_[i]->restore();
     try {
         sync_folders();
-    } catch (...) {  // may be why all of this is taken back
+    } catch (...) {  // NOLINT(bugprone-empty-catch): may be why all of this is taken back
     }
     return clean && sinks_[0]->restore();
 }

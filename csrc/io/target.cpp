@@ -17,7 +17,7 @@ std::string read_link(const std::string& path) {
     char text[PATH_MAX];
     const ssize_t n = ::readlink(path.c_str(), text, sizeof text);
     if (n < 0) throw os_error(errno, "read the symbolic link", path);
-    return std::string(text, static_cast<std::size_t>(n));
+    return {text, static_cast<std::size_t>(n)};
 }
 
 std::string hex(std::uint64_t value) {

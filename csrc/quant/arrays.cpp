@@ -3,18 +3,23 @@
 #include <algorithm>
 
 #include "base/error.hpp"
+#include "quant/grids.hpp"
 #include "quant/rows.hpp"
 
 namespace pgs {
 
 namespace {
 
-// Calls work(first, count) for all rows, a chunk at a time, on threads.
+// Calls work(first, count) for all rows, a chunk at a time, on threads; a single chunk on this one, unless it may have to
+// wait for a grid.
 template <typename Work>
-void over_rows(RowsOf shape, int threads, Cancel& cancel, const std::function<void()>& poll, Work work) {
+void over_rows(const TypeFacts& type, RowsOf shape, int threads, Cancel& cancel, const std::function<void()>& poll,
+               Work work) {
     const std::uint64_t rows = shape.rows, chunk = chunk_rows(shape.row_elements);
+    threads = thread_count(threads);
+    if (rows <= chunk && !has_grid(type.id)) return do_here([&] { work(0, rows); });
     parallel_for(
-        thread_count(threads), (rows + chunk - 1) / chunk, cancel,
+        threads, (rows + chunk - 1) / chunk, cancel,
         [&](int, std::uint64_t i) { work(i * chunk, std::min(chunk, rows - i * chunk)); }, poll);
 }
 
@@ -34,7 +39,7 @@ void quantize_rows(const TypeFacts& type, RowsOf shape, const float* source, std
         per_importance = std::max<std::uint64_t>(1, shape.rows / groups);
     }
     const Encoder encoder(type, k, best);
-    over_rows(shape, threads, cancel, poll, [&](std::uint64_t first, std::uint64_t count) {
+    over_rows(type, shape, threads, cancel, poll, [&](std::uint64_t first, std::uint64_t count) {
         while (count) {  // never across from one importance row to the next
             const std::uint64_t n = per_importance ? std::min(count, per_importance - first % per_importance) : count;
             encoder.encode(source + first * k, target + first * bytes, n,
@@ -49,7 +54,7 @@ void dequantize_rows(const TypeFacts& type, RowsOf shape, const std::byte* sourc
                      Cancel& cancel, const std::function<void()>& poll) {
     const std::uint64_t k = shape.row_elements, bytes = row_bytes(type, k);
     const Decoder decoder(type, k);
-    over_rows(shape, threads, cancel, poll, [&](std::uint64_t first, std::uint64_t count) {
+    over_rows(type, shape, threads, cancel, poll, [&](std::uint64_t first, std::uint64_t count) {
         decoder.decode(source + first * bytes, target + first * k, count);
     });
 }

@@ -22,7 +22,7 @@ struct Choice {
 };
 
 // ggml's own loops; what ggml has not is the scalar set's.
-const Kernels ggml_set = [] {
+const Kernels ggml_set = []() noexcept {
     Kernels set = lanes::scalar::kernels;
     set.name = "ggml";
     for (auto& encode : set.encode) encode = nullptr;

@@ -21,8 +21,6 @@ void pgs_ggml_grid(enum ggml_type type, const void** points, int* n, const int**
 
 namespace pgs {
 
-namespace {
-
 bool has_grid(std::int32_t type) {
     switch (type) {
         case GGML_TYPE_IQ2_XXS:
@@ -35,6 +33,8 @@ bool has_grid(std::int32_t type) {
         default: return false;
     }
 }
+
+namespace {
 
 void free_grid(std::int32_t type) {
     switch (type) {
@@ -157,7 +157,7 @@ const Grid* grid_of(std::int32_t type) {
     if (!has_grid(type)) return nullptr;
     if (const Grid* grid = grids[type].load(std::memory_order_acquire)) return grid;
     make_grid(type);
-    const std::lock_guard lock(mutex);
+    const std::scoped_lock lock(mutex);
     if (!grids[type].load(std::memory_order_relaxed)) grids[type].store(read_grid(type), std::memory_order_release);
     return grids[type].load(std::memory_order_relaxed);
 }

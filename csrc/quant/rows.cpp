@@ -100,7 +100,7 @@ Encoder::Encoder(const TypeFacts& type, std::uint64_t row_elements, bool best)
 Error Encoder::invalid(const float* source, const std::byte* target, std::uint64_t rows,
                        std::uint64_t first_row) const {
     const auto bad = first_invalid_block(type_, target, rows * row_bytes_);
-    if (!bad) return Error(Kind::bad_plan, type_.name + " has no valid encoding of these values");
+    if (!bad) return {Kind::bad_plan, type_.name + " has no valid encoding of these values"};
     const std::uint64_t at = *bad * type_.block;
     const float* x = source + at;
     const float* largest =

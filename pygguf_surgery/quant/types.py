@@ -20,7 +20,7 @@ def tensor_type(name: str) -> TensorType:
 
 
 def type_of_name(name: str) -> TensorType:
-    """The facts of a type, by its name in any case. Unsupported, with the nearest names, for one that ggml does not have."""
+    """The facts of a type, by its name in any case. Unsupported, with the nearest names, for another."""
     facts = TYPES.get(name) or TYPES.get(name.upper())
     if facts is None:
         raise Unsupported("unknown tensor type", found=name, hint=nearest_names(name.upper(), TYPES))

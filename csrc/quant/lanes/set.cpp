@@ -33,7 +33,7 @@ uint32_t largest(const float* values, uint64_t elements);
 
 static_assert(GGML_TYPE_COUNT <= sizeof(Kernels::encode) / sizeof(Encode));
 
-static constexpr Kernels table() {
+static constexpr Kernels table() noexcept {
     Kernels set{PGS_TEXT(PGS_SET), {}, {}, {}, largest};
 #define PGS_ENTRY(type, name) set.encode[GGML_TYPE_##type] = encode_##name;
     PGS_ENCODERS(PGS_ENTRY)
