@@ -39,20 +39,31 @@ class TensorInfo:
     nbytes: int
 
 class Header:
-    version: int
-    alignment: int
-    data_offset: int  # bytes of the header with its padding
-    metadata: list[tuple[str, Value]]
-    tensors: list[TensorInfo]
-    warnings: list[str]
+    """What read_header found."""
+
+    @property
+    def version(self) -> int: ...
+    @property
+    def alignment(self) -> int: ...
+    @property
+    def data_offset(self) -> int: ...  # bytes of the header with its padding
+    @property
+    def metadata(self) -> list[tuple[str, Value]]: ...
+    @property
+    def tensors(self) -> list[TensorInfo]: ...
+    @property
+    def warnings(self) -> list[str]: ...
 
 class Source:
     """A regular file, opened read-only. Safe to share by threads."""
 
     def __init__(self, path: str, io: str = "pread") -> None: ...
-    path: str
-    size: int
-    identity: tuple[int, int, int, int]  # device, inode, size, mtime_ns
+    @property
+    def path(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def identity(self) -> tuple[int, int, int, int]: ...  # device, inode, size, mtime_ns
     def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]: ...
     def view(
         self, offset: int, nbytes: int
