@@ -72,8 +72,8 @@ with pgs.open(sys.argv[1]) as a, pgs.open(sys.argv[2]) as b:
 
 
 def equal_tensors(ours: str, theirs: str) -> int:
-    """How many tensors two files hold, all of the same type, shape and bytes; fails if they are not. In a process of its
-    own: a child's peak RSS begins with that of its parent."""
+    """How many tensors two files hold, all of the same type, shape and bytes; fails if they are not. In a process of
+    its own: a child's peak RSS begins with that of its parent."""
     found = subprocess.run([sys.executable, "-c", _COMPARE, ours, theirs], check=True, capture_output=True, text=True)
     return int(found.stdout)
 

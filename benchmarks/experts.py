@@ -1,7 +1,7 @@
 """experts.py MODEL CALIB EVAL --perplexity SCRIPT [--keep 24,16] [--imatrix FILE]: what each choice of experts costs.
 
-SCRIPT is run as `python SCRIPT FILE TEXT --ctx N --chunks N` and prints "PPL = 13.4 +/- 0.2 ..." as llama-perplexity does.
-Statistics, and repairs, come from CALIB. Needs llama-cpp-python and scipy.
+SCRIPT is run as `python SCRIPT FILE TEXT --ctx N --chunks N` and prints "PPL = 13.4 +/- 0.2 ..." as llama-perplexity
+does. Statistics, and repairs, come from CALIB. Needs llama-cpp-python and scipy.
 """
 
 from __future__ import annotations

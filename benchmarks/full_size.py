@@ -1,8 +1,8 @@
 """The whole job on a full-size (sparse) file: full_size.py MODEL.gguf OUT.gguf --keep 256
 
-Times info and plan, then the real run to MXFP4_MOE: peak RSS, and the page cache of input and output before and after, with
-the first GiB of the input warmed beforehand. Some kernels reclaim idle pages by themselves (DAMON): a control file of 1 GiB,
-warmed at the same time and left alone, shows how much of the loss is theirs.
+Times info and plan, then the real run to MXFP4_MOE: peak RSS, and the page cache of input and output before and after,
+with the first GiB of the input warmed beforehand. Some kernels reclaim idle pages by themselves (DAMON): a control file
+of 1 GiB, warmed at the same time and left alone, shows how much of the loss is theirs.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """Whole jobs, process by process: jobs.py MODEL.gguf [--types MXFP4_MOE,Q4_K_M,IQ4_XS] [--runs 3] [--folder DIR]
 
-A rewrite and a prune to half the experts against copying the file (cp, then sync -f), and quantizing to each type, without
-and with an importance matrix (made up here), against llama-quantize (through llama-cpp-python, where it is installed) with
-as many threads. Runs alternate, the model is in the page cache, and every tensor of the results is compared byte for byte.
+A rewrite and a prune to half the experts against copying the file (cp, then sync -f), and quantizing to each type,
+without and with an importance matrix (made up here), against llama-quantize (through llama-cpp-python, where it is
+installed) with as many threads. Runs alternate, the model is in the page cache, and every tensor of the results is
+compared byte for byte.
 """
 
 import argparse
@@ -31,13 +32,16 @@ def compare(title: str, theirs: tuple[str, list[str]], ours: list[str]) -> None:
     """Runs both alternately; shows the medians and their ratio."""
     results: dict[str, list[tuple[float, float]]] = {theirs[0]: [], title: []}
     for _ in range(args.runs):
-        for label, command in zip(results, (theirs[1], ours)):
+        for label, command in zip(results, (theirs[1], ours), strict=True):
             warm(args.model, os.path.getsize(args.model))
             results[label].append(timed(command))
     for label, runs in results.items():
         show(label, [s for s, _ in runs], max(m for _, m in runs))
     a, b = ([s for s, _ in runs] for runs in results.values())
-    print(f"{'':44s} {statistics.median(x / y for x, y in zip(a, b)):.2f} times as fast (median of pairs)", flush=True)
+    print(
+        f"{'':44s} {statistics.median(x / y for x, y in zip(a, b, strict=True)):.2f} times as fast (median of pairs)",
+        flush=True,
+    )
 
 
 def make_imatrix(path: str) -> None:

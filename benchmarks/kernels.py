@@ -1,8 +1,10 @@
-"""Encoders and decoders of every set of kernels against the linked ggml: kernels.py [--types Q4_K,MXFP4] [--sets avx512]
+"""Encoders and decoders of every set of kernels against the linked ggml: kernels.py [--types Q4_K,MXFP4] [--sets
+avx512]
 
-In one process and on one thread: pairs of ggml and ours on the same rows, alternating; CPU time per element of each, the
-median of the pairs' ratios, and whether all bytes are equal. What is timed is the whole call (check of the input, encoding,
-validation of the output), which costs ggml's side as much as ours. --markdown prints the tables of docs/performance.md.
+In one process and on one thread: pairs of ggml and ours on the same rows, alternating; CPU time per element of each,
+the median of the pairs' ratios, and whether all bytes are equal. What is timed is the whole call (check of the input,
+encoding, validation of the output), which costs ggml's side as much as ours. --markdown prints the tables of
+docs/performance.md.
 """
 
 import argparse
@@ -48,7 +50,7 @@ def pairs(name: str, work, elements: int, runs: int) -> tuple[float, float, floa
         seconds, found = clock(name, work)
         ours.append(seconds)
         equal &= found == expected
-    ratio = statistics.median(a / b for a, b in zip(theirs, ours))
+    ratio = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
     return statistics.median(theirs) * 1e9 / elements, statistics.median(ours) * 1e9 / elements, ratio, equal
 
 
@@ -94,11 +96,11 @@ for t in facts:
     if not t.encodes or t.name == "F32":
         continue
     for weights in (None, importance):
-        if weights is None and t.needs_importance or weights is not None and not t.uses_importance:
+        if (weights is None and t.needs_importance) or (weights is not None and not t.uses_importance):
             continue
 
-        def encode(n):
-            return lambda: _core.quantize(x[:n], t.id, weights, 1)
+        def encode(n, type=t.id, weights=weights):
+            return lambda: _core.quantize(x[:n], type, weights, 1)
 
         n = rows_for(encode, MOST, 0.06)
         columns = [pairs(name, encode(n), n * ROW, args.runs) for name in sets]
@@ -112,7 +114,7 @@ for t in facts:
     encoded = _core.quantize(x[:64], t.id, importance if t.uses_importance else None, 1)
     encoded = np.tile(encoded, (4, 1))
 
-    def decode():
-        return _core.dequantize(encoded, t.id, 1)
+    def decode(encoded=encoded, type=t.id):
+        return _core.dequantize(encoded, type, 1)
 
     report(t.name, [pairs(name, decode, encoded.shape[0] * ROW, args.runs) for name in sets])

@@ -1,7 +1,7 @@
 """merge.py MODEL [--keep 384] [--threads N] [--weights-only]: time and memory of merging the experts of a model.
 
-MODEL may be a layer or two of a full-size one. The statistics are made up: they decide who goes with whom, not how long it
-takes. The command runs as a process of its own; memory is its peak RSS, and what it left in the page cache.
+MODEL may be a layer or two of a full-size one. The statistics are made up: they decide who goes with whom, not how long
+it takes. The command runs as a process of its own; memory is its peak RSS, and what it left in the page cache.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """quality.py MODEL TEXT --perplexity SCRIPT [--types Q8_0,Q4_K_M] [--imatrix FILE]: size and perplexity of file types.
 
 SCRIPT is run as `python SCRIPT FILE TEXT --ctx N [--chunks N]` and prints "PPL = 13.4 +/- 0.2 ..." as llama-perplexity
-does. A type with "+i" behind it (IQ3_M+i) is made with the importance matrix. "-" is the model itself. The error is that of
-the encoded tensors: the mean of sum w (x - y)^2 / sum w x^2, w being the importance if there is a matrix at all.
+does. A type with "+i" behind it (IQ3_M+i) is made with the importance matrix. "-" is the model itself. The error is
+that of the encoded tensors: the mean of sum w (x - y)^2 / sum w x^2, w being the importance if there is a matrix at
+all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""repair.py [--experts 256] [--neurons 512] [--width 2048] [--used 10] [--tokens 20000]: time and memory of one layer's fit.
+"""repair.py [--experts 256] [--neurons 512] [--width 2048] [--used 10] [--tokens 20000]: time and memory of one layer's
+fit.
 
 The tokens are made up; how long llama.cpp takes to run them (twice) comes on top.
 """

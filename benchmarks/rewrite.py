@@ -1,6 +1,7 @@
 """A rewrite that moves every data offset against copying the file: rewrite.py MODEL.gguf [--runs 5] [--folder DIR]
 
-Ours: gguf-surgery edit with one long string key added. Theirs: cp --reflink=never, then sync -f of the copy. Alternating.
+Ours: gguf-surgery edit with one long string key added. Theirs: cp --reflink=never, then sync -f of the copy.
+Alternating.
 """
 
 import argparse
@@ -35,10 +36,10 @@ with tempfile.TemporaryDirectory(dir=args.folder) as folder:
     results = {"cp --reflink=never; sync -f": [], "gguf-surgery edit": []}
     warm(args.model, os.path.getsize(args.model))
     for _ in range(args.runs):
-        for label, command in zip(results, (cp, edit)):
+        for label, command in zip(results, (cp, edit), strict=True):
             results[label].append(timed(command))
     for label, runs in results.items():
         show(label, [s for s, _ in runs], max(m for _, m in runs))
     a, b = ([s for s, _ in runs] for runs in results.values())
-    pairs = ", ".join(f"{y / x:.2f}" for x, y in zip(a, b))
+    pairs = ", ".join(f"{y / x:.2f}" for x, y in zip(a, b, strict=True))
     print(f"ours / cp: {statistics.median(b) / statistics.median(a):.3f} of the medians; pairs {pairs}")

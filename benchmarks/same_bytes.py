@@ -34,8 +34,8 @@ from same_bytes_jobs import API, Job, Step, all_jobs
 HERE = Path(__file__).resolve().parent
 STEP_SECONDS = 600
 
-# Pattern of jobs -> places that may differ, as this script names them, an * for anything: "new 2: stdout.tensors[*].x" is
-# a key that only the new version has, "changed 1: stderr" any difference.
+# Pattern of jobs -> places that may differ, as this script names them, an * for anything: "new 2: stdout.tensors[*].x"
+# is a key that only the new version has, "changed 1: stderr" any difference.
 ALLOWED: dict[str, tuple[str, ...]] = {}
 # (old words, new words): messages that were rewritten. Everything around them is still compared.
 REWORDED: tuple[tuple[str, str], ...] = ()

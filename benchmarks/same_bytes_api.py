@@ -12,11 +12,11 @@ import sys
 from typing import Any
 
 import numpy as np
-
-import pygguf_surgery as pgs
 import same_bytes_experts  # noqa: F401  (adds its jobs)
 import same_bytes_plans  # noqa: F401
 from same_bytes_shared import JOBS, attempt, choice, digest, gone, half, job, plain, written
+
+import pygguf_surgery as pgs
 
 FILE_TYPES = (
     "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q1_0 Q2_0 MXFP4_MOE NVFP4_MOE Q2_K Q2_K_S Q3_K Q3_K_S Q3_K_M Q3_K_L Q4_K "

@@ -6,8 +6,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import pygguf_surgery as pgs
 from same_bytes_shared import attempt, choice, half, job, layers_of, scores, written
+
+import pygguf_surgery as pgs
 
 METRICS = "router-norm aimer frequency imatrix-msan reap reap-sum ean-sum ean-mean msan weighted-frequency best"
 UNEVEN = {1: [0, 2, 3, 5, 7, 8, 11, 12, 15], 2: [1, 4, 6, 9, 14]}

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-import pygguf_surgery as pgs
 from pygguf_surgery.container import write_gguf
 from pygguf_surgery.experts.stats import LayerStats, Text
 from pygguf_surgery.report.demo_model import DemoShape, write_demo_model
 from same_bytes_plans import some_plans
 from same_bytes_shared import layers_of
+
+import pygguf_surgery as pgs
 
 
 def builders(tests: str, name: str) -> Any:

@@ -9,8 +9,9 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import pygguf_surgery as pgs
 from same_bytes_shared import attempt, failure, half, job, written
+
+import pygguf_surgery as pgs
 
 
 def some_plans() -> dict[str, pgs.Plan]:

@@ -1,7 +1,7 @@
 """What people do without this library: status_quo.py IN OUT.f16 OUT KEEP
 
-Slices the experts with the largest router-row norms out of IN with gguf-py and numpy, writes an intermediate file of the
-source's types, and runs llama.cpp's llama_model_quantize (MXFP4_MOE, through llama-cpp-python) on it.
+Slices the experts with the largest router-row norms out of IN with gguf-py and numpy, writes an intermediate file of
+the source's types, and runs llama.cpp's llama_model_quantize (MXFP4_MOE, through llama-cpp-python) on it.
 """
 
 import ctypes

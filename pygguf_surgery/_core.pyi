@@ -11,8 +11,9 @@ __version__: str
 class Value:
     """One metadata value, exact: Value(7, "u16"), Value([1, 2], "u8") (an array), Value("x", "str").
 
-    type: u8 i8 u16 i16 u32 i32 f32 bool str u64 i64 f64, or one of these with "[]" for arrays ("str[]"). The constructor
-    takes a list with either form. A value that does not fit its type is BadPlan. Immutable, hashable, picklable.
+    type: u8 i8 u16 i16 u32 i32 f32 bool str u64 i64 f64, or one of these with "[]" for arrays ("str[]"). The
+    constructor takes a list with either form. A value that does not fit its type is BadPlan. Immutable, hashable,
+    picklable.
     """
 
     def __init__(self, value: Any, type: str) -> None: ...
@@ -118,13 +119,15 @@ def types() -> list[TypeFacts]: ...
 def quantize(
     rows: NDArray[np.float32], type: int, importance: NDArray[np.float32] | None, threads: int, best: bool = False
 ) -> NDArray[np.uint8]:
-    """rows [n, k] -> [n, bytes of a row]. importance [g, k], g divides n: consecutive n / g rows share one. best: see Job."""
+    """rows [n, k] -> [n, bytes of a row]. importance [g, k], g divides n: consecutive n / g rows share one. best: see
+    Job."""
 
 def dequantize(rows: NDArray[np.uint8], type: int, threads: int) -> NDArray[np.float32]:
     """rows [n, bytes of a row] -> [n, k]."""
 
 def first_invalid_block(data: NDArray[np.uint8], type: int) -> int | None:
-    """Index of the first block (element, for types without blocks) with NaN, infinity or an invalid scale: ggml's rules."""
+    """Index of the first block (element, for types without blocks) with NaN, infinity or an invalid scale: ggml's
+    rules."""
 
 def kernels() -> str: ...  # the set that runs: avx512, avx2, sse, neon, ggml or scalar; PGS_KERNELS forces one
 def ggml_version() -> str: ...
@@ -145,8 +148,8 @@ class Run:
     def value(self) -> float: ...
 
 class Remap:
-    """New ids of experts, in columns of `column` ids: id -> table[id]; where that is -1, the first of `substitutes` (new
-    ids, best first) that its column does not hold yet."""
+    """New ids of experts, in columns of `column` ids: id -> table[id]; where that is -1, the first of `substitutes`
+    (new ids, best first) that its column does not hold yet."""
 
     def __init__(self, table: Sequence[int], substitutes: Sequence[int], column: int) -> None: ...
 
@@ -170,7 +173,8 @@ class Merge:
     ) -> None: ...
 
 class ImportanceRow:
-    """One row of importance: row_elements float32 at byte `offset` of a source, each divided by `divisor` in float32."""
+    """One row of importance: row_elements float32 at byte `offset` of a source, each divided by `divisor` in
+    float32."""
 
     def __init__(self, source: int, offset: int, *, divisor: float = 1.0) -> None: ...
     @staticmethod

@@ -7,6 +7,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ._core import Value
@@ -126,8 +127,8 @@ class Plan:
         return self._with(KeepExperts(dict(sorted(kept.items())), metric, mtp, order, scores, use))
 
     def merge_experts(self, groups: Groups | Mapping[int, Sequence[Group]], *, mtp: str = "keep") -> Plan:
-        """Make one expert of each group, {layer: groups}, as experts.group returns them: the weighted mean of its members,
-        in the place of its centroid, whose router row and bias stay. Groups of one are copied.
+        """Make one expert of each group, {layer: groups}, as experts.group returns them: the weighted mean of its
+        members, in the place of its centroid, whose router row and bias stay. Groups of one are copied.
 
         mtp: as in keep_experts.
         """
@@ -377,6 +378,6 @@ def _ids(layer: Any, ids: Any) -> tuple[int, ...]:
     except TypeError:
         raise BadPlan("not a list of expert ids", object=f"layer {layer}", found=repr(ids)) from None
     if len(set(whole)) != len(whole):
-        twice = next(a for a, b in zip(whole, whole[1:]) if a == b)
+        twice = next(a for a, b in pairwise(whole) if a == b)
         raise BadPlan(f"expert {twice} is kept twice", object=f"layer {layer}")
     return tuple(whole)

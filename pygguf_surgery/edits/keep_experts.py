@@ -74,7 +74,7 @@ def _cut_experts(draft: Draft, edit: KeepExperts, model: Model, repair: Repair |
     try:
         if edit.repair is not None and repair is not None:
             _check_repair(model, kept, repair)
-            out.tensors = [_repaired(before, after, repair) for before, after in zip(uncut, out.tensors)]
+            out.tensors = [_repaired(before, after, repair) for before, after in zip(uncut, out.tensors, strict=True)]
         _set_metadata(model, architecture, kept, edit, found.mtp, out)
     except SurgeryError as error:
         out.block(error)
@@ -119,8 +119,8 @@ def _check_kept(architecture: str, edit: KeepExperts, found: Layout, dropped: ra
                     "a different number of experts per layer",
                     object="keep_experts",
                     found=numbers,
-                    hint="llama.cpp has one expert_count for all layers, and experts that are never picked cannot make up "
-                    f"for it: {reason}; keep the same number in each",
+                    hint="llama.cpp has one expert_count for all layers, and experts that are never picked cannot "
+                    f"make up for it: {reason}; keep the same number in each",
                 )
             )
         else:
@@ -179,7 +179,7 @@ def _check_routing(architecture: str, found: Layout, kept: Kept, out: Draft) -> 
         out.block(error)
     if found.chunk > 1:
         _check_chunks(found, real, out.blockers)
-    if not (n & (n - 1) == 0 and n <= 512 or n in (288, 576)):
+    if not ((n & (n - 1) == 0 and n <= 512) or n in (288, 576)):
         out.warn(
             f"{n} experts: CUDA's fused top-k router is lost; it runs only for a power of two up to "
             "512, for 288 and for 576"

@@ -48,7 +48,7 @@ def drop(architecture: str, out: Draft, dropped: Collection[int]) -> None:
             continue
         if word != name and word in LAYER_NUMBERS:
             metadata[name] = like(value, [_renumber(name, x, gone) for x in whole_numbers(metadata, name) or ()])
-        elif word != name and word in PER_LAYER_KEYS or name in PER_LAYER_GLOBAL:
+        elif (word != name and word in PER_LAYER_KEYS) or name in PER_LAYER_GLOBAL:
             # Cut by index: some are longer than the number of layers, some leave the MTP layers out.
             metadata[name] = like(value, [x for i, x in enumerate(value.value) if _number(i, gone) is not None])
         elif word != name and len(value) in lengths and word not in OTHER_ARRAYS:
@@ -113,7 +113,6 @@ def _rename(metadata: dict[str, Value], gone: list[int]) -> dict[str, Value]:
     new = [_new_name(name, gone) for name in names.value]
     for key, value in result.items():  # arrays parallel to the names
         if is_tensor_extra(key) and value.type.endswith("[]") and len(value) == len(new):
-            result[key] = like(
-                value, [x for x, name in zip(new if value is names else value.value, new) if name is not None]
-            )
+            old = new if value is names else value.value
+            result[key] = like(value, [x for x, name in zip(old, new, strict=True) if name is not None])
     return result

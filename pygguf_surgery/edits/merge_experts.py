@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def apply(draft: Draft, edit: MergeExperts, context: Context) -> Draft:
-    """Makes one expert of each group of `edit`: weights are averaged, the router keeps the centroid's row and bias. Reads
-    no tensor data and changes nothing in place; what cannot be done becomes a blocker."""
+    """Makes one expert of each group of `edit`: weights are averaged, the router keeps the centroid's row and bias.
+    Reads no tensor data and changes nothing in place; what cannot be done becomes a blocker."""
     neurons: dict[int, int] = {}
     experts: dict[int, int] = {}
     for tensor in draft.tensors:

@@ -31,7 +31,8 @@ def apply(draft: Draft, edit: PruneLayers, context: Context) -> Draft:
     """Drops the layers that `edit` names and numbers the rest from 0. Reads no tensor data, changes nothing in place.
 
     All that is per layer follows: names, arrays with one element per layer, counts of leading dense and of MTP layers,
-    lists of kept experts, general.tensor_extra. The result lists the source's numbers of the layers that are left. What llama.cpp would not load or would compute otherwise becomes a blocker; nothing is raised.
+    lists of kept experts, general.tensor_extra. The result lists the source's numbers of the layers that are left. What
+    llama.cpp would not load or would compute otherwise becomes a blocker; nothing is raised.
     """
     out, tensors, metadata = draft.copy(), draft.tensors, draft.metadata
     model = context.model

@@ -104,8 +104,8 @@ def apply(draft: Draft, edit: Quantize, context: Context) -> Draft:
                 f"already quantized{with_others(requantized)}",
                 object=requantized[0].name,
                 found=requantized[0].source_type,
-                hint="allow_requantize=True (--allow-requantize) decodes and encodes it again, at a loss; or override it "
-                'with "copy"',
+                hint="allow_requantize=True (--allow-requantize) decodes and encodes it again, at a loss; or override "
+                'it with "copy"',
             )
         )
     if edit.quality == "best":

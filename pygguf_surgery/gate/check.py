@@ -66,8 +66,8 @@ class _Work:
 
 
 def check(model: Model, data: PlanData, limits: Limits, companions: Companions) -> CheckedPlan:
-    """Everything about the output, before a byte of it exists. What cannot be done is in .blockers. companions: where the
-    files that the plan names are opened."""
+    """Everything about the output, before a byte of it exists. What cannot be done is in .blockers. companions: where
+    the files that the plan names are opened."""
     split = next((edit for edit in data.edits if isinstance(edit, Split)), None)
     before = model.metadata.exact()
     work = _Work(Context(model, companions, keep_split=split is not None and split.keep), data, before)
@@ -123,7 +123,8 @@ def _own_keys(draft: Draft, work: _Work) -> Draft:
 
 
 def _experts_and_layers(draft: Draft, work: _Work) -> Draft:
-    """What drops, merges and renumbers, in the order of the plan: the numbers of a second cut are those after the first."""
+    """What drops, merges and renumbers, in the order of the plan: the numbers of a second cut are those after the
+    first."""
     out = draft.copy()
     for edit in work.data.edits:
         if isinstance(edit, KeepExperts):
@@ -177,7 +178,8 @@ def _loadable_tensors(draft: Draft, work: _Work) -> Draft:
 
 
 def _loadable_keys(draft: Draft, work: _Work) -> Draft:
-    """What llama.cpp refuses of the keys that this plan changed: numbers of experts, lists of tensors, the vocabulary."""
+    """What llama.cpp refuses of the keys that this plan changed: numbers of experts, lists of tensors, the
+    vocabulary."""
     out, before, after = draft.copy(), work.before, draft.metadata
     architecture = work.context.model.architecture
     if any(before.get(key) != after.get(key) for key in (f"{architecture}.{name}" for name in NUMBERS)):

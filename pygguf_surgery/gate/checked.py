@@ -124,7 +124,7 @@ class CheckedPlan(Faults):
                     **({"importance": t.importance.ref} if t.importance else {}),
                     **({"notes": t.notes} if t.notes else {}),
                 }
-                for t, n in zip(self.tensors, self.nbytes)
+                for t, n in zip(self.tensors, self.nbytes, strict=True)
             ],
             "metadata": {key: value_for_json(value, full) for key, value in self.metadata.items()},
             "file_bytes": self.file_bytes,

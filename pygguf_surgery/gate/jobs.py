@@ -43,8 +43,8 @@ Orders = list[dict[int, int | None]]  # of each group: member -> place of the or
 
 @dataclass
 class Inputs:
-    """What a run reads. Its sources are numbered: those of the model, then the importance matrix and the repair if there
-    are any."""
+    """What a run reads. Its sources are numbered: those of the model, then the importance matrix and the repair if
+    there are any."""
 
     model: Model
     imatrix: Imatrix | None = None

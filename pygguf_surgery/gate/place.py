@@ -52,7 +52,7 @@ def lay_out(model: Model, checked: CheckedPlan, split: Split | None) -> None:
                 TensorInfo(t.name, t.shape[::-1], tensor_type(t.type).id) for t in (checked.tensors[i] for i in part)
             ]
             header, at, file_bytes = encode_header(list(metadata.items()), infos, checked.alignment)
-            for i, offset in zip(part, at):
+            for i, offset in zip(part, at, strict=True):
                 offsets[i] = offset
             checked.files.append(OutputFile(part, metadata, header, file_bytes))
         checked.offsets = offsets

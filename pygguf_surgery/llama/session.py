@@ -1,4 +1,5 @@
-"""llama.cpp in this process, through llama-cpp-python: runs windows of text, and hands out tensors of its graph by name."""
+"""llama.cpp in this process, through llama-cpp-python: runs windows of text, and hands out tensors of its graph by
+name."""
 
 from __future__ import annotations
 
@@ -57,8 +58,8 @@ class Session:
     """A model loaded by llama.cpp. A context manager; one thread at a time.
 
     n_ctx: tokens of a window. watch: None, or an object with `wants(name) -> bool`, asked about every tensor of the
-    graph, and `take(name, array)`, called with the values of those, shape outermost first: float32, or int32 for ids. An
-    array that `take` returns takes the place of the values. What it raises ends the run and is raised from it.
+    graph, and `take(name, array)`, called with the values of those, shape outermost first: float32, or int32 for ids.
+    An array that `take` returns takes the place of the values. What it raises ends the run and is raised from it.
     BadFile for a file that llama.cpp does not load, with what it said.
     """
 
@@ -159,7 +160,8 @@ class Session:
     # --- text -------------------------------------------------------------------------------------------------------
 
     def tokenize(self, text: bytes, parse_special: bool = False) -> NDArray[np.int32]:
-        """The tokens of UTF-8 text, with what the model wants before it; special tokens are text unless parse_special."""
+        """The tokens of UTF-8 text, with what the model wants before it; special tokens are text unless
+        parse_special."""
         import numpy as np
 
         tokens = (self.llama.llama_token * (len(text) + 16))()

@@ -82,7 +82,8 @@ class Taps:
 
 
 def moe_layout(model: Model) -> tuple[Layout, list[int]]:
-    """The layout of a model, and its MoE layers that llama.cpp runs: all but the MTP layers. BadPlan without experts."""
+    """The layout of a model, and its MoE layers that llama.cpp runs: all but the MTP layers. BadPlan without
+    experts."""
     found = layout(model.architecture, model.tensors, model.metadata.get)
     layers = [layer for layer in found.layers if layer not in found.mtp]
     if not layers:

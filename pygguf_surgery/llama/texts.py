@@ -39,7 +39,8 @@ def read_texts(texts: Sequence[TextLike]) -> list[tuple[str, Any]]:
 def windows_of(
     session: Session, texts: Sequence[tuple[str, Any]], chunks: int | None, parse_special: bool
 ) -> list[Windows]:
-    """Each text cut into windows of the session's length, at most `chunks` of them. BadPlan for one that is too short."""
+    """Each text cut into windows of the session's length, at most `chunks` of them. BadPlan for one that is too
+    short."""
     out = []
     for name, text in texts:
         data = bytes(text)

@@ -48,7 +48,8 @@ class Keep(dict[int, tuple[int, ...]]):
         self._everywhere = dict(everywhere)
 
     def mass(self, layer: int) -> float | None:
-        """The share of the layer's saliency that the kept experts have; None where scores can be negative or are all 0."""
+        """The share of the layer's saliency that the kept experts have; None where scores can be negative or are all
+        0."""
         scores = self.scores.get(layer)
         if scores is None or scores.min() < 0 or scores.sum() <= 0:
             return None
@@ -131,8 +132,8 @@ def expert_ids(layer: int, values: list[Any], experts: int, path: str | None, ki
 
 
 class Groups(dict[int, tuple[Group, ...]]):
-    """layer -> groups by ascending centroid, the same number in every layer; for Plan.merge_experts. metric: the name of
-    what chose them."""
+    """layer -> groups by ascending centroid, the same number in every layer; for Plan.merge_experts. metric: the name
+    of what chose them."""
 
     def __init__(self, groups: Mapping[int, tuple[Group, ...]], metric: str, notes: Sequence[str] = ()):
         super().__init__(groups)

@@ -1,9 +1,9 @@
 """Where the rows of an output tensor come from: pure data that knows how to compose itself.
 
-Every expression has the same face. word: its name in JSON, and what is done to the tensor. refs: the tensors of the source
-that it reads. slices: which slices of its source, along the slowest axis, make each slice of the output; None where it is
-all of them in their order. computes: whether numbers change, whatever the types. take(ids): the expression of a further
-cut that keeps the slices `ids` of the output, None where it cannot be cut so.
+Every expression has the same face. word: its name in JSON, and what is done to the tensor. refs: the tensors of the
+source that it reads. slices: which slices of its source, along the slowest axis, make each slice of the output; None
+where it is all of them in their order. computes: whether numbers change, whatever the types. take(ids): the expression
+of a further cut that keeps the slices `ids` of the output, None where it cannot be cut so.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Stack:
 
 @dataclass(frozen=True)
 class Remap:
-    """An I32 tensor whose values are expert ids: id -> table[id], None means dropped: then the first of `substitutes` (new
-    ids, best first) that its column does not hold already."""
+    """An I32 tensor whose values are expert ids: id -> table[id], None means dropped: then the first of `substitutes`
+    (new ids, best first) that its column does not hold already."""
 
     word: ClassVar[str] = "remap"
     slices: ClassVar[None] = None
@@ -133,8 +133,8 @@ class Repaired:
 @dataclass(frozen=True)
 class Merge:
     """Slice i is the weighted mean of the slices groups[i].members of `ref`; neurons are reordered along the rows of a
-    slice ("rows", or "half rows": both halves of a fused gate and up alike), within them ("columns", "half columns"), or
-    are not ("none")."""
+    slice ("rows", or "half rows": both halves of a fused gate and up alike), within them ("columns", "half columns"),
+    or are not ("none")."""
 
     word: ClassVar[str] = "merge"
 
@@ -186,8 +186,8 @@ ImportanceRow: TypeAlias = "int | tuple[int, ...] | Substitute"
 
 @dataclass(frozen=True)
 class Importance:
-    """The importance rows of an encoded tensor: one for all its rows, or one per slice of its third-fastest axis. ref is
-    the entry of the importance matrix."""
+    """The importance rows of an encoded tensor: one for all its rows, or one per slice of its third-fastest axis. ref
+    is the entry of the importance matrix."""
 
     ref: str
     rows: tuple[ImportanceRow, ...]

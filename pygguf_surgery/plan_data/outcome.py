@@ -11,8 +11,8 @@ from .expressions import OutputTensor
 
 @dataclass(kw_only=True)
 class Faults:
-    """What was found on the way. blockers: why nothing can be written; warnings: what the user should look at; notes: what
-    is as it should be, counted."""
+    """What was found on the way. blockers: why nothing can be written; warnings: what the user should look at; notes:
+    what is as it should be, counted."""
 
     blockers: list[SurgeryError] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -36,8 +36,8 @@ class Faults:
 
 @dataclass
 class Draft(Faults):
-    """The output as far as it is decided: what every edit takes and gives back, with the faults that this edit found. With
-    blockers the tensors are still the best description that can be given. An edit changes no draft in place."""
+    """The output as far as it is decided: what every edit takes and gives back, with the faults that this edit found.
+    With blockers the tensors are still the best description that can be given. An edit changes no draft in place."""
 
     tensors: list[OutputTensor]
     metadata: dict[str, Value]

@@ -30,8 +30,8 @@ def quantize(
 
     type: a ggml type name ("Q4_K", any case), id, or gguf.GGMLQuantizationType. imatrix: the importance of each column,
     shape [k], or [experts, k] for an array of shape [experts, n, k]; a type that ignores it ignores it. quality: "best"
-    encodes MXFP4 with less error than ggml does, and by importance. BadPlan: k is no multiple of the block, a value that
-    is not finite, an importance that is unfit; Unsupported: a type that ggml cannot encode. The GIL is released.
+    encodes MXFP4 with less error than ggml does, and by importance. BadPlan: k is no multiple of the block, a value
+    that is not finite, an importance that is unfit; Unsupported: a type that ggml cannot encode. The GIL is released.
     """
     import numpy as np
 
@@ -106,7 +106,7 @@ def _importance(imatrix: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.flo
     import numpy as np
 
     k = shape[-1]
-    if imatrix.shape == (k,) or imatrix.shape == (1, k) or len(shape) == 3 and imatrix.shape == (shape[0], k):
+    if imatrix.shape == (k,) or imatrix.shape == (1, k) or (len(shape) == 3 and imatrix.shape == (shape[0], k)):
         return np.ascontiguousarray(imatrix, dtype=np.float32).reshape(-1, k)
     expected = f"[{k}] or [{shape[0]}, {k}]" if len(shape) == 3 else f"[{k}]"
     raise BadPlan("an importance of another shape", object="imatrix", found=list(imatrix.shape), expected=expected)

@@ -40,8 +40,8 @@ _TWINS: tuple[tuple[str, tuple[tuple[str, Substitute | None], ...]], ...] = (
 @dataclass(frozen=True)
 class _Policy:
     """What a missing entry and a row that says nothing come to. fill: in place of such a row. refuses_unseen,
-    refuses_zero: such rows are refused instead. missing: a tensor without an entry is left without importance, refused, or
-    gets a substitute."""
+    refuses_zero: such rows are refused instead. missing: a tensor without an entry is left without importance, refused,
+    or gets a substitute."""
 
     fill: Substitute
     refuses_unseen: bool
@@ -60,7 +60,8 @@ _POLICIES: Mapping[str, _Policy] = {
 @dataclass
 class ImportanceOutcome(Faults):
     """importance: by the name of the output tensor. missing: names of those that are encoded without, though their type
-    uses it; refused: of those that a blocker is about. tensor_notes: by name; what deviates from the entry's own rows."""
+    uses it; refused: of those that a blocker is about. tensor_notes: by name; what deviates from the entry's own
+    rows."""
 
     importance: dict[str, Importance] = field(default_factory=dict)
     tensor_notes: dict[str, list[str]] = field(default_factory=dict)

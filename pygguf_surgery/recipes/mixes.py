@@ -486,4 +486,4 @@ def wants_importance(file_type: FileType, name: str, type: str) -> bool:
     """Does llama-quantize refuse to make this tensor without an importance matrix?"""
     if name in OUTPUT or name in TOKEN_EMBEDDING:
         return False
-    return type in WANT_IMPORTANCE or type == "Q2_K" and file_type.name == "Q2_K_S"
+    return type in WANT_IMPORTANCE or (type == "Q2_K" and file_type.name == "Q2_K_S")

@@ -99,8 +99,8 @@ def parse_type(type: Any, what: str) -> str | None:
 
 @dataclass
 class _Use:
-    """What became of one override. matched: tensors whose name the pattern finds; first: of these, the ones that no earlier
-    pattern took; left: of these, the ones that llama-quantize would not quantize."""
+    """What became of one override. matched: tensors whose name the pattern finds; first: of these, the ones that no
+    earlier pattern took; left: of these, the ones that llama-quantize would not quantize."""
 
     pattern: str
     regex: re.Pattern[str]

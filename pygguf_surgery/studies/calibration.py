@@ -130,8 +130,8 @@ def calibrate(
     """Runs texts through a GGUF model with llama.cpp and records what each expert of each MoE layer did.
 
     The model may be quantized: the statistics also rank the experts of its 16-bit original. texts: paths, bytes of
-    UTF-8, or arrays of token ids. n_ctx: tokens of a window, each from an empty cache. chunks: at most so many windows of
-    each text.
+    UTF-8, or arrays of token ids. n_ctx: tokens of a window, each from an empty cache. chunks: at most so many windows
+    of each text.
     merge_stats: also the sums that merging needs, [E, width] per layer. parse_special: special tokens in the text are
     such. gpu_layers: how many layers llama.cpp puts on a GPU, -1 for all.
     out: where the statistics go, every minute; a run that was stopped goes on from there when it is called again in the
@@ -213,7 +213,8 @@ def _resume(stats: Stats, earlier: Stats, merge_stats: bool, path: str) -> None:
 
 
 def _check_tokens(stats: Stats) -> None:
-    """Every layer, the last one too, has seen every token: it would not if logits were asked for the last token only."""
+    """Every layer, the last one too, has seen every token: it would not if logits were asked for the last token
+    only."""
     wrong = [layer for layer, s in stats.layers.items() if s.tokens != stats.tokens]
     if wrong:
         raise BadFile(

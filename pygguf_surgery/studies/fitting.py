@@ -15,7 +15,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..base.errors import BadPlan, SurgeryError
@@ -142,10 +144,8 @@ def _fit(
     base = checked(())
     imatrix = None
     if edit.imatrix is not None:
-        try:
+        with suppress(SurgeryError):  # a blocker of the plan, raised below
             imatrix = companions.imatrix(edit.imatrix)
-        except SurgeryError:  # a blocker of the plan, raised below
-            pass
     free, quantized = _undecided(base, edit)
     tensors = _tensors(model, imatrix, edit, rungs, free)
     solution = _Solution(base, tensors, {t.name: t.source_type for t in quantized}, checked, target)
@@ -179,7 +179,7 @@ def _fit(
     by_name = {t.output.name: t for t in tensors}
     choices = [
         Choice(t.name, t.role, t.type, nbytes, by_name[t.name].error(t.type) if t.name in by_name else None)
-        for t, nbytes in zip(plan.tensors, plan.nbytes)
+        for t, nbytes in zip(plan.tensors, plan.nbytes, strict=True)
     ]
     return Fitted(solution.overrides, plan.file_bytes, _bpw(plan), choices, notes)
 
@@ -249,7 +249,7 @@ class _Tensor:
     errors: list[float]
 
     def error(self, type: str) -> float | None:
-        return next((e for (name, _), e in zip(self.steps, self.errors) if name == type), None)
+        return next((e for (name, _), e in zip(self.steps, self.errors, strict=False) if name == type), None)
 
 
 def _undecided(base: CheckedPlan, edit: Quantize) -> tuple[list[OutputTensor], list[OutputTensor]]:
@@ -259,13 +259,11 @@ def _undecided(base: CheckedPlan, edit: Quantize) -> tuple[list[OutputTensor], l
     free: list[OutputTensor] = []
     kept: list[OutputTensor] = []
     for tensor in base.tensors:
-        output = tensor.name in mixes.OUTPUT or tied and tensor.name in mixes.TOKEN_EMBEDDING
+        output = tensor.name in mixes.OUTPUT or (tied and tensor.name in mixes.TOKEN_EMBEDDING)
         decided = (
             any(pattern.search(tensor.name) for pattern in patterns)
-            or output
-            and edit.output_type is not None
-            or tensor.name in mixes.TOKEN_EMBEDDING
-            and edit.token_embedding_type is not None
+            or (output and edit.output_type is not None)
+            or (tensor.name in mixes.TOKEN_EMBEDDING and edit.token_embedding_type is not None)
         )
         if (
             decided
@@ -319,9 +317,7 @@ def sample_rows(rows: int, elements: int) -> list[int]:
         return list(range(rows))
     parts = [i * rows // number for i in range(number + 1)]
     # Multiples of the golden ratio, modulo 1, are spread as evenly as can be.
-    return [
-        first + (i * 40503 % 65536) * (end - first) // 65536 for i, (first, end) in enumerate(zip(parts, parts[1:]))
-    ]
+    return [first + (i * 40503 % 65536) * (end - first) // 65536 for i, (first, end) in enumerate(pairwise(parts))]
 
 
 def _measure(
@@ -340,7 +336,7 @@ def _measure(
         if len(tensor.steps) > 1:
             values, weights = _sample(model, tensor, imatrix, threads)
             tensor.errors = [_error(tensor, values, weights, type, threads, quality) for type, _ in tensor.steps]
-            hull = _hull([(nbytes, error) for (_, nbytes), error in zip(tensor.steps, tensor.errors)])
+            hull = _hull([(nbytes, error) for (_, nbytes), error in zip(tensor.steps, tensor.errors, strict=True)])
             tensor.steps = [tensor.steps[i] for i in hull]
             tensor.errors = [tensor.errors[i] for i in hull]
     if progress is not None:
@@ -453,7 +449,7 @@ class _Solution:
 
     def take(self, chosen: Sequence[int]) -> int:
         """Takes a step of each tensor. Returns the bytes by which the plan is too large then."""
-        types = {**{t.output.name: t.steps[i][0] for t, i in zip(self.tensors, chosen)}, **self.fixed}
+        types = {**{t.output.name: t.steps[i][0] for t, i in zip(self.tensors, chosen, strict=True)}, **self.fixed}
         self.overrides = tuple(patterns({name: types[name] for name in self.names if name in types}, self.names))
         self.plan = self.checked(self.overrides)
         return self.target.excess(self.plan)
@@ -483,7 +479,7 @@ def climb(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], roo
     """
     steps = sorted(
         (-(e[i - 1] - e[i]) / (c[i] - c[i - 1]), tensor, i)
-        for tensor, (c, e) in enumerate(zip(costs, errors))
+        for tensor, (c, e) in enumerate(zip(costs, errors, strict=True))
         for i in range(1, len(e))
     )
     chosen = [0] * len(costs)

@@ -168,8 +168,8 @@ def _mean(total: NDArray[np.float64], stats: LayerStats) -> NDArray[np.float64]:
     return np.divide(total, stats.count, out=np.zeros_like(total), where=stats.count > 0)
 
 
-# g: gate, f: output before the gate (arXiv 2510.13999 and the ablations there). best: what does best with a repair. `best` is what does best together with
-# a repair: docs/experts.md.
+# g: gate, f: output before the gate (arXiv 2510.13999 and the ablations there). best: what does best with a repair.
+# `best` is what does best together with a repair: docs/experts.md.
 FROM_STATS: Mapping[str, Callable[[LayerStats], Any]] = {
     "reap": lambda s: _mean(s.gated_norm_sum, s),
     "reap-sum": lambda s: s.gated_norm_sum.copy(),

@@ -66,8 +66,8 @@ class Ranking:
         names the experts needs no n.
         protect: {layer: ids}, or ids for every layer, that stay whatever their score. super_experts: so do those with
         massive activations, which only calibration knows. budget: "global" keeps n times the number of layers in all,
-        where scores are the largest share of their layer's; only some architectures can load the result (prune pads it).
-        BadPlan for a number that cannot be kept.
+        where scores are the largest share of their layer's; only some architectures can load the result (prune pads
+        it). BadPlan for a number that cannot be kept.
         """
         if n is not None and ratio is not None:
             raise BadPlan("give n or ratio, not both", object="keep")
@@ -151,8 +151,8 @@ class Ranking:
 
     def _global_numbers(self, n: int) -> dict[int, int]:
         """How many experts each layer would keep of a budget over all layers: the largest shares of their layer's sum
-        of scores, or the largest scores where those are no masses. Each keeps as many as a token uses; MTP layers, which
-        may be scored by another metric, keep n."""
+        of scores, or the largest scores where those are no masses. Each keeps as many as a token uses; MTP layers,
+        which may be scored by another metric, keep n."""
         import numpy as np
 
         layers = [layer for layer in self.scores if layer not in self._model.mtp]

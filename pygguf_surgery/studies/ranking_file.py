@@ -30,8 +30,8 @@ def from_file(path: str, found: Layout, tables: tuple[int, ...]) -> Ranking:
 
 
 def given(data: Any, metric: str, found: Layout, tables: tuple[int, ...], path: str | None) -> Ranking:
-    """{"kept": {"0": [ids]}} or {"scores": {"0": [E numbers]}}, with an optional "metric", or a decision, which has both
-    and says which experts stay; nothing else."""
+    """{"kept": {"0": [ids]}} or {"scores": {"0": [E numbers]}}, with an optional "metric", or a decision, which has
+    both and says which experts stay; nothing else."""
     form = '{"kept": {"0": [ids]}} or {"scores": {"0": [numbers]}}'
     if not isinstance(data, Mapping):
         raise BadPlan("not a ranking", path=path, found=type(data).__name__, expected=form)

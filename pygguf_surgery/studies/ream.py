@@ -50,13 +50,13 @@ def group(
     """Groups of experts, n of them in each layer, each to become one expert; the others of a group are aligned to its
     centroid neuron by neuron.
 
-    Centroids are the n experts with the highest saliency, `by` a metric of statistics (see `rank`). From the most salient
-    on, each takes the most similar experts that are left, up to group_size members, so that most stay alone. Similarity is
-    the mean of (1 + cosine of the mean gated outputs) / 2 and of 1 - d / max d, d the distance of the normalised columns of
-    router logits. A member's neurons are matched with the centroid's by scipy's linear_sum_assignment on the distance of
-    normalised rows [gate | up | down^T]. Weights are the shares of saliency.
-    stats: of `calibrate(..., merge_stats=True)`. weights_only: without any; the saliency is then 1 / (mean|w| / rms) (see
-    aimer), the similarity that of router rows and of outputs for random inputs. MTP layers are always grouped so.
+    Centroids are the n experts with the highest saliency, `by` a metric of statistics (see `rank`). From the most
+    salient on, each takes the most similar experts that are left, up to group_size members, so that most stay alone.
+    Similarity is the mean of (1 + cosine of the mean gated outputs) / 2 and of 1 - d / max d, d the distance of the
+    normalised columns of router logits. A member's neurons are matched with the centroid's by scipy's
+    linear_sum_assignment on the distance of normalised rows [gate | up | down^T]. Weights are the shares of saliency.
+    stats: of `calibrate(..., merge_stats=True)`. weights_only: without any; the saliency is then 1 / (mean|w| / rms)
+    (see aimer), the similarity that of router rows and of outputs for random inputs. MTP layers are always grouped so.
     memory: of the weights and costs that are worked on at once. progress: called with experts done and in all.
     Errors: as in `rank`; Unsupported without scipy or for a model whose experts share chunk experts.
     """
@@ -187,8 +187,8 @@ def assign(
 
 
 class _Experts:
-    """The weights of one layer, one expert's matrix at a time. parts: gate, up (where there are) and down, transposed: all
-    [neurons, width]."""
+    """The weights of one layer, one expert's matrix at a time. parts: gate, up (where there are) and down, transposed:
+    all [neurons, width]."""
 
     def __init__(self, model: Model, sources: Sequence[Source], layer: int):
         self._sources = sources

@@ -1,9 +1,9 @@
 """Repair of a cut: new down projections with which the kept experts give what all experts gave, as far as they can.
 
-After a cut the layer's output is y'(t) = sum_e g'_e(t) W_e h_e(t) over the kept experts that the router now picks. It is
-linear in the down projections W_e, so those that bring it closest to the output y(t) before the cut, over the tokens of a
-text, are a ridge regression: min sum_t |y(t) - y'(t)|^2 + mu sum_e |W_e - W_e^old|^2. No gradients, no training loop; gate
-and up projections, router and everything else stay as they are.
+After a cut the layer's output is y'(t) = sum_e g'_e(t) W_e h_e(t) over the kept experts that the router now picks. It
+is linear in the down projections W_e, so those that bring it closest to the output y(t) before the cut, over the tokens
+of a text, are a ridge regression: min sum_t |y(t) - y'(t)|^2 + mu sum_e |W_e - W_e^old|^2. No gradients, no training
+loop; gate and up projections, router and everything else stay as they are.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _DROPPED = -1e30  # router logit of an expert that the cut has not
 
 
 class _Replay(Taps):
-    """Runs each window twice. `record` keeps what the MoE layers give. `replay` takes the dropped experts from the router
-    in the layers of `masked`, hands out what the kept ones do, and puts the recorded output in the place of theirs: so
-    every layer sees the inputs that it had before the cut."""
+    """Runs each window twice. `record` keeps what the MoE layers give. `replay` takes the dropped experts from the
+    router in the layers of `masked`, hands out what the kept ones do, and puts the recorded output in the place of
+    theirs: so every layer sees the inputs that it had before the cut."""
 
     def __init__(self, architecture: str, layers: Sequence[int], experts: int, kept: Mapping[int, Sequence[int]]):
         super().__init__(
@@ -146,11 +146,12 @@ class Samples:
 
 
 def fit(old: NDArray[np.float32], samples: Samples, held_back: int) -> tuple[NDArray[np.float32], tuple[float, float]]:
-    """The down projections [n, width, F] for these samples, from the old ones, and the squared error before and after, as
-    a share of the output's squares, of the last `held_back` tokens, which the fit does not see.
+    """The down projections [n, width, F] for these samples, from the old ones, and the squared error before and after,
+    as a share of the output's squares, of the last `held_back` tokens, which the fit does not see.
 
-    Block coordinate descent on the ridge regression above: expert after expert is solved exactly against what the others
-    leave over, so that only one Gram matrix, F x F, is in memory. For the few sweeps that it takes see docs/experts.md.
+    Block coordinate descent on the ridge regression above: expert after expert is solved exactly against what the
+    others leave over, so that only one Gram matrix, F x F, is in memory. For the few sweeps that it takes see
+    docs/experts.md.
     """
     import numpy as np
 
@@ -211,10 +212,10 @@ def repair(
     Plan.keep_experts(keep, repair=out) takes. Returns {layer: (error before, error after)}, the squared error of the
     layer's output as a share of its squares, on tokens that were held back.
 
-    model: the one to be cut, whose weights are the start. run: a file of the same model that llama.cpp runs in its place,
-    such as a quantized one. texts, n_ctx, chunks, parse_special, gpu_layers: as in `calibrate`; as many tokens as can be
-    had, since the fit has kept x F parameters per output (F: width of an expert). memory: for the tokens of the layers that
-    are worked on at once, beside llama.cpp's own; each pass over the text runs it twice.
+    model: the one to be cut, whose weights are the start. run: a file of the same model that llama.cpp runs in its
+    place, such as a quantized one. texts, n_ctx, chunks, parse_special, gpu_layers: as in `calibrate`; as many tokens
+    as can be had, since the fit has kept x F parameters per output (F: width of an expert). memory: for the tokens of
+    the layers that are worked on at once, beside llama.cpp's own; each pass over the text runs it twice.
     MTP layers, which llama.cpp does not run, keep their down projections.
     Errors: as in `calibrate`, and BadPlan if the tokens of one layer do not fit `memory`.
     """
@@ -264,8 +265,8 @@ def _check_twin(model: Model, path: str | os.PathLike[str], experts: int, layers
 
 
 class _Work:
-    """The passes over the text, each for as many layers as fit the memory. Layers are solved when the file that is being
-    written comes to them, so that no more than those are held."""
+    """The passes over the text, each for as many layers as fit the memory. Layers are solved when the file that is
+    being written comes to them, so that no more than those are held."""
 
     def __init__(
         self,
@@ -291,7 +292,8 @@ class _Work:
         return self.model.tensors[f"blk.{layer}.ffn_down_exps.weight"]
 
     def _layers_at_once(self, budget: int) -> int:
-        """A layer's tokens are held as Samples; the fit holds another copy of the outputs, and old, new and best weights."""
+        """A layer's tokens are held as Samples; the fit holds another copy of the outputs, and old, new and best
+        weights."""
         used = most_used(self.model.architecture, self.model.metadata.get)
         features, width = self.down(self.layers[0]).ne[:2]
         samples = self.tokens * 4 * (used * (features + 1) + width)

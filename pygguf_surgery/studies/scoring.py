@@ -40,11 +40,11 @@ def rank(
     """Scores every expert of every MoE layer, MTP layers included unless mtp="drop".
 
     by: one of `metrics.METRICS`, below, with the sums over the tokens t routed to expert e, g its gate and f its output
-    before the gate; or a dict or a JSON file, {"scores": {"0": [E numbers]}} or {"kept": {"0": [ids]}}, with an optional
-    "metric", such as Keep.to_json writes.
+    before the gate; or a dict or a JSON file, {"scores": {"0": [E numbers]}} or {"kept": {"0": [ids]}}, with an
+    optional "metric", such as Keep.to_json writes.
       router-norm         L2 norm of the expert's router row; cheap
-      aimer               minus mean|w| / rms(w) over its gate, up and down weights (arXiv 2603.18492); reads all of them
-      frequency           count of tokens; from statistics, or else an importance matrix
+      aimer               minus mean|w| / rms(w) over its gate, up and down weights (arXiv 2603.18492); reads all of
+      them frequency           count of tokens; from statistics, or else an importance matrix
       imatrix-msan        sum_j E[h_j^2] ||W_down[:, j]||^2, a diagonal approximation of mean ||f||^2; importance matrix
       reap                mean g ||f|| (arXiv 2510.13999); this and the rest from statistics of `calibrate`
       reap-sum            sum g ||f||: what is rarely used counts less
@@ -52,11 +52,11 @@ def rank(
       msan                mean ||f||^2
       weighted-frequency  sum g
       best                reap-sum, for a cut whose down projections are repaired (experts.repair): by far the best
-    MTP layers, which calibration does not run, are scored by aimer then. Sums are in float64; weights are streamed within
-    `memory`, quantized ones decoded first. stats, imatrix: the file or what `open` returned.
+    MTP layers, which calibration does not run, are scored by aimer then. Sums are in float64; weights are streamed
+    within `memory`, quantized ones decoded first. stats, imatrix: the file or what `open` returned.
     progress: called with bytes done and bytes in all; an exception from it stops the run.
-    Errors: BadPlan for a model without experts, an unknown `by`, statistics that are missing or of another model, BadFile
-    for weights that are not finite, Unsupported for what an importance matrix of the old format has lost.
+    Errors: BadPlan for a model without experts, an unknown `by`, statistics that are missing or of another model,
+    BadFile for weights that are not finite, Unsupported for what an importance matrix of the old format has lost.
     """
     found = layout(model.architecture, model.tensors, model.metadata.get)
     if not found.layers:

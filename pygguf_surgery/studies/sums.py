@@ -34,7 +34,8 @@ class Reduce:
         self.done = self.total = 0
 
     def tensors(self, parts: tuple[str, ...], layers: Sequence[int]) -> dict[int, list[Tensor]]:
-        """Those of each of these layers that exist, in the order of `parts`; their bytes add to the total of progress."""
+        """Those of each of these layers that exist, in the order of `parts`; their bytes add to the total of
+        progress."""
         have = self.model.tensors
         chosen = {layer: [have[name] for part in parts if (name := f"blk.{layer}.{part}") in have] for layer in layers}
         self.total += sum(tensor.nbytes for tensors in chosen.values() for tensor in tensors)
