@@ -336,7 +336,7 @@ def test_layers_share_a_pattern():
 @pytest.mark.parity
 @pytest.mark.parametrize("type, number", [("Q4_K_M", 15), ("IQ3_M", 27), ("MXFP4_MOE", 38)])
 def test_llama_quantize_takes_the_overrides(folder, model, imatrix, type, number):
-    import llama_oracle
+    from support import llama_oracle
 
     llama = llama_oracle.load()
     plan = Plan(model).quantize(type, imatrix=imatrix)
