@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import gguf
-import moe_models
 import numpy as np
 import pytest
-import quant_models
-from helpers import read_gguf
 
 import pygguf_surgery as pgs
+from support import moe_models, quant_models
+from support.gguf_files import read_gguf
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
 PACKAGE = Path(pgs.__file__).resolve().parents[1]
