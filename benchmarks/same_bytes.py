@@ -258,16 +258,12 @@ def differences(job: Job, old: Sequence[Result], new: Sequence[Result]) -> Itera
                 yield f"{i}: file {name}", f"{found[0]} became {found[1]}"
 
 
-def allowance(job: Job, place: str, what: str, allowed: dict[str, tuple[str, ...]]) -> tuple[str, str] | None:
-    """The entry of `allowed` that covers a difference: text that changed, or a key of JSON that is new."""
-    for pattern, places in allowed.items():
-        for entry in places:
-            text = entry.endswith(("stderr", "stdout"))
-            if (
-                fnmatchcase(job.name, pattern)
-                and fnmatchcase(place, entry.replace("[", "[[]"))
-                and (text or what == "is new")
-            ):
+def allowance(job: Job, place: str, what: str) -> tuple[str, str] | None:
+    """The entry of ALLOWED that covers a difference."""
+    for pattern, entries in ALLOWED.items():
+        for entry in entries if fnmatchcase(job.name, pattern) else ():
+            kind, _, where = entry.partition(" ")
+            if (kind == "changed" or what == "is new") and fnmatchcase(place, where.replace("[", "[[]")):
                 return pattern, entry
     return None
 
@@ -329,6 +325,8 @@ def row(outcome: Outcome, verbose: bool) -> str:
         f"{word:<8} {job.name:<36} {len(job.steps):>3} steps {outcome.outputs:>4} files {outcome.documents:>3} JSON "
         f"{outcome.seconds[0]:>6.1f} s {outcome.seconds[1]:>6.1f} s"
     )
+    if outcome.used:
+        line += f"  allowed: {', '.join(sorted(entry for _, entry in outcome.used))}"
     shown = found if verbose else found[:6]
     lines = [line, *(f"         {place}: {what}" for place, what in shown)]
     if len(found) > len(shown):

@@ -19,10 +19,8 @@ PYTHON: dict[str, tuple[str, ...]] = {
     "calibrated": ("llama_cpp", "scipy"),
 }
 # Models of the tests (moe-NAME.gguf, quant-NAME.gguf): cut and merged; all file types; fitted to a size.
-CUT = (
-    "qwen3next qwen3moe deepseek2 dots1 gpt_oss llama4 gemma4 granitehybrid deepseek4 grovemoe nvfp4_scales "
-    "nemotron mtp grouped fused Q8_0 MXFP4"
-)
+CUT = ("qwen3next qwen3moe deepseek2 dots1 gpt_oss llama4 gemma4 granitehybrid deepseek4 grovemoe nvfp4_scales "
+       "nemotron mtp grouped fused Q8_0 MXFP4")  # fmt: skip
 MERGED = "qwen3moe gpt_oss gemma4 deepseek2 dots1 mtp fused Q8_0 nvfp4_scales nemotron deepseek4 grovemoe llama4"
 TYPES = "llama llama_8_experts qwen3moe qwen3next deepseek2 gemma falcon gpt_oss"
 FITTED = "llama qwen3next deepseek2"
