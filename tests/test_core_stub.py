@@ -19,8 +19,8 @@ def parameters(function):
     assert not args.posonlyargs and not args.kwarg
     names = args.args + ([args.vararg] if args.vararg else [])
     defaults = [None] * (len(args.args) - len(args.defaults)) + args.defaults + [None] * bool(args.vararg)
-    found = [(a.arg, False, d is not None) for a, d in zip(names, defaults)]
-    found += [(a.arg, True, d is not None) for a, d in zip(args.kwonlyargs, args.kw_defaults)]
+    found = [(a.arg, False, d is not None) for a, d in zip(names, defaults, strict=True)]
+    found += [(a.arg, True, d is not None) for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
     return [p for p in found if p[0] != "self"]
 
 

@@ -31,9 +31,9 @@ if sys.argv[2] == "logits":
     context = llama.llama_init_from_model(model, params)
     tokens = (llama.llama_token * 6)(1, 2, 3, 5, 8, 13)
     assert llama.llama_decode(context, llama.llama_batch_get_one(tokens, 6)) == 0
-    print("logits", np.ctypeslib.as_array(llama.llama_get_logits_ith(context, -1), (%d,)).tolist())
+    print("logits", np.ctypeslib.as_array(llama.llama_get_logits_ith(context, -1), (VOCAB,)).tolist())
 assert model
-""" % moe_models.VOCAB
+""".replace("VOCAB", str(moe_models.VOCAB))
 
 
 def load(path, what="load"):

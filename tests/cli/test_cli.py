@@ -209,11 +209,11 @@ def test_a_dry_run_is_the_plan_and_writes_nothing(run, model, tmp_path):
 
 def test_prune_keeps_the_strongest_experts_and_edits_in_one_pass(run, model, tmp_path):
     out_path = tmp_path / "out.gguf"
-    code, out, err = run("prune", model, out_path, "--keep", BEST, "--by", "router-norm", "--set", "general.name=half",
+    code, out, _ = run("prune", model, out_path, "--keep", BEST, "--by", "router-norm", "--set", "general.name=half",
                          "--set", "my.number:u16=7", "--set", "qwen3next.context_length=128",
                          "--remove", "general.type")
     assert code == 0 and str(out_path) in out
-    before, source = read_gguf(model)
+    _, source = read_gguf(model)
     after, result = read_gguf(out_path)
     assert after["general.name"] == "half" and after["my.number"] == 7 and "general.type" not in after
     assert after["qwen3next.context_length"] == 128 and after["qwen3next.expert_count"] == BEST
@@ -263,7 +263,7 @@ def test_an_equals_sign_in_a_pattern_belongs_to_the_pattern():
 def test_encoding_again_must_be_allowed(run, model, tmp_path):
     once, twice = tmp_path / "once.gguf", tmp_path / "twice.gguf"
     assert run("quantize", model, once, "Q8_0")[0] == 0
-    code, _, err = run("quantize", once, twice, "MXFP4_MOE")
+    code, _, _ = run("quantize", once, twice, "MXFP4_MOE")
     assert code == 4 and not twice.exists()
     assert run("quantize", once, twice, "MXFP4_MOE", "--allow-requantize")[0] == 0
 

@@ -250,7 +250,7 @@ def test_keep_split_and_back(run):
     assert len(shards) > 2 and shards[0] == f"in-00001-of-0000{len(shards)}.gguf"
     good(run(f"--keep-split {shards[1]} out.gguf Q4_K_M"))  # any shard names them all
     good(run(f"{shards[0]} --keep-split Q4_K_M"))
-    for one, two in zip(shards, [name.replace("in-", "ggml-model-Q4_K_M-") for name in shards]):
+    for one, two in zip(shards, [name.replace("in-", "ggml-model-Q4_K_M-") for name in shards], strict=True):
         assert contents(one.replace("in-", "out-")) == contents(two)
         assert names_in(one) == names_in(two)
     good(run(f"{shards[0]} one.gguf Q4_K_M"))  # without it, one file

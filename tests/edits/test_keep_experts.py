@@ -225,7 +225,7 @@ def test_apply_changes_nothing_in_place_and_touches_only_experts(model, seed):
     kept = choose(model, seed)
     out = apply_edit(prune, model, tensors, metadata, keep(kept))
     assert (tensors, metadata) == copies and out.blockers == []
-    for old, new in zip(tensors, out.tensors):
+    for old, new in zip(tensors, out.tensors, strict=True):
         assert (new.name, new.type, new.source_type, new.role) == (old.name, old.type, old.source_type, old.role)
         assert new == old or role_of(new.name) in ("router", "expert")
         assert new.shape == old.shape or new.shape[1:] == old.shape[1:]
@@ -280,7 +280,7 @@ def test_ids_that_are_wrong(ids, words):
 
 
 def test_layers_that_do_not_match():
-    error = the_blocker(apply(block(1, 4) + [tensor("blk.0.ffn_down.weight", 8, 8)], {0: (0, 1), 1: (0, 1)}, blocks=2))
+    error = the_blocker(apply([*block(1, 4), tensor("blk.0.ffn_down.weight", 8, 8)], {0: (0, 1), 1: (0, 1)}, blocks=2))
     assert error.object == "blk.0" and "layers with experts: 1" in str(error)
     error = the_blocker(apply(block(0, 4) + block(1, 4), {0: (0, 1)}, blocks=2))
     assert error.object == "blk.1" and "no experts named" in str(error)
@@ -304,7 +304,7 @@ def test_never_fewer_than_are_used():
 
 
 def test_used_per_layer():
-    names = block(1, 4) + [tensor("blk.0.ffn_down.weight", 8, 8)]
+    names = [*block(1, 4), tensor("blk.0.ffn_down.weight", 8, 8)]
     assert apply(names, {1: (0, 1)}, used=[0, 2], blocks=2).blockers == []
     assert "3 used" in str(the_blocker(apply(names, {1: (0, 1)}, used=[0, 3], blocks=2)))
 
@@ -358,7 +358,7 @@ def test_groups_that_llama_cpp_could_not_load(group_used):
 
 
 def test_experts_of_one_chunk_stay_together():
-    names = block(0, 8) + [tensor("blk.0.ffn_up_chexps.weight", 4, 8, 32)]
+    names = [*block(0, 8), tensor("blk.0.ffn_up_chexps.weight", 4, 8, 32)]
     out = apply(names, {0: (2, 3, 6, 7)}, experts=8, experts_per_group=2)
     assert out.blockers == [] and out.tensors[2].expression == Take("blk.0.ffn_up_chexps.weight", (1, 3))
     error = the_blocker(apply(names, {0: (2, 3, 5, 6)}, experts=8, experts_per_group=2))
@@ -378,12 +378,12 @@ def test_tensors_that_no_rule_covers(extra, kind):
 
 
 def test_a_table_of_ids_is_integers():
-    names = block(0, 4) + [tensor("blk.0.ffn_gate_tid2eid.weight", 9, 2)]
+    names = [*block(0, 4), tensor("blk.0.ffn_gate_tid2eid.weight", 9, 2)]
     assert the_blocker(apply(names, {0: (0, 1)})).object == "blk.0.ffn_gate_tid2eid.weight"
 
 
 def test_an_expert_is_whole_blocks():
-    names = block(0, 32) + [tensor("blk.0.exp_probs_b.bias", 32, type="Q8_0")]
+    names = [*block(0, 32), tensor("blk.0.exp_probs_b.bias", 32, type="Q8_0")]
     assert the_blocker(apply(names, {0: (0, 1)}, experts=32)).object == "blk.0.exp_probs_b.bias"
 
 

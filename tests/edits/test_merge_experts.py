@@ -50,7 +50,7 @@ def oracle(values, groups, axis):
     out = []
     for group in groups:
         total = centroid = None
-        for member, weight, order in zip(group.members, group.weights, group.orders):
+        for member, weight, order in zip(group.members, group.weights, group.orders, strict=True):
             x = values[member]
             if order:
                 p = np.frombuffer(order, "<u2").astype(np.int64)
@@ -76,7 +76,7 @@ def check_output(source, out, groups, type=None):
             single = [len(g.members) == 1 for g in some]
             for name, tensor in model.tensors.items():
                 parts = name.split(".")
-                if not name.startswith(f"blk.{layer}.") or "_exps." not in name and "gate_inp" not in name and "exp_probs" not in name:
+                if not name.startswith(f"blk.{layer}.") or ("_exps." not in name and "gate_inp" not in name and "exp_probs" not in name):
                     continue
                 made = result.tensors[name]
                 if "_exps." not in name:
@@ -332,7 +332,7 @@ def test_groups_with_statistics(tmp_path):
 
 
 def test_groups_from_the_weights_alone(tmp_path):
-    path, _, orders = handmade(tmp_path, [0, 1, 2, 3, 0, 1])
+    path, _, _ = handmade(tmp_path, [0, 1, 2, 3, 0, 1])
     with pgs.open(path) as model:
         router = model.tensors["blk.0.ffn_gate_inp.weight"].dequantize()
         groups = pgs.experts.group(model, 4, weights_only=True, group_size=2)
@@ -388,9 +388,9 @@ def test_without_scipy_the_error_says_what_to_install(tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    with pgs.open(moe_models.qwen3moe(tmp_path / "in.gguf")) as model:
-        with pytest.raises(pgs.Unsupported, match=r"pygguf-surgery\[merge\]"):
-            pgs.experts.group(model, 8, weights_only=True)
+    path = moe_models.qwen3moe(tmp_path / "in.gguf")
+    with pgs.open(path) as model, pytest.raises(pgs.Unsupported, match=r"pygguf-surgery\[merge\]"):
+        pgs.experts.group(model, 8, weights_only=True)
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------
@@ -467,7 +467,7 @@ def test_the_importance_matrix_is_merged_too(tmp_path):
                 weights = []
                 for g in groups[layer]:
                     total, tokens = np.zeros(32, np.float32), 0.0
-                    for e, order in zip(g.members, g.orders):
+                    for e, order in zip(g.members, g.orders, strict=True):
                         row = sums[e].astype(np.float32)
                         total += row[np.frombuffer(order, "<u2")] if order and part == "down" else row
                         tokens += counts[e]

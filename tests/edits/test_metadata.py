@@ -124,7 +124,7 @@ def whole(tmp_path):
 @pytest.mark.parametrize("key", REQUIRED)
 def test_a_key_without_which_llama_cpp_stops_is_not_removed(whole, key, tmp_path):
     removed = whole.remove_metadata(key)
-    with pytest.raises(BadPlan, match="llama.cpp does not load") as e:
+    with pytest.raises(BadPlan, match=r"llama\.cpp does not load") as e:
         removed.write(tmp_path / "out.gguf")
     assert e.value.object == key and not (tmp_path / "out.gguf").exists()
     assert not removed.set_metadata({key: REQUIRED[key]}).check().blockers

@@ -181,7 +181,7 @@ def test_shards_are_those_of_llama_gguf_split_and_join_again(tmp_path, source, o
     groups = gguf_split([t.n_bytes for t in tensors], **limits, first_empty=first_empty, strict=False)
     assert [p.removeprefix(str(tmp_path)) for p in paths] == [
         f"/out-{i + 1:05d}-of-{len(groups):05d}.gguf" for i in range(len(groups))]
-    for path, expected in zip(paths, foreign_split(source, groups)):
+    for path, expected in zip(paths, foreign_split(source, groups), strict=True):
         with open(path, "rb") as file:
             assert file.read() == expected, path
         gguf.GGUFReader(path)
@@ -209,7 +209,7 @@ def test_keep(tmp_path, source):
         plan = pgs.Plan(model).split(keep=True)
         again = plan.write(str(tmp_path / "again")).paths
         assert len(again) == len(shards)
-        for a, b in zip(shards, again):
+        for a, b in zip(shards, again, strict=True):
             with open(a, "rb") as x, open(b, "rb") as y:
                 assert x.read() == y.read()
         encoded = plan.quantize("Q8_0").write(str(tmp_path / "q8.gguf")).paths
@@ -244,9 +244,8 @@ def test_a_large_tensor_is_named(tmp_path, source):
 
 
 def test_a_shard_name_is_no_output(tmp_path, source):
-    with pgs.open(str(source)) as model:
-        with pytest.raises(pgs.BadPlan, match="name of a shard"):
-            pgs.Plan(model).split(max_tensors=9).write(str(tmp_path / "x-00001-of-00003.gguf"))
+    with pgs.open(str(source)) as model, pytest.raises(pgs.BadPlan, match="name of a shard"):
+        pgs.Plan(model).split(max_tensors=9).write(str(tmp_path / "x-00001-of-00003.gguf"))
     assert not list(tmp_path.iterdir())
 
 
@@ -295,7 +294,7 @@ def test_the_same_files_as_llama_gguf_split(tmp_path, name, options, theirs):
     subprocess.run([tool, "--split", *theirs, str(source), str(tmp_path / "theirs")], check=True, capture_output=True)
     found = sorted(tmp_path.glob("theirs-*"))
     assert [p.name.removeprefix("theirs") for p in found] == [p.rpartition("/ours")[2] for p in ours]
-    for path, other in zip(found, ours):
+    for path, other in zip(found, ours, strict=True):
         with open(other, "rb") as file:
             assert path.read_bytes() == file.read(), path.name
     subprocess.run([tool, "--merge", ours[0], str(tmp_path / "joined.gguf")], check=True, capture_output=True)

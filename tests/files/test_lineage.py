@@ -68,7 +68,7 @@ def test_a_cut_of_a_cut_names_the_experts_of_the_source(data):
     twice = once.after_cut(second, metric="b", scores={0: [0.25]}, repaired=[])
     assert once.slices() == first and once.scores == {0: (0.5,) * experts} and once.metric == "a"
     for layer, kept in second.items():
-        real = [first[layer][i] for i in kept if first[layer][i] != None]
+        real = [first[layer][i] for i in kept if first[layer][i] is not None]
         assert twice.slices()[layer] == (*real, *(None,) * (len(kept) - len(real)))
     assert twice.metric == "a, b" and twice.scores == {} and twice.repaired == {3}
 

@@ -262,7 +262,7 @@ def test_check_fixes_everything_before_a_byte_is_written(model, tmp_path):
         assert (out.file_bytes, out.header_bytes) == (checked.file_bytes, len(checked.files[0].header))
         assert [(t.name, t.shape, t.type, t.offset, t.nbytes) for t in out.tensors.values()] == [
             (t.name, t.shape, t.type, offset, nbytes)
-            for t, offset, nbytes in zip(checked.tensors, checked.offsets, checked.nbytes)]
+            for t, offset, nbytes in zip(checked.tensors, checked.offsets, checked.nbytes, strict=True)]
 
 
 def test_the_json_of_a_check(model):
@@ -434,7 +434,7 @@ def small_models(draw):
     def tensor(*shape, any_type=True):
         x = rng.standard_normal(shape, dtype=np.float32)
         type = draw(st.sampled_from(SOURCE_TYPES)) if any_type else "F32"
-        if type == "F32" or columns % 256 and type in ("Q4_K", "Q6_K"):
+        if type == "F32" or (columns % 256 and type in ("Q4_K", "Q6_K")):
             return x
         return pgs.quantize(x, type), Q[type]
 

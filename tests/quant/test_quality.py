@@ -101,7 +101,7 @@ def test_bytes_of_a_row_do_not_depend_on_the_others():
 def test_types_without_a_better_encoder_keep_their_bytes():
     x = rows(6)
     assert np.array_equal(pgs.quantize(x, "Q4_K", quality="best"), pgs.quantize(x, "Q4_K"))
-    with pytest.raises(BadPlan, match="quality: unknown choice .*'good'"):
+    with pytest.raises(BadPlan, match=r"quality: unknown choice .*'good'"):
         pgs.quantize(x, "Q4_K", quality="good")
 
 

@@ -166,7 +166,7 @@ def test_copy_with_an_override_keeps_the_file_type():
 def test_file_types_that_are_not_served(name, pure):
     with pytest.raises(Unsupported) as e:
         mixes.file_type(name, pure)
-    assert e.value.object == name and (pure or "pure" in e.value.hint and name + "_MOE" in e.value.hint)
+    assert e.value.object == name and (pure or ("pure" in e.value.hint and name + "_MOE" in e.value.hint))
 
 
 @pytest.mark.parametrize("name, number, type, mixture", [
@@ -488,4 +488,4 @@ def test_apply_changes_nothing_in_place():
     before = [OutputTensor(t.name, t.shape, t.type, t.source_type, t.expression, t.role, list(t.notes)) for t in MODEL]
     metadata = {"general.file_type": Value(1, "u32")}
     quantize(MODEL, "Q6_K", metadata=metadata, pure=True)
-    assert MODEL == before and metadata == {"general.file_type": Value(1, "u32")}
+    assert before == MODEL and metadata == {"general.file_type": Value(1, "u32")}

@@ -106,7 +106,7 @@ def test_pooled_sums_are_sums_of_the_whole(data):
         sums = Sums()
         sums.add(x[part], y[part])
         pooled.pool(sums)
-    for a, b in zip(whole.to_json().values(), pooled.to_json().values()):
+    for a, b in zip(whole.to_json().values(), pooled.to_json().values(), strict=True):
         assert a == b if a is None or b is None else a == pytest.approx(b, rel=1e-9)
 
 

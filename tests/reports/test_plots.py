@@ -51,6 +51,6 @@ def test_from_the_shell(tmp_path, capsys):
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pgs.open(moe_models.qwen3moe(tmp_path / "in.gguf")) as model:
-        with pytest.raises(pgs.Unsupported, match=r"pygguf-surgery\[report\]"):
-            importance(pgs.experts.rank(model).keep(4))
+    path = moe_models.qwen3moe(tmp_path / "in.gguf")
+    with pgs.open(path) as model, pytest.raises(pgs.Unsupported, match=r"pygguf-surgery\[report\]"):
+        importance(pgs.experts.rank(model).keep(4))

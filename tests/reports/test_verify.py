@@ -27,11 +27,11 @@ def files(tmp_path_factory):
     return {name: folder / f"{name}.gguf" for name in ("source", "cut", "encoded")}
 
 
-def rewrite(path, out, *, metadata={}, remove=(), tensors={}):
+def rewrite(path, out, *, metadata=None, remove=(), tensors=None):
     """A copy with other metadata (key -> Value) and tensors (name -> None, or (data, type, shape)); returns `out`."""
     with pgs.open(path) as model:
-        keys = {k: v for k, v in model.metadata.exact().items() if k not in remove} | metadata
-        parts = {t.name: (t.bytes(), t.type, t.shape) for t in model.tensors.values()} | tensors
+        keys = {k: v for k, v in model.metadata.exact().items() if k not in remove} | (metadata or {})
+        parts = {t.name: (t.bytes(), t.type, t.shape) for t in model.tensors.values()} | (tensors or {})
         write_gguf(out, keys, {k: v for k, v in parts.items() if v is not None})
     return out
 

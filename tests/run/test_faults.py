@@ -192,7 +192,7 @@ def test_every_system_call(place, call, fault, nameless):
     """The n-th call, for every n."""
     only = ["-P", place.folder, "-P", place.path] if call in SHARED else []
     for when in range(1, 1000):
-        said, trace = traced(place, *only, "-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={when}",
+        _, trace = traced(place, *only, "-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={when}",
                              PGS_TMPFILE=nameless)
         assert place.path.read_bytes() in place.contents.values()
         if "KILL" in fault:

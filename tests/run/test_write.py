@@ -41,7 +41,7 @@ def files(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     tensors = {}
     for i in range(draw(st.integers(0, 6))):
-        shape = draw(st.lists(st.integers(1, 3), max_size=3)) + [draw(st.sampled_from([1, 5, 32, 64]))]
+        shape = [*draw(st.lists(st.integers(1, 3), max_size=3)), draw(st.sampled_from([1, 5, 32, 64]))]
         x = rng.standard_normal(shape, dtype=np.float32)
         if shape[-1] % 32 == 0 and draw(st.booleans()):
             type = draw(st.sampled_from([Q.Q8_0, Q.Q4_0, Q.MXFP4, Q.BF16]))

@@ -299,7 +299,7 @@ def test_reap_of_a_trained_model(tmp_path, type, limit, capsys):
             print(f"\n{type} layer {layer}: REAP {many:.2e}, experts of fewer than 8 tokens {few:.2e}, gates {gates:.2e}",
                   end="")
     assert list(found) == [0, 1, 2, 3]
-    for layer, (many, few, gates) in found.items():
+    for layer, (many, _, gates) in found.items():
         assert many <= limit and gates <= 1e-4, layer
 
 
@@ -392,7 +392,7 @@ def test_a_dense_model_and_a_file_that_llama_cpp_refuses(tmp_path):
         pgs.experts.calibrate(b.write(tmp_path / "dense.gguf"), [TOKENS])
     b = moe_models.Builder("qwen3moe", blocks=1, experts=4, used=2)
     b.moe(0)
-    with pytest.raises(pgs.BadFile, match="llama.cpp does not load it"):
+    with pytest.raises(pgs.BadFile, match=r"llama\.cpp does not load it"):
         pgs.experts.calibrate(b.write(tmp_path / "no attention.gguf"), [TOKENS])
 
 

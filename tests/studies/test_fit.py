@@ -135,7 +135,7 @@ def test_climb_is_monotone_and_one_step_from_the_best(tensors, room, more):
     costs, errors = [c for c, _ in tensors], [e for _, e in tensors]
 
     def outcome(chosen):
-        return (sum(c[i] - c[0] for c, i in zip(costs, chosen)), sum(e[i] for e, i in zip(errors, chosen)))
+        return (sum(c[i] - c[0] for c, i in zip(costs, chosen, strict=True)), sum(e[i] for e, i in zip(errors, chosen, strict=True)))
 
     used, error = outcome(module.climb(costs, errors, room))
     assert used <= room
@@ -150,8 +150,8 @@ def test_hull(points):
     hull = [points[i] for i in module._hull(points)]
     assert hull[0][0] == min(nbytes for nbytes, _ in points)
     assert hull[-1][1] == min(error for _, error in points)
-    slopes = [(a[1] - b[1]) / (b[0] - a[0]) for a, b in zip(hull, hull[1:])]
-    assert all(s > 0 for s in slopes) and all(a > b for a, b in zip(slopes, slopes[1:]))
+    slopes = [(a[1] - b[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(hull)]
+    assert all(s > 0 for s in slopes) and all(a > b for a, b in itertools.pairwise(slopes))
     for nbytes, error in points:  # none is below
         assert error >= np.interp(nbytes, [p[0] for p in hull], [p[1] for p in hull]) - 1e-9
 
@@ -177,7 +177,7 @@ def test_the_sample_has_no_period():
 def test_errors_are_relative_and_weighted(folder, model, imatrix):
     """Against gguf-py: quantize, dequantize, sum."""
     plan = Plan(model).quantize("Q4_0", imatrix=imatrix, overrides=[("ffn|output|token", "copy")])
-    smallest, largest = limits(plan)
+    _, largest = limits(plan)
     choices = {c.name: c for c in fitted(plan, size=largest - 1).choices}
     source, weights = small(), small().importance()
     eights = [name for name, c in choices.items() if c.type == "Q8_0"]
@@ -275,7 +275,7 @@ def test_quantized_tensors_stay_unless_allowed(folder, model):
         again = Plan(mixed).quantize("Q4_K_M", allow_requantize=True)
         types = {c.name: c.type for c in fitted(again, size=1 << 40).choices}
         assert types["blk.0.attn_q.weight"] == "Q8_0"
-        smallest, largest = limits(again)
+        _, largest = limits(again)
         choices = {c.name: c for c in fitted(again, size=largest - 1).choices}
         if choices["blk.0.attn_q.weight"].type == "Q6_K":
             assert choices["blk.0.attn_q.weight"].error == 0  # its own bytes
@@ -353,8 +353,7 @@ def test_llama_quantize_takes_the_overrides(folder, model, imatrix, type, number
 # --- what cannot be done ---------------------------------------------------------------------------------------------
 
 def test_families():
-    for type, family in FAMILIES + [("Q2_K_S", "K"), ("Q6_K", "K"), ("iq1_s", "IQ"), ("IQ4_NL", "IQ"),
-                                    ("Q5_1", "legacy"), ("Q8_0", "Q8_0"), ("MXFP4", "MXFP4")]:
+    for type, family in [*FAMILIES, ("Q2_K_S", "K"), ("Q6_K", "K"), ("iq1_s", "IQ"), ("IQ4_NL", "IQ"), ("Q5_1", "legacy"), ("Q8_0", "Q8_0"), ("MXFP4", "MXFP4")]:
         assert ladder(type) == LADDERS[family]
     for type in ("F16", "BF16", "F32", "COPY", "TQ1_0", "Q1_0", "Q2_0"):
         with pytest.raises(BadPlan) as error:

@@ -99,9 +99,8 @@ def test_routers_of_different_types_and_layers_do_not_mix(tmp_path):
 
 @pytest.mark.parametrize("layer", range(4))
 def test_the_layer_and_expert_that_are_not_finite_are_named(tmp_path, layer):
-    with mixed(tmp_path, layer) as model:
-        with pytest.raises(pgs.BadFile) as error:
-            pgs.experts.rank(model)
+    with mixed(tmp_path, layer) as model, pytest.raises(pgs.BadFile) as error:
+        pgs.experts.rank(model)
     assert (error.value.object, error.value.found) == (f"blk.{layer}.ffn_gate_inp.weight", "in expert 3")
 
 
@@ -162,16 +161,15 @@ def test_quantized_weights_are_decoded(tmp_path):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_named(tmp_path, bad):
-    with handmade(tmp_path, [[1, 2], [3, bad], [5, 6]]) as model:
-        with pytest.raises(pgs.BadFile) as error:
-            pgs.experts.rank(model)
+    with handmade(tmp_path, [[1, 2], [3, bad], [5, 6]]) as model, pytest.raises(pgs.BadFile) as error:
+        pgs.experts.rank(model)
     assert error.value.object == "blk.0.ffn_gate_inp.weight"
 
 
 def test_scales_that_are_not_finite_are_named(tmp_path):
-    with handmade(tmp_path, [[1], [2]], scales={"ffn_up_exps.scale": [1, math.nan]}) as model:
-        with pytest.raises(pgs.BadFile) as error:
-            pgs.experts.rank(model, by="aimer")
+    scales = {"ffn_up_exps.scale": [1, math.nan]}
+    with handmade(tmp_path, [[1], [2]], scales=scales) as model, pytest.raises(pgs.BadFile) as error:
+        pgs.experts.rank(model, by="aimer")
     assert error.value.object == "blk.0.ffn_up_exps.scale"
 
 
@@ -198,17 +196,15 @@ def test_what_a_metric_needs_is_said(qwen, by, what):
 def test_a_dense_model_has_nothing_to_rank(tmp_path):
     b = moe_models.Builder("llama", blocks=1, experts=0, used=0)
     b.dense(0)
-    with pgs.open(b.write(tmp_path / "dense.gguf")) as model:
-        with pytest.raises(pgs.BadPlan, match="no experts"):
-            pgs.experts.rank(model)
+    with pgs.open(b.write(tmp_path / "dense.gguf")) as model, pytest.raises(pgs.BadPlan, match="no experts"):
+        pgs.experts.rank(model)
 
 
 def test_a_block_without_a_router(tmp_path):
     b = moe_models.Builder("x", blocks=1, experts=4, used=1)
     b.add("blk.0.ffn_down_exps.weight", 4, 4, 32)
-    with pgs.open(b.write(tmp_path / "x.gguf")) as model:
-        with pytest.raises(pgs.BadFile) as error:
-            pgs.experts.rank(model)
+    with pgs.open(b.write(tmp_path / "x.gguf")) as model, pytest.raises(pgs.BadFile) as error:
+        pgs.experts.rank(model)
     assert error.value.object == "blk.0.ffn_gate_inp.weight"
 
 
@@ -379,9 +375,9 @@ S = [0.0] * 16
     ({"scores": {}}, "scores"), ({"scores": []}, "scores"), ({"scores": {"0": S}}, "scores"),
     ({"scores": {"0": S, "1": S, "2": S}}, "scores"), ({"scores": {"0": S, "01": S}}, "scores"),
     ({"scores": {"0": S, "x": S}}, "scores"), ({"scores": {"0": S, "-1": S}}, "scores"),
-    ({"scores": {"0": S, "1": S[:15]}}, "scores.1"), ({"scores": {"0": S, "1": S[:15] + ["a"]}}, "scores.1"),
-    ({"scores": {"0": S, "1": S[:15] + [None]}}, "scores.1"), ({"scores": {"0": S, "1": S[:15] + [True]}}, "scores.1"),
-    ({"scores": {"0": S, "1": S[:15] + [10**400]}}, "scores.1"), ({"scores": {"0": S, "1": "abc"}}, "scores.1"),
+    ({"scores": {"0": S, "1": S[:15]}}, "scores.1"), ({"scores": {"0": S, "1": [*S[:15], "a"]}}, "scores.1"),
+    ({"scores": {"0": S, "1": [*S[:15], None]}}, "scores.1"), ({"scores": {"0": S, "1": [*S[:15], True]}}, "scores.1"),
+    ({"scores": {"0": S, "1": [*S[:15], 10 ** 400]}}, "scores.1"), ({"scores": {"0": S, "1": "abc"}}, "scores.1"),
     ({"scores": {"0": S, "1": 3}}, "scores.1"), ({"scores": {"0": S, "1": S}, "metric": 3}, "metric"),
     ({"kept": {"0": [16], "1": [0]}}, "kept.0"), ({"kept": {"0": [-1], "1": [0]}}, "kept.0"),
     ({"kept": {"0": [1, 1], "1": [0]}}, "kept.0"), ({"kept": {"0": [1.0], "1": [0]}}, "kept.0"),
@@ -408,7 +404,7 @@ def test_files_that_are_no_json(qwen, tmp_path, text, object):
 
 def test_scores_that_are_not_finite(qwen):
     with pytest.raises(pgs.BadPlan, match="not finite"):
-        pgs.experts.rank(qwen, by={"scores": {"0": S, "1": S[:15] + [math.nan]}})
+        pgs.experts.rank(qwen, by={"scores": {"0": S, "1": [*S[:15], math.nan]}})
 
 
 @pytest.mark.parametrize("by", ["missing.json", "folder/missing"])

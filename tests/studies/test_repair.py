@@ -86,7 +86,7 @@ def test_scales_and_biases_are_not_the_weights_to_explain():
     hidden, scales, biases = rng.random((50, 1, 6), np.float32), rng.random(4, np.float32), rng.random((4, 3), np.float32)
     truth = rng.standard_normal((4, 3, 6), np.float32)
     outputs = np.stack([g[0] * (scales[e] * truth[e] @ h[0] + biases[e])
-                        for (e,), g, h in zip(ids, gates, hidden)]).astype(np.float32)
+                        for (e,), g, h in zip(ids, gates, hidden, strict=True)]).astype(np.float32)
     s = repairing.Samples(50, range(4), 4, gate_in_input=False, scales=scales, biases=biases)
     s.add(ids, gates, hidden, outputs)
     _, (before, _) = repairing.fit(truth, s, 10)

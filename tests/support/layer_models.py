@@ -38,7 +38,7 @@ def twice(name, path):
     for f in reader.fields.values():
         if not f.name.startswith("GGUF.") and f.name != "general.architecture":
             array, contents = f.types[0] == gguf.GGUFValueType.ARRAY, f.contents()
-            contents = 2 * contents if array and len(contents) == blocks or f.name == key else contents
+            contents = 2 * contents if (array and len(contents) == blocks) or f.name == key else contents
             metadata[f.name] = (contents, f.types[0], *(f.types[1:] if array else ()))
     for copy in range(2):
         for t in reader.tensors:

@@ -53,7 +53,7 @@ def tensor_infos(draw):
         fact = draw(st.sampled_from(sorted(types(), key=lambda f: f.id)))
         ne = draw(st.lists(st.integers(0, 5), max_size=4))
         if fact.block > 1:
-            ne = [*ne, 1] if not ne else ne
+            ne = ne or [1]
             ne[0] *= fact.block
         infos.append(TensorInfo(name, ne, fact.id))
     return infos
@@ -82,9 +82,9 @@ def sums(shape):
 
 
 @st.composite
-def entry(draw, rows=st.integers(1, 5), columns=st.integers(1, 9)):
+def entry(draw, rows=None, columns=None):
     """(sums of squares [rows, columns], counts [rows])."""
-    rows, columns = draw(rows), draw(columns)
+    rows, columns = rows or draw(st.integers(1, 5)), columns or draw(st.integers(1, 9))
     counts = draw(st.lists(st.integers(0, 2**24), min_size=rows, max_size=rows))
     return draw(sums((rows, columns))), np.array(counts, np.float32)
 
@@ -124,7 +124,7 @@ def ladders(draw):
     sums are exact."""
     gains = draw(GAINS)  # per byte
     widths = draw(st.lists(st.integers(1, 9), min_size=len(gains), max_size=len(gains)))
-    total = sum(g * w for g, w in zip(gains, widths))
+    total = sum(g * w for g, w in zip(gains, widths, strict=True))
     costs = list(itertools.accumulate(widths, initial=draw(st.integers(0, 5))))
-    errors = [total - x for x in itertools.accumulate((g * w for g, w in zip(gains, widths)), initial=0)]
+    errors = [total - x for x in itertools.accumulate((g * w for g, w in zip(gains, widths, strict=True)), initial=0)]
     return costs, [float(e) for e in errors]

@@ -260,9 +260,9 @@ def test_misuse_of_importance_rows():
         with pytest.raises(TypeError):
             weighted(rows)
     for length in (0, 255, 512):
-        with pytest.raises(BadPlan, match="^blk.0: importance does not fit the rows"):
+        with pytest.raises(BadPlan, match=r"^blk\.0: importance does not fit the rows"):
             weighted(held(np.ones((1, length), np.float32)))
-    with pytest.raises(BadPlan, match="^blk.7: importance is negative in row 1, column 3"):
+    with pytest.raises(BadPlan, match=r"^blk\.7: importance is negative in row 1, column 3"):
         values = np.ones((2, 256), np.float32)
         values[1, 3] = -1
         weighted(held(values), name="blk.7")

@@ -120,7 +120,7 @@ def test_hundreds_of_shards(folder):
 # --- what is wrong is found before the first byte --------------------------------------------------------------------
 
 def outputs_of(folder, *sizes):
-    return [(str(folder / name), b"head", size) for name, size in zip(NAMES, sizes)]
+    return [(str(folder / name), b"head", size) for name, size in zip(NAMES, sizes, strict=False)]
 
 
 def literal(file, at, nbytes=8):

@@ -64,7 +64,7 @@ def test_gguf_py_reads_what_we_write(path, case):
     for key, value in metadata:
         assert fields[key].contents() == value.value
         assert fields[key].types[-1].value == b.IDS[value.type.removesuffix("[]")]
-    for tensor, offset, their in zip(tensors, offsets, theirs.tensors):
+    for tensor, offset, their in zip(tensors, offsets, theirs.tensors, strict=True):
         assert their.name == tensor.name and int(their.tensor_type) == tensor.type
         assert tuple(their.shape) == tensor.ne and their.data_offset == offset and their.n_bytes == tensor.nbytes
 
@@ -89,7 +89,7 @@ def test_we_read_what_gguf_py_writes(path, metadata, shapes):
     assert header.warnings == []
     assert dict(header.metadata) == {"general.architecture": Value("test", "str"), **metadata}
     assert [t.name for t in header.tensors] == list(tensors)
-    for tensor, array in zip(header.tensors, tensors.values()):
+    for tensor, array in zip(header.tensors, tensors.values(), strict=True):
         assert tensor.ne == array.shape[::-1]
         ours = source.read(header.data_offset + tensor.offset, tensor.nbytes).view(np.float32)
         assert np.array_equal(ours, array.ravel())

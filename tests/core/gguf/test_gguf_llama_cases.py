@@ -209,10 +209,10 @@ def test_handcrafted(tmp_path, case, seed):
     assert header.version == 3
     assert header.alignment == crafted.alignment
     assert len(header.metadata) == len(crafted.kvs) + crafted.declares_alignment()
-    for i, ((key, value), (kind, written)) in enumerate(zip(header.metadata, crafted.kvs)):
+    for i, ((key, value), (kind, written)) in enumerate(zip(header.metadata, crafted.kvs, strict=False)):
         assert (key, value.type, value.raw) == (f"my_key_{i}", kind, crafted.raw(kind, written))
     assert len(header.tensors) == len(crafted.tensors)
-    for tensor, offset, (kind, shape) in zip(header.tensors, crafted.offsets, crafted.tensors):
+    for tensor, offset, (kind, shape) in zip(header.tensors, crafted.offsets, crafted.tensors, strict=True):
         assert (tensor.offset, tensor.type) == (offset, kind)
         if case == "TENSORS_ZERO_DIM":
             assert tensor.nbytes == 0

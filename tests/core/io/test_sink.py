@@ -1,5 +1,6 @@
 """Sink: the output path holds the old file or the new one, whole, and nothing else appears in its folder."""
 import fcntl
+import itertools
 import os
 import random
 import stat
@@ -46,7 +47,7 @@ def test_any_order_of_any_pieces_gives_the_file(tmp_path, dontcache, io, data):
     content = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
     cuts = data.draw(st.lists(st.integers(0, size), max_size=40))
     cuts = sorted({0, size, *cuts})
-    pieces = data.draw(st.permutations(list(zip(cuts, cuts[1:]))))
+    pieces = data.draw(st.permutations(list(itertools.pairwise(cuts))))
     with Sink(str(tmp_path / "out"), size, overwrite=True, io=io) as sink:
         for begin, end in pieces:
             sink.write_at(begin, content[begin:end])
@@ -101,10 +102,9 @@ def test_a_missing_byte_is_never_committed(tmp_path, pieces):
 
 @pytest.mark.parametrize("size", [100, 3 * PAGE])
 def test_a_byte_written_twice_is_never_committed(tmp_path, size):
-    with pytest.raises(BadPlan, match="twice"):
-        with Sink(str(tmp_path / "out"), size) as sink:
-            sink.write_at(0, bytes(size))
-            sink.write_at(0, bytes(size))
+    with pytest.raises(BadPlan, match="twice"), Sink(str(tmp_path / "out"), size) as sink:
+        sink.write_at(0, bytes(size))
+        sink.write_at(0, bytes(size))
     assert os.listdir(tmp_path) == []
 
 
@@ -138,10 +138,9 @@ def test_an_exception_in_the_block_removes_the_temp(tmp_path, temp_kind, overwri
     if overwrite:
         (tmp_path / "out").write_bytes(b"old")
     before = os.listdir(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        with Sink(str(tmp_path / "out"), 3, overwrite=overwrite) as sink:
-            sink.write_at(0, b"abc")
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), Sink(str(tmp_path / "out"), 3, overwrite=overwrite) as sink:
+        sink.write_at(0, b"abc")
+        raise KeyboardInterrupt
     assert os.listdir(tmp_path) == before
     assert not overwrite or (tmp_path / "out").read_bytes() == b"old"
 

@@ -154,8 +154,8 @@ def test_a_name_that_is_not_utf8(tmp_path):
 def is_as_before(path, before):
     """Nearly: the kernel may refuse to drop a page that it is just handling."""
     after = resident(path)
-    return (sum(was and now for was, now in zip(before, after)) >= sum(before) // 2
-            and sum(now and not was for was, now in zip(before, after)) <= len(before) // 20)
+    return (sum(was and now for was, now in zip(before, after, strict=True)) >= sum(before) // 2
+            and sum(now and not was for was, now in zip(before, after, strict=True)) <= len(before) // 20)
 
 
 def in_one_of_three_tries(check):

@@ -41,7 +41,7 @@ def test_unknown_set_is_an_error_and_empty_means_default(monkeypatch, name):
     if name == "":
         assert _core.kernels() == SETS[-1]
     else:
-        with pytest.raises(errors.Unsupported, match="PGS_KERNELS: no such kernels .*scalar"):
+        with pytest.raises(errors.Unsupported, match=r"PGS_KERNELS: no such kernels .*scalar"):
             encode("MXFP4", np.zeros((1, 32), np.float32))
 
 

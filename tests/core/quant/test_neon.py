@@ -42,7 +42,7 @@ def driver(tmp_path_factory):
     for name, width in (("neon", 4), ("scalar", 1)):
         jobs += [[*cpp, "-O3", "-fwrapv", f"-DPGS_SET={name}", f"-DPGS_WIDTH={width}", path] for path in lanes]
     objects = [str(folder / f"{i}.o") for i in range(len(jobs))]
-    for job, out in zip(jobs, objects):
+    for job, out in zip(jobs, objects, strict=True):
         subprocess.run([*map(str, job), "-o", out], check=True)
     path = folder / "driver"
     subprocess.run(["aarch64-linux-gnu-g++", "-static", "-Wl,--gc-sections", *objects, "-o", path], check=True)
@@ -112,7 +112,7 @@ def test_golden_bytes_and_numbers(driver, kernels):
         case = f"{name} decode"
         expected[case] = golden.golden()[case]
     answers = run(driver, kernels, cases)
-    assert dict(zip(expected, map(golden.sha256, answers))) == expected
+    assert dict(zip(expected, map(golden.sha256, answers), strict=True)) == expected
 
 
 @pytest.mark.parametrize("kernels", ["neon", "scalar"])
