@@ -3,6 +3,7 @@
 By default, and under CI, it draws the same examples in every run. PGS_HYPOTHESIS_PROFILE=dev draws others each time, as
 --hypothesis-seed does by its number; PGS_HYPOTHESIS_PROFILE=nightly draws thousands.
 """
+
 import os
 
 import pytest

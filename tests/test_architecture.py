@@ -1,4 +1,5 @@
 """The house rules: who may import whom, where pybind11 and ggml.h may be, how long a file may be."""
+
 import ast
 import re
 import subprocess
@@ -14,10 +15,23 @@ PACKAGE = ROOT / "pygguf_surgery"
 CSRC = ROOT / "csrc"
 LONGEST = 650
 
-# The folders are the layers: one imports only from those listed before it. Files on top of them are the faces, which may
-# import any folder; the command line comes last.
-LAYERS = ["_core", "base", "quant", "plan_data", "architecture", "files", "llama", "recipes", "edits", "gate", "studies",
-          "run", "reports"]
+# The folders are the layers: one imports only from those listed before it. Files on top of them are the faces, which
+# may import any folder; the command line comes last.
+LAYERS = [
+    "_core",
+    "base",
+    "quant",
+    "plan_data",
+    "architecture",
+    "files",
+    "llama",
+    "recipes",
+    "edits",
+    "gate",
+    "studies",
+    "run",
+    "reports",
+]
 ROOMS = ["base", "io", "gguf", "quant", "engine", "bind"]
 # Imported inside functions only: not everybody has or needs them.
 LAZY = ["scipy", "matplotlib", "dask", "ray", "llama_cpp"]
@@ -56,7 +70,7 @@ def imported_modules(path):
         if isinstance(node, ast.Import):
             found = [a.name for a in node.names]
         else:
-            base = package[:len(package) - node.level + 1] if node.level else []
+            base = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join(base + ([node.module] if node.module else []))
             # "from . import check" imports a module, "from .check import human" a name of one.
             found = [f"{base}.{a.name}" if is_module(f"{base}.{a.name}") else base for a in node.names]
@@ -96,7 +110,7 @@ def test_no_circles():
     found, done, path = graph(), set(), []
 
     def walk(name):
-        assert name not in path, f"a circle: {' -> '.join([*path[path.index(name):], name])}"
+        assert name not in path, f"a circle: {' -> '.join([*path[path.index(name) :], name])}"
         if name in done or name not in found:
             return
         path.append(name)
@@ -127,31 +141,41 @@ def test_only_llama_imports_llama_cpp(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: module_name(p) or "package")
 def test_optional_imports_are_inside_functions(path):
     for node in ast.parse(path.read_text()).body:
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
-            [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else [])
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else ([node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else [])
+        )
         assert not [n for n in names if n.split(".")[0] in LAZY]
 
 
 def test_importing_the_package_is_light():
-    code = ("import sys, pygguf_surgery; heavy = [m for m in ('numpy', 'gguf', 'json', 'argparse', 'inspect',"
-            "'pygguf_surgery.plan', 'pygguf_surgery.experts', 'pygguf_surgery.cli') if m in sys.modules]; print(heavy)")
+    code = (
+        "import sys, pygguf_surgery; heavy = [m for m in ('numpy', 'gguf', 'json', 'argparse', 'inspect',"
+        "'pygguf_surgery.plan', 'pygguf_surgery.experts', 'pygguf_surgery.cli') if m in sys.modules]; print(heavy)"
+    )
     # The same package as this process has: an installed one, or the folder that a developer put on the path.
     folder = str(Path(pygguf_surgery.__file__).parents[1])
-    out = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}); {code}"], check=True,
-                         capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}); {code}"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert out.stdout.strip() == "[]"
 
 
 def test_public_names():
     assert sorted(n for n in pygguf_surgery.__all__) == sorted(
-        "open Model Tensor Metadata Plan Receipt Value quantize dequantize experts imatrix SurgeryError BadFile BadPlan "
-        "Unsupported SourceChanged OutOfSpace __version__".split())
+        "open Model Tensor Metadata Plan Receipt Value quantize dequantize experts imatrix SurgeryError BadFile "
+        "BadPlan Unsupported SourceChanged OutOfSpace __version__".split()
+    )
     assert all(getattr(pygguf_surgery, name) is not None for name in pygguf_surgery.__all__)
     assert set(pygguf_surgery.__all__) <= set(dir(pygguf_surgery))
     # A room is a noun and a function a verb: no module has the name of a public function.
     assert not [n for n in pygguf_surgery.__all__ if (PACKAGE / n).is_dir()]
     with pytest.raises(AttributeError):
-        pygguf_surgery.nothing
+        _ = pygguf_surgery.nothing
 
 
 def includes(path):

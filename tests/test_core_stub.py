@@ -1,4 +1,5 @@
 """The stub _core.pyi says what the compiled module has: each name, and each parameter of each function."""
+
 import ast
 import inspect
 import re

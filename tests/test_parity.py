@@ -1,4 +1,6 @@
-"""Our one pass against llama.cpp itself: its llama_model_quantize for bytes, its loader for files (pytest -m parity)."""
+"""Our one pass against llama.cpp itself: its llama_model_quantize for bytes, its loader for files (pytest -m
+parity)."""
+
 from __future__ import annotations
 
 import re
@@ -17,8 +19,26 @@ pytestmark = pytest.mark.parity
 
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32, "MXFP4_MOE": 38}
 # ggml type -> the file type under which llama-quantize's --pure gives it everywhere; no imatrix needed.
-PURE = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18,
-        "IQ4_NL": 25, "IQ4_XS": 30, "IQ3_S": 26, "TQ1_0": 36, "TQ2_0": 37, "Q1_0": 40, "Q2_0": 41, "MXFP4": 38}
+PURE = {
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q2_K": 10,
+    "Q3_K": 11,
+    "Q4_K": 14,
+    "Q5_K": 16,
+    "Q6_K": 18,
+    "IQ4_NL": 25,
+    "IQ4_XS": 30,
+    "IQ3_S": 26,
+    "TQ1_0": 36,
+    "TQ2_0": 37,
+    "Q1_0": 40,
+    "Q2_0": 41,
+    "MXFP4": 38,
+}
 # Metadata that llama.cpp's quantizer asks for beyond what the builders of moe_models write.
 MODELS = ["qwen3next", "qwen3moe", "deepseek2", "gpt_oss", "llama4", "gemma4", "granitehybrid", "grovemoe"]
 
@@ -40,8 +60,10 @@ def slice_with_gguf_py(source, target, keep):
         value = count if field.name == architecture + ".expert_count" else field.contents()
         is_array = field.types[0] == gguf.GGUFValueType.ARRAY
         writer.add_key_value(field.name, value, field.types[0], sub_type=field.types[-1] if is_array else None)
-    expert = re.compile(r"blk\.(\d+)\.(ffn_(gate|up|down|gate_up)_exps\.(weight|bias|scale)|ffn_gate_inp\.(weight|bias)"
-                        r"|exp_probs_b\.bias)")
+    expert = re.compile(
+        r"blk\.(\d+)\.(ffn_(gate|up|down|gate_up)_exps\.(weight|bias|scale)|ffn_gate_inp\.(weight|bias)"
+        r"|exp_probs_b\.bias)"
+    )
     for t in reader.tensors:
         m = expert.fullmatch(t.name)
         writer.add_tensor(t.name, t.data[list(keep[int(m[1])])] if m else t.data, raw_dtype=t.tensor_type)
@@ -65,7 +87,9 @@ def test_one_pass_equals_gguf_py_slice_then_llama_quantize(llama, tmp_path, name
     with pgs.open(source) as model:
         n = model.get("expert_count")
         keep = pgs.experts.rank(model, by="router-norm").keep(n // 2)
-        pgs.Plan(model).keep_experts(keep).quantize("MXFP4_MOE", **allow_requantize(name)).write(str(tmp_path / "ours.gguf"))
+        pgs.Plan(model).keep_experts(keep).quantize("MXFP4_MOE", **allow_requantize(name)).write(
+            str(tmp_path / "ours.gguf")
+        )
     slice_with_gguf_py(source, str(tmp_path / "sliced.gguf"), keep)
     llama_quantize(llama, tmp_path / "sliced.gguf", tmp_path / "theirs.gguf", 38, **allow_requantize(name))
     assert assert_same_tensors(tmp_path / "ours.gguf", tmp_path / "theirs.gguf") > 10

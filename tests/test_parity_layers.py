@@ -1,4 +1,5 @@
 """Models without some of their layers in llama.cpp itself: it loads them and computes the same (pytest -m parity)."""
+
 from __future__ import annotations
 
 import ctypes
@@ -99,8 +100,11 @@ def test_where_llama_quantize_is_right_it_gives_the_same_tensors(tmp_path, name)
     params = llama.llama_model_quantize_default_params()
     params.only_copy = True
     numbers = (ctypes.c_int32 * 2)(0, -1)
-    params.prune_layers = ctypes.cast(numbers, type(params.prune_layers)) if params.prune_layers is not None else \
-        ctypes.cast(numbers, ctypes.c_void_p)
+    params.prune_layers = (
+        ctypes.cast(numbers, type(params.prune_layers))
+        if params.prune_layers is not None
+        else ctypes.cast(numbers, ctypes.c_void_p)
+    )
     assert not llama.llama_model_quantize(source.encode(), str(tmp_path / "theirs.gguf").encode(), ctypes.byref(params))
     (ours, a), (theirs, b) = read_gguf(target), read_gguf(tmp_path / "theirs.gguf")
     key = f"{ours['general.architecture']}.block_count"

@@ -1,4 +1,5 @@
 """Every file type against llama.cpp's own quantizer: the type of every tensor, and its bytes (pytest -m parity)."""
+
 from __future__ import annotations
 
 import contextlib
@@ -33,9 +34,12 @@ def llama():
 
 def choose(file_type, facts, tensors, has_imatrix=False):
     """{name: type, or None where no fallback fits} of those tensors {name: shape} that llama-quantize quantizes."""
-    chosen, errors = mixes.choose_types(mixes.file_type(file_type, False), facts,
-                                        [(name, tensors[name]) for name in mixes.loader_order(tensors)],
-                                        has_imatrix=has_imatrix)
+    chosen, errors = mixes.choose_types(
+        mixes.file_type(file_type, False),
+        facts,
+        [(name, tensors[name]) for name in mixes.loader_order(tensors)],
+        has_imatrix=has_imatrix,
+    )
     if errors:
         raise errors[0]
     return {name: mixes.fallback(type, tensors[name][-1]) for name, type in chosen.items()}
@@ -59,6 +63,7 @@ def assert_same_choice(llama, path, file_type, imatrix=None):
 
 
 # --- the matrix: file types, architectures, with and without an importance matrix -----------------------------------
+
 
 @pytest.fixture(scope="session", params=quant_models.ALL)
 def small(request, tmp_path_factory):
@@ -89,6 +94,7 @@ def test_file_type_gives_the_same_types_and_bytes(llama, small, tmp_path, file_t
             assert a.metadata[key] == b.metadata[key]
 
 
+# fmt: off
 OPTIONS = {  # ours, llama.cpp's
     "output-type": ({"output_type": "Q5_1"}, {"output_tensor_type": "Q5_1"}),
     "token-embedding-type": ({"token_embedding_type": "Q4_1"}, {"token_embedding_type": "Q4_1"}),
@@ -101,6 +107,7 @@ OPTIONS = {  # ours, llama.cpp's
         "overrides": [(r"attn_output", "Q5_0"), (r"blk\.[02468]\.(attn_v|attn_qkv|attn_output|ffn_down)", "IQ4_NL")],
         "override-of-the-embedding": [(r"token_embd|blk\.1\.", "Q5_K")]}.items()},
 }
+# fmt: on
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -146,6 +153,7 @@ def test_nvfp4_moe_is_q8_0_with_experts_in_nvfp4(llama, tmp_path, name):
 
 # --- corners that these models lack ---------------------------------------------------------------------------------
 
+
 def decoder(architecture, blocks, **options):
     m = quant_models.model(architecture, blocks=blocks, **options)
     for i in range(blocks):
@@ -163,8 +171,19 @@ def with_counts(m, real=None, **counts):
 def odd_names(experts=0):
     """Layer numbers as sscanf reads them, names without one, capitals."""
     m = quant_models.model("llama", blocks=16, experts=experts)
-    for block in ("blk.07", "blk.7", "blk.10", "blk.2x", "blk.-1", "blk.+3", "blk. 4", "v.blk.0", "BLK.1", "enc.blk.5",
-                  "é"):
+    for block in (
+        "blk.07",
+        "blk.7",
+        "blk.10",
+        "blk.2x",
+        "blk.-1",
+        "blk.+3",
+        "blk. 4",
+        "v.blk.0",
+        "BLK.1",
+        "enc.blk.5",
+        "é",
+    ):
         for part in ("attn_v", "ffn_down", "attn_output"):
             m.tensors[f"{block}.{part}.weight"] = (2, 256)
     return m
@@ -180,20 +199,44 @@ def graniteswitch():
 def kimi_like(architecture):
     """Both have MLA projections of three dimensions and rules of their own."""
     m = quant_models.model(architecture, blocks=16, key_heads=[0, 2] * 8, experts=4)
-    with_counts(m, {"kda__gate_lower_bound": -5.0, "hyper_connection__epsilon": 1e-6},
-                attention__key_length_mla=96, attention__value_length_mla=32, attention__q_lora_rank=256,
-                attention__kv_lora_rank=256, ssm__conv_kernel=4, kda__head_dim=32, expert_shared_count=1,
-                expert_gating_func=2, leading_dense_block_count=0, attention__indexer__head_count=2,
-                attention__indexer__key_length=32, attention__indexer__top_k=8, attention__indexer__kpool=2,
-                hyper_connection__count=4, hyper_connection__sinkhorn_iterations=2)
+    with_counts(
+        m,
+        {"kda__gate_lower_bound": -5.0, "hyper_connection__epsilon": 1e-6},
+        attention__key_length_mla=96,
+        attention__value_length_mla=32,
+        attention__q_lora_rank=256,
+        attention__kv_lora_rank=256,
+        ssm__conv_kernel=4,
+        kda__head_dim=32,
+        expert_shared_count=1,
+        expert_gating_func=2,
+        leading_dense_block_count=0,
+        attention__indexer__head_count=2,
+        attention__indexer__key_length=32,
+        attention__indexer__top_k=8,
+        attention__indexer__kpool=2,
+        hyper_connection__count=4,
+        hyper_connection__sinkhorn_iterations=2,
+    )
     for i in range(16):
-        m.add(i, attn_q_a=256, attn_q_b=256, attn_kv_a_mqa=256, attn_k_b=(4, 2, 96), attn_v_b=(4, 2, 256),
-              attn_output=256, hc_attn_fn=256, ssm_f_a=256, ssm_beta=256)
+        m.add(
+            i,
+            attn_q_a=256,
+            attn_q_b=256,
+            attn_kv_a_mqa=256,
+            attn_k_b=(4, 2, 96),
+            attn_v_b=(4, 2, 256),
+            attn_output=256,
+            hc_attn_fn=256,
+            ssm_f_a=256,
+            ssm_beta=256,
+        )
         moe(m, i, 4)
     m.add(15, **{"nextn.eh_proj": 512})
     return m
 
 
+# fmt: off
 CORNERS = {
     "70b": lambda: decoder("llama", 80, heads=8, key_heads=2),
     "65b": lambda: decoder("llama", 80, heads=4, key_heads=4),
@@ -212,6 +255,7 @@ CORNERS = {
     "odd-names": odd_names,
     "names-without-a-layer": lambda: odd_names(experts=4),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize("corner", CORNERS)
@@ -225,25 +269,56 @@ def test_corners(llama, tmp_path, corner):
 
 # --- a model of real size, without its data -------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="session")
 def full_size(tmp_path_factory):
     """Qwen3-Coder-Next in BF16: 48 blocks, 512 experts, 159 GB of holes."""
     path = str(tmp_path_factory.mktemp("full") / "sparse.gguf")
     m = quant_models.model("qwen3next", blocks=48, heads=16, key_heads=2, experts=512, row=2048)
-    m.count(expert_used_count=10, expert_shared_feed_forward_length=512, ssm__conv_kernel=4, ssm__inner_size=4096,
-            ssm__state_size=128, ssm__time_step_rank=32, ssm__group_count=16)
+    m.count(
+        expert_used_count=10,
+        expert_shared_feed_forward_length=512,
+        ssm__conv_kernel=4,
+        ssm__inner_size=4096,
+        ssm__state_size=128,
+        ssm__time_step_rank=32,
+        ssm__group_count=16,
+    )
     m.tensors["token_embd.weight"] = m.tensors["output.weight"] = (151936, 2048)
     for i in range(48):
         if i % 4 == 3:
-            m.add(i, attn_q=(8192, 2048), attn_k=(512, 2048), attn_v=(512, 2048), attn_output=(2048, 4096),
-                  attn_q_norm=(256,), attn_k_norm=(256,))
+            m.add(
+                i,
+                attn_q=(8192, 2048),
+                attn_k=(512, 2048),
+                attn_v=(512, 2048),
+                attn_output=(2048, 4096),
+                attn_q_norm=(256,),
+                attn_k_norm=(256,),
+            )
         else:
-            m.add(i, attn_qkv=(8192, 2048), attn_gate=(4096, 2048), ssm_conv1d=(8192, 4), ssm_ba=(64, 2048),
-                  ssm_norm=(128,), ssm_out=(2048, 4096))
-        m.add(i, attn_norm=(2048,), post_attention_norm=(2048,), ffn_gate_inp=(512, 2048),
-              ffn_gate_exps=(512, 512, 2048), ffn_up_exps=(512, 512, 2048), ffn_down_exps=(512, 2048, 512),
-              ffn_gate_inp_shexp=(2048,), ffn_gate_shexp=(512, 2048), ffn_up_shexp=(512, 2048),
-              ffn_down_shexp=(2048, 512))
+            m.add(
+                i,
+                attn_qkv=(8192, 2048),
+                attn_gate=(4096, 2048),
+                ssm_conv1d=(8192, 4),
+                ssm_ba=(64, 2048),
+                ssm_norm=(128,),
+                ssm_out=(2048, 4096),
+            )
+        m.add(
+            i,
+            attn_norm=(2048,),
+            post_attention_norm=(2048,),
+            ffn_gate_inp=(512, 2048),
+            ffn_gate_exps=(512, 512, 2048),
+            ffn_up_exps=(512, 512, 2048),
+            ffn_down_exps=(512, 2048, 512),
+            ffn_gate_inp_shexp=(2048,),
+            ffn_gate_shexp=(512, 2048),
+            ffn_up_shexp=(512, 2048),
+            ffn_down_shexp=(2048, 512),
+        )
     writer = gguf.GGUFWriter(path, m.architecture)
     for key, (value, kind, *element) in m.metadata.items():
         writer.add_key_value(key, value, kind, sub_type=element[0] if element else None)
@@ -277,6 +352,7 @@ def test_a_model_of_real_size(llama, full_size, file_type):
 
 # --- llama.cpp's own records of what its file types give in published models ----------------------------------------
 
+
 @dataclass
 class Published:
     """A model as its published configuration says. heads: of queries and of keys, in the first block. parts: (blocks,
@@ -301,8 +377,12 @@ class Published:
         return out
 
     def facts(self):
-        keys = {"block_count": self.blocks, "expert_count": self.experts, "attention.head_count": self.heads[0],
-                "attention.head_count_kv": self.heads[1]}
+        keys = {
+            "block_count": self.blocks,
+            "expert_count": self.experts,
+            "attention.head_count": self.heads[0],
+            "attention.head_count_kv": self.heads[1],
+        }
         return mixes.model_facts(self.architecture, {f"{self.architecture}.{k}": v for k, v in keys.items()}.get)
 
 
@@ -313,23 +393,41 @@ GATE_UP_EXPERTS, DOWN_EXPERTS = "ffn_gate_exps ffn_up_exps ffn_gate_shexp ffn_up
 
 def llama_like(architecture, blocks, heads, width, attention, ffn, tied=False):
     n = range(blocks)
-    return Published(architecture, blocks, heads, width, [
-        (n, f"{QKV} {GATE_UP}", width), (n, "attn_output", attention), (n, "ffn_down", ffn)], tied=tied)
+    return Published(
+        architecture,
+        blocks,
+        heads,
+        width,
+        [(n, f"{QKV} {GATE_UP}", width), (n, "attn_output", attention), (n, "ffn_down", ffn)],
+        tied=tied,
+    )
 
 
 def hybrid(architecture, blocks, heads, width, attention, inner, small, more, experts=0):
     """Linear attention, every fourth block full attention. small: the tensors of the gates of the state."""
     full = range(3, blocks, 4)
     linear = [i for i in range(blocks) if i not in full]
-    return Published(architecture, blocks, heads, width, [
-        (full, QKV, width), (full, "attn_output", attention), (linear, "attn_qkv attn_gate " + small, width),
-        (linear, "ssm_out", inner), *((range(blocks), names, row) for names, row in more)], experts=experts)
+    return Published(
+        architecture,
+        blocks,
+        heads,
+        width,
+        [
+            (full, QKV, width),
+            (full, "attn_output", attention),
+            (linear, "attn_qkv attn_gate " + small, width),
+            (linear, "ssm_out", inner),
+            *((range(blocks), names, row) for names, row in more),
+        ],
+        experts=experts,
+    )
 
 
 _N = [5, 12, 19, 26, 33, 42]  # the blocks of Nemotron 3 Nano with attention, with experts, the rest has a state
 _E = [1, 3, 6, 8, 10, 13, 15, 17, 20, 22, 24, 27, 29, 31, 34, 36, 38, 40, 43, 45, 47, 49, 51]
 _S = sorted({*range(52)} - {*_N, *_E})
 
+# fmt: off
 PUBLISHED = {
     "qwen3-coder-next": hybrid("qwen3next", 48, (16, 2), 2048, 4096, 4096, "ssm_ba",
                                [(GATE_UP_EXPERTS, 2048), (DOWN_EXPERTS, 512)], 512),
@@ -357,6 +455,7 @@ PUBLISHED = {
         (range(45), f"{QKV} attn_gate", 4096), (range(45), "attn_output", 8192), (range(3), GATE_UP, 4096),
         (range(3), "ffn_down", 11264), (range(3, 45), GATE_UP_EXPERTS, 4096), (range(3, 45), DOWN_EXPERTS, 1280)], 288),
 }
+# fmt: on
 
 
 @pytest.fixture(scope="session")
@@ -368,11 +467,26 @@ def snapshots(tmp_path_factory):
     pinned = (ROOT / "third_party" / "ggml" / "CMakeLists.txt").read_text()
     carrier = re.search(r"PGS_GGML_CARRIER (\S+)\)", pinned)[1]
     folder = tmp_path_factory.mktemp("llama.cpp")
-    pip = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
-                          carrier, "-d", str(folder)], capture_output=True, text=True)
+    pip = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            carrier,
+            "-d",
+            str(folder),
+        ],
+        capture_output=True,
+        text=True,
+    )
     if pip.returncode:
         pytest.skip(f"no PGS_LLAMA_CPP, and pip cannot download {carrier}: {pip.stderr.strip()[-200:]}")
-    archive, = folder.iterdir()
+    (archive,) = folder.iterdir()
     with tarfile.open(archive) as tar:
         for member in tar:
             if member.name.endswith(".schema"):

@@ -1,4 +1,5 @@
 """The rules of the tests themselves."""
+
 import ast
 
 import pytest

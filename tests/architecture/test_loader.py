@@ -1,4 +1,5 @@
 """What llama.cpp's loader demands, asked of plain facts. tests of verify and of the gate ask it of files and plans."""
+
 import pytest
 
 from pygguf_surgery import BadFile, BadPlan, Value
@@ -12,9 +13,16 @@ def u32(n):
 DENSE = {"llama.block_count": u32(2), "llama.context_length": u32(8), "llama.embedding_length": u32(4)}
 NAMES = {"token_embd.weight": (6, 4), "blk.0.attn_norm.weight": (4,), "blk.1.attn_norm.weight": (4,)}
 EXPERTS = {"llama.expert_count": u32(3), "llama.expert_used_count": u32(2)}
-MATRICES = {f"blk.{i}.{name}": shape for i in range(2) for name, shape in (
-    ("ffn_gate_inp.weight", (3, 4)), ("ffn_gate_exps.weight", (3, 5, 4)), ("ffn_up_exps.weight", (3, 5, 4)),
-    ("ffn_down_exps.weight", (3, 4, 5)))}
+MATRICES = {
+    f"blk.{i}.{name}": shape
+    for i in range(2)
+    for name, shape in (
+        ("ffn_gate_inp.weight", (3, 4)),
+        ("ffn_gate_exps.weight", (3, 5, 4)),
+        ("ffn_up_exps.weight", (3, 5, 4)),
+        ("ffn_down_exps.weight", (3, 4, 5)),
+    )
+}
 
 
 def test_good_files_have_no_faults():
@@ -22,23 +30,29 @@ def test_good_files_have_no_faults():
     assert loader.check_file("llama", DENSE | EXPERTS, NAMES | MATRICES) == []
 
 
-@pytest.mark.parametrize("metadata, shapes, objects", [
-    ({"llama.block_count": Value(2, "u64")}, {}, ["llama.block_count"]),
-    ({"llama.block_count": u32(513)}, {}, ["llama.block_count"]),
-    ({"llama.block_count": u32(1)}, {}, ["llama.block_count"]),
-    ({"llama.context_length": None}, {}, ["llama.context_length"]),
-    ({"llama.embedding_length": u32(5)}, {}, ["llama.embedding_length"]),
-    ({"llama.nextn_predict_layers": u32(3)}, {}, ["llama.nextn_predict_layers"]),
-    ({"llama.attention.head_count": Value([1], "u32[]")}, {}, ["llama.attention.head_count"]),
-    ({"llama.attention.indexer.types": Value([1], "i32[]"), "llama.nextn_predict_layers": u32(1)}, {}, []),
-    ({}, {"blk.3.attn_norm.weight": (4,)}, ["llama.block_count"]),
-    ({}, {"blk.1.ffn_up.0.weight": (4, 4)}, ["blk.1.ffn_up.0.weight"]),
-    (EXPERTS, MATRICES | {"blk.0.ffn_down_exps.weight": ()}, ["blk.0.ffn_down_exps.weight", "blk.0.ffn_gate_exps.weight",
-                                                             "blk.0.ffn_up_exps.weight"]),
-    (EXPERTS, MATRICES | {"blk.0.ffn_gate_inp.weight": (3, 5)}, ["blk.0.ffn_gate_inp.weight"]),
-    (EXPERTS | {"llama.expert_used_count": Value([1, 2], "u32[]")}, MATRICES, []),
-    (EXPERTS | {"llama.expert_count": Value(3, "i32")}, MATRICES, ["llama.expert_count"]),
-])
+@pytest.mark.parametrize(
+    "metadata, shapes, objects",
+    [
+        ({"llama.block_count": Value(2, "u64")}, {}, ["llama.block_count"]),
+        ({"llama.block_count": u32(513)}, {}, ["llama.block_count"]),
+        ({"llama.block_count": u32(1)}, {}, ["llama.block_count"]),
+        ({"llama.context_length": None}, {}, ["llama.context_length"]),
+        ({"llama.embedding_length": u32(5)}, {}, ["llama.embedding_length"]),
+        ({"llama.nextn_predict_layers": u32(3)}, {}, ["llama.nextn_predict_layers"]),
+        ({"llama.attention.head_count": Value([1], "u32[]")}, {}, ["llama.attention.head_count"]),
+        ({"llama.attention.indexer.types": Value([1], "i32[]"), "llama.nextn_predict_layers": u32(1)}, {}, []),
+        ({}, {"blk.3.attn_norm.weight": (4,)}, ["llama.block_count"]),
+        ({}, {"blk.1.ffn_up.0.weight": (4, 4)}, ["blk.1.ffn_up.0.weight"]),
+        (
+            EXPERTS,
+            MATRICES | {"blk.0.ffn_down_exps.weight": ()},
+            ["blk.0.ffn_down_exps.weight", "blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"],
+        ),
+        (EXPERTS, MATRICES | {"blk.0.ffn_gate_inp.weight": (3, 5)}, ["blk.0.ffn_gate_inp.weight"]),
+        (EXPERTS | {"llama.expert_used_count": Value([1, 2], "u32[]")}, MATRICES, []),
+        (EXPERTS | {"llama.expert_count": Value(3, "i32")}, MATRICES, ["llama.expert_count"]),
+    ],
+)
 def test_each_fault_names_its_place(metadata, shapes, objects):
     keys = {key: value for key, value in (DENSE | metadata).items() if value is not None}
     assert [fault.object for fault in loader.check_file("llama", keys, NAMES | shapes)] == objects

@@ -1,4 +1,5 @@
 """Roles of names, and the table of tensors with an expert axis."""
+
 import pytest
 
 from pygguf_surgery.architecture import experts as roles
@@ -56,19 +57,35 @@ NAMES = {
         """,
 }
 OUTSIDE = {
-    "token_embd.weight": "embedding", "per_layer_token_embd.weight": "embedding", "position_embd.weight": "embedding",
-    "token_types.weight": "embedding", "token_embd_norm.weight": "norm", "output_norm.weight": "norm",
-    "output.weight": "output", "output.bias": "output", "cls.weight": "output", "cls.output.weight": "output",
-    "cls.norm.weight": "norm", "per_layer_proj_norm.weight": "norm", "per_layer_model_proj.weight": "other",
-    "rope_freqs.weight": "other", "nextn.pre_projection.weight": "mtp", "enc.output_norm.weight": "norm",
-    "enc.blk.0.attn_q.weight": "attention", "enc.blk.0.ffn_down.weight": "ffn",
-    "dec.blk.3.cross_attn_q.weight": "attention", "dec.blk.3.cross_attn_norm.weight": "norm", "v.patch_embd": "other",
-    "": "other", "blk.x.attn_q.weight": "other",
+    "token_embd.weight": "embedding",
+    "per_layer_token_embd.weight": "embedding",
+    "position_embd.weight": "embedding",
+    "token_types.weight": "embedding",
+    "token_embd_norm.weight": "norm",
+    "output_norm.weight": "norm",
+    "output.weight": "output",
+    "output.bias": "output",
+    "cls.weight": "output",
+    "cls.output.weight": "output",
+    "cls.norm.weight": "norm",
+    "per_layer_proj_norm.weight": "norm",
+    "per_layer_model_proj.weight": "other",
+    "rope_freqs.weight": "other",
+    "nextn.pre_projection.weight": "mtp",
+    "enc.output_norm.weight": "norm",
+    "enc.blk.0.attn_q.weight": "attention",
+    "enc.blk.0.ffn_down.weight": "ffn",
+    "dec.blk.3.cross_attn_q.weight": "attention",
+    "dec.blk.3.cross_attn_norm.weight": "norm",
+    "v.patch_embd": "other",
+    "": "other",
+    "blk.x.attn_q.weight": "other",
 }
 
 
-@pytest.mark.parametrize("name, role", [(f"blk.7.{n}", r) for r, names in NAMES.items() for n in names.split()]
-                         + list(OUTSIDE.items()))
+@pytest.mark.parametrize(
+    "name, role", [(f"blk.7.{n}", r) for r, names in NAMES.items() for n in names.split()] + list(OUTSIDE.items())
+)
 def test_role(name, role):
     assert role_of(name) == role
     assert role in ROLES
@@ -78,9 +95,18 @@ def test_every_rule_belongs_to_router_or_expert():
     assert {role_of(f"blk.0.{name}") for name in roles.EXPERT_RULES} == {"router", "expert"}
 
 
-@pytest.mark.parametrize("name, layer", [("blk.0.attn_q.weight", 0), ("blk.47.ssm_a", 47), ("token_embd.weight", None),
-                                         ("enc.blk.3.attn_q.weight", None), ("blk.x.attn_q.weight", None),
-                                         ("blk.3", None), ("xblk.3.attn_q", None)])
+@pytest.mark.parametrize(
+    "name, layer",
+    [
+        ("blk.0.attn_q.weight", 0),
+        ("blk.47.ssm_a", 47),
+        ("token_embd.weight", None),
+        ("enc.blk.3.attn_q.weight", None),
+        ("blk.x.attn_q.weight", None),
+        ("blk.3", None),
+        ("xblk.3.attn_q", None),
+    ],
+)
 def test_layer(name, layer):
     assert layer_of(name) == layer
 
@@ -88,33 +114,50 @@ def test_layer(name, layer):
 MODEL = roles.Layout(layers=(1, 2), mtp=(2,), experts=32, groups=0, chunk=1)
 
 
-@pytest.mark.parametrize("name, shape", [
-    ("blk.1.ffn_down_exps.weight", (32, 8, 4)), ("blk.1.ffn_down_exps.bias", (32, 8)),
-    ("blk.1.ffn_gate_inp.weight", (32, 8)), ("blk.1.exp_probs_b", (32,)), ("blk.1.ffn_gate_tid2eid.weight", (99, 4)),
-    ("blk.1.ffn_gate_inp.scale", (8,)),
-    # As long as E by chance, and never judged by it.
-    ("blk.1.attn_k.weight", (32, 8)), ("blk.1.ffn_gate_shexp.weight", (32, 8)), ("blk.1.ffn_norm.weight", (32,)),
-    ("blk.1.ffn_latent_down.weight", (32, 8)), ("blk.1.ffn_gate.weight", (32, 8)), ("blk.1.ssm_ba.weight", (32, 8)),
-    ("blk.2.nextn.eh_proj.weight", (32, 64)), ("blk.1.ffn_norm_exps.weight", (32,)),
-    ("blk.1.ffn_gate_inp_shexp.weight", (32,)), ("blk.1.ffn_res_score.weight", (32,)),
-    # Unknown, and not as long as E.
-    ("blk.1.ffn_new.weight", (33, 8)), ("blk.0.ffn_new.weight", (32, 8)), ("token_embd.weight", (32, 8)),
-])
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("blk.1.ffn_down_exps.weight", (32, 8, 4)),
+        ("blk.1.ffn_down_exps.bias", (32, 8)),
+        ("blk.1.ffn_gate_inp.weight", (32, 8)),
+        ("blk.1.exp_probs_b", (32,)),
+        ("blk.1.ffn_gate_tid2eid.weight", (99, 4)),
+        ("blk.1.ffn_gate_inp.scale", (8,)),
+        # As long as E by chance, and never judged by it.
+        ("blk.1.attn_k.weight", (32, 8)),
+        ("blk.1.ffn_gate_shexp.weight", (32, 8)),
+        ("blk.1.ffn_norm.weight", (32,)),
+        ("blk.1.ffn_latent_down.weight", (32, 8)),
+        ("blk.1.ffn_gate.weight", (32, 8)),
+        ("blk.1.ssm_ba.weight", (32, 8)),
+        ("blk.2.nextn.eh_proj.weight", (32, 64)),
+        ("blk.1.ffn_norm_exps.weight", (32,)),
+        ("blk.1.ffn_gate_inp_shexp.weight", (32,)),
+        ("blk.1.ffn_res_score.weight", (32,)),
+        # Unknown, and not as long as E.
+        ("blk.1.ffn_new.weight", (33, 8)),
+        ("blk.0.ffn_new.weight", (32, 8)),
+        ("token_embd.weight", (32, 8)),
+    ],
+)
 def test_tensors_that_are_right(name, shape):
     assert roles.check_shape(name, shape, MODEL) is None
 
 
-@pytest.mark.parametrize("name, shape, kind", [
-    ("blk.1.ffn_down_exps.weight", (31, 8, 4), BadFile),      # another count than the metadata says
-    ("blk.1.ffn_down_exps.weight", (32, 8), BadFile),         # an axis is missing
-    ("blk.1.ffn_gate_inp.weight", (8, 32), BadFile),          # the wrong way round
-    ("blk.1.ffn_new.weight", (32, 8), Unsupported),           # may have an expert axis
-    ("blk.1.exp_new.bias", (32,), Unsupported),
-    ("blk.1.ffn_gate_up_exps.scale", (32,), Unsupported),
-    ("blk.1.ffn_down_exps.zero_point", (1, 8), Unsupported),  # belongs to experts, whatever its size
-    ("blk.0.ffn_up_exps.weight", (32, 8, 4), BadFile),        # block 0 has no ffn_down_exps
-    ("blk.0.ffn_gate_inp.weight", (32, 8), BadFile),
-])
+@pytest.mark.parametrize(
+    "name, shape, kind",
+    [
+        ("blk.1.ffn_down_exps.weight", (31, 8, 4), BadFile),  # another count than the metadata says
+        ("blk.1.ffn_down_exps.weight", (32, 8), BadFile),  # an axis is missing
+        ("blk.1.ffn_gate_inp.weight", (8, 32), BadFile),  # the wrong way round
+        ("blk.1.ffn_new.weight", (32, 8), Unsupported),  # may have an expert axis
+        ("blk.1.exp_new.bias", (32,), Unsupported),
+        ("blk.1.ffn_gate_up_exps.scale", (32,), Unsupported),
+        ("blk.1.ffn_down_exps.zero_point", (1, 8), Unsupported),  # belongs to experts, whatever its size
+        ("blk.0.ffn_up_exps.weight", (32, 8, 4), BadFile),  # block 0 has no ffn_down_exps
+        ("blk.0.ffn_gate_inp.weight", (32, 8), BadFile),
+    ],
+)
 def test_tensors_that_are_wrong(name, shape, kind):
     error = roles.check_shape(name, shape, MODEL)
     assert type(error) is kind and error.object == name
@@ -136,17 +179,24 @@ def test_layout_of_a_dense_model_has_no_layers():
 
 
 def test_nextn_of_graniteswitch_is_no_mtp():
-    metadata = {f"graniteswitch.{key}": n for key, n in
-                (("expert_count", 8), ("block_count", 2), ("nextn_predict_layers", 1))}
+    metadata = {
+        f"graniteswitch.{key}": n for key, n in (("expert_count", 8), ("block_count", 2), ("nextn_predict_layers", 1))
+    }
     assert roles.layout("graniteswitch", ["blk.1.ffn_down_exps.weight"], metadata.get).mtp == ()
 
 
-@pytest.mark.parametrize("values, key", [
-    ({"expert_count": None}, "x.expert_count"), ({"expert_count": "8"}, "x.expert_count"),
-    ({"expert_count": True}, "x.expert_count"), ({"block_count": -1}, "x.block_count"),
-    ({"nextn_predict_layers": 3}, "x.nextn_predict_layers"), ({"expert_group_count": 3}, "x.expert_group_count"),
-    ({"block_count": 0}, "blk.0.ffn_down_exps.weight"),
-])
+@pytest.mark.parametrize(
+    "values, key",
+    [
+        ({"expert_count": None}, "x.expert_count"),
+        ({"expert_count": "8"}, "x.expert_count"),
+        ({"expert_count": True}, "x.expert_count"),
+        ({"block_count": -1}, "x.block_count"),
+        ({"nextn_predict_layers": 3}, "x.nextn_predict_layers"),
+        ({"expert_group_count": 3}, "x.expert_group_count"),
+        ({"block_count": 0}, "blk.0.ffn_down_exps.weight"),
+    ],
+)
 def test_layout_of_metadata_that_contradicts_itself(values, key):
     with pytest.raises(BadFile) as error:
         layout(**values)

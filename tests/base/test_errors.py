@@ -1,4 +1,5 @@
 """Errors are fields; their text is composed from them, and both survive a pickle."""
+
 import copy
 import errno
 import pickle

@@ -1,4 +1,5 @@
 """The shell: exit codes, what goes to stdout and what to stderr, the JSON, and that each command does what it says."""
+
 import json
 import os
 import re
@@ -19,8 +20,20 @@ from pygguf_surgery.files.gguf import write_gguf
 from support.gguf_files import read_gguf
 from support.places import ROOT
 
-SMALL = DemoShape(layers=4, embedding=64, experts=8, used=2, feed_forward=32, heads=2, heads_kv=1, head=32, state=32,
-                  key_heads=1, value_heads=2, vocabulary=300)
+SMALL = DemoShape(
+    layers=4,
+    embedding=64,
+    experts=8,
+    used=2,
+    feed_forward=32,
+    heads=2,
+    heads_kv=1,
+    head=32,
+    state=32,
+    key_heads=1,
+    value_heads=2,
+    vocabulary=300,
+)
 BEST = 4  # experts kept in most tests
 
 
@@ -34,17 +47,24 @@ def model(tmp_path_factory):
 @pytest.fixture
 def run(capsys):
     """run(*arguments) -> (exit code, stdout, stderr)"""
+
     def call(*arguments):
         code = main([str(a) for a in arguments])
         out = capsys.readouterr()
         return code, out.out, out.err
+
     return call
 
 
 def command(folder, *arguments):
     """A process of its own, started in `folder`: in the checkout it would import the source tree, which has no core."""
-    return subprocess.run([sys.executable, "-m", "pygguf_surgery", *map(str, arguments)], capture_output=True,
-                          text=True, timeout=120, cwd=folder)
+    return subprocess.run(
+        [sys.executable, "-m", "pygguf_surgery", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+    )
 
 
 def strongest(path, layer, n):
@@ -55,20 +75,44 @@ def strongest(path, layer, n):
 
 # --- usage ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("arguments", [
-    [], ["nonsense"], ["info"], ["info", "x", "--nonsense"], ["prune", "x"], ["prune", "x", "y"],
-    ["prune", "x", "y", "--by", "aimer"], ["prune", "x", "y", "--keep", "many"],
-    ["prune", "x", "y", "--keep", "1", "--io", "tape"], ["prune", "x", "y", "--kee", "1"],
-    ["prune", "x", "y", "--keep", "1", "--memory", "lots"], ["prune", "x", "y", "--keep", "1", "--override", "no-type"],
-    ["quantize", "x", "y.gguf"], ["quantize", "x"], ["quantize", "x", "y", "Q8_0", "many"],
-    ["quantize", "x", "y", "Q8_0", "2", "3"], ["quantize", "x", "y", "Q8_0", "--override-kv", "a=7"],
-    ["quantize", "x", "y", "Q8_0", "--prune-layers", "a"], ["quantize", "x", "y", "Q8_0", "--no-tensor-first-split"],
-    ["imatrix"], ["imatrix", "merge", "x"], ["split", "x"], ["verify"], ["edit", "x", "y", "--set", "no-equals-sign"],
-    ["quantize", "x", "y", "Q8_0", "9" * 5000], ["edit", "x", "y", "--prune-layers", "9" * 5000],
-    ["quantize", "x", "y", "Q8_0", "--token-embedding-type", ""], ["quantize", "x", "y", "--recipe", ""],
-    ["quantize", "x", "y", "Q8_0", "--imatrix", "z", "--include-weights", ""],
-    ["info", ""], ["edit", "x", ""], ["prune", "x", "y", "--keep", "1", "--ratio", "0.5"],
-])
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["info"],
+        ["info", "x", "--nonsense"],
+        ["prune", "x"],
+        ["prune", "x", "y"],
+        ["prune", "x", "y", "--by", "aimer"],
+        ["prune", "x", "y", "--keep", "many"],
+        ["prune", "x", "y", "--keep", "1", "--io", "tape"],
+        ["prune", "x", "y", "--kee", "1"],
+        ["prune", "x", "y", "--keep", "1", "--memory", "lots"],
+        ["prune", "x", "y", "--keep", "1", "--override", "no-type"],
+        ["quantize", "x", "y.gguf"],
+        ["quantize", "x"],
+        ["quantize", "x", "y", "Q8_0", "many"],
+        ["quantize", "x", "y", "Q8_0", "2", "3"],
+        ["quantize", "x", "y", "Q8_0", "--override-kv", "a=7"],
+        ["quantize", "x", "y", "Q8_0", "--prune-layers", "a"],
+        ["quantize", "x", "y", "Q8_0", "--no-tensor-first-split"],
+        ["imatrix"],
+        ["imatrix", "merge", "x"],
+        ["split", "x"],
+        ["verify"],
+        ["edit", "x", "y", "--set", "no-equals-sign"],
+        ["quantize", "x", "y", "Q8_0", "9" * 5000],
+        ["edit", "x", "y", "--prune-layers", "9" * 5000],
+        ["quantize", "x", "y", "Q8_0", "--token-embedding-type", ""],
+        ["quantize", "x", "y", "--recipe", ""],
+        ["quantize", "x", "y", "Q8_0", "--imatrix", "z", "--include-weights", ""],
+        ["info", ""],
+        ["edit", "x", ""],
+        ["prune", "x", "y", "--keep", "1", "--ratio", "0.5"],
+    ],
+)
 def test_wrong_usage_is_2_and_says_why_on_stderr(run, arguments):
     code, out, err = run(*arguments)
     assert code == 2
@@ -88,17 +132,29 @@ def test_every_option_belongs_to_a_command():
     assert {o for _, _, given in options.COMMANDS.values() for o in given} == set(options.OPTIONS)
 
 
-@pytest.mark.parametrize("error, code", [
-    (BadFile("x"), 3), (SourceChanged("x"), 3), (BadPlan("x"), 4), (Unsupported("x"), 4), (OutOfSpace("x"), 4),
-    (SurgeryError("x"), 1), (FileExistsError(17, "x", "out.gguf"), 4), (FileNotFoundError(2, "x", "in.gguf"), 3),
-    (PermissionError(13, "x", "in.gguf"), 3), (OSError(5, "x", "in.gguf"), 1),
-    (FileNotFoundError(2, "x", "folder/out.gguf"), 4), (PermissionError(13, "x", os.path.abspath("folder")), 4),
-])
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (BadFile("x"), 3),
+        (SourceChanged("x"), 3),
+        (BadPlan("x"), 4),
+        (Unsupported("x"), 4),
+        (OutOfSpace("x"), 4),
+        (SurgeryError("x"), 1),
+        (FileExistsError(17, "x", "out.gguf"), 4),
+        (FileNotFoundError(2, "x", "in.gguf"), 3),
+        (PermissionError(13, "x", "in.gguf"), 3),
+        (OSError(5, "x", "in.gguf"), 1),
+        (FileNotFoundError(2, "x", "folder/out.gguf"), 4),
+        (PermissionError(13, "x", os.path.abspath("folder")), 4),
+    ],
+)
 def test_exit_code_of_an_error(error, code):
     assert exit_code(error, "folder/out.gguf") == code
 
 
 # --- info ----------------------------------------------------------------------------------------------------------
+
 
 def test_info_json_agrees_with_gguf_py(run, model):
     code, out, err = run("info", model, "--json")
@@ -111,7 +167,8 @@ def test_info_json_agrees_with_gguf_py(run, model):
     assert info["experts"] == {"count": 8, "used": 2, "layers": [0, 1, 2, 3]}
     assert info["file_bytes"] == os.path.getsize(model)
     assert {name: t["tensors"] for name, t in info["types"].items()} == {
-        name: sum(kind == name for kind, _ in tensors.values()) for name in ("BF16", "F32")}
+        name: sum(kind == name for kind, _ in tensors.values()) for name in ("BF16", "F32")
+    }
     assert list(info["metadata"]) == list(metadata)
     tokens = info["metadata"].pop("tokenizer.ggml.tokens")
     assert tokens == {"type": "str[]", "length": 300, "head": metadata["tokenizer.ggml.tokens"][:32]}
@@ -124,8 +181,20 @@ def test_info_full_prints_whole_arrays(run, model):
 
 
 def test_info_abbreviates_every_long_array(run, tmp_path):
-    shape = DemoShape(layers=40, embedding=32, experts=2, used=1, feed_forward=32, heads=1, heads_kv=1, head=32, state=32,
-                      key_heads=1, value_heads=1, vocabulary=300)
+    shape = DemoShape(
+        layers=40,
+        embedding=32,
+        experts=2,
+        used=1,
+        feed_forward=32,
+        heads=1,
+        heads_kv=1,
+        head=32,
+        state=32,
+        key_heads=1,
+        value_heads=1,
+        vocabulary=300,
+    )
     write_demo_model(tmp_path / "deep.gguf", shape=shape)
     layers = json.loads(run("info", tmp_path / "deep.gguf", "--json")[1])["experts"]["layers"]
     assert layers == {"type": "int", "length": 40, "head": list(range(32))}
@@ -148,32 +217,49 @@ def test_info_shows_text_that_the_terminal_cannot(tmp_path):
     path.write_bytes(build([kv("general.architecture", "str", "x"), kv("general.name", "str", b"\xff\xfe")]))
     for encoding in ("utf-8", "ascii"):
         for form in ([], ["--json"]):
-            done = subprocess.run([sys.executable, "-m", "pygguf_surgery", "info", path, *form], capture_output=True,
-                                  cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=120)
+            done = subprocess.run(
+                [sys.executable, "-m", "pygguf_surgery", "info", path, *form],
+                capture_output=True,
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONIOENCODING": encoding},
+                timeout=120,
+            )
             assert done.returncode == 0 and b"Traceback" not in done.stderr and b"general.name" in done.stdout
 
 
 def test_no_name_in_a_file_commands_the_terminal(run, tmp_path):
     path = tmp_path / "evil.gguf"
     evil = "a\x1b[2J\x07\nb"
-    write_gguf(path, {"general.architecture": Value(evil, "str"), "general.name": Value(evil, "str"),
-                      f"k{evil}": Value(1, "u8")}, {f"t{evil}": np.full((2, 32), np.nan, np.float32)})
-    for arguments in (["info", path], ["plan", path], ["plan", path, "--keep", 1], ["verify", path],
-                      ["edit", path, tmp_path / "out.gguf"]):
+    write_gguf(
+        path,
+        {"general.architecture": Value(evil, "str"), "general.name": Value(evil, "str"), f"k{evil}": Value(1, "u8")},
+        {f"t{evil}": np.full((2, 32), np.nan, np.float32)},
+    )
+    for arguments in (
+        ["info", path],
+        ["plan", path],
+        ["plan", path, "--keep", 1],
+        ["verify", path],
+        ["edit", path, tmp_path / "out.gguf"],
+    ):
         _, out, err = run(*arguments)
         assert out + err and not re.search(r"[\x00-\x09\x0b-\x1f]", out + err)
     assert r"name          a\x1b[2J\x07\nb" in run("info", path)[1]
 
 
 def test_info_does_not_load_numpy(model):
-    script = ("import sys; from pygguf_surgery.cli import main; code = main(['info', sys.argv[1]]);"
-              "sys.exit(code or 'numpy' in sys.modules or 'gguf' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", script, model], capture_output=True, text=True,
-                          cwd=os.path.dirname(model))
+    script = (
+        "import sys; from pygguf_surgery.cli import main; code = main(['info', sys.argv[1]]);"
+        "sys.exit(code or 'numpy' in sys.modules or 'gguf' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, model], capture_output=True, text=True, cwd=os.path.dirname(model)
+    )
     assert done.returncode == 0, done.stderr
 
 
 # --- plan ----------------------------------------------------------------------------------------------------------
+
 
 def test_plan_json_is_the_documented_form(run, model):
     code, out, err = run("plan", model, "--keep", BEST, "--type", "MXFP4_MOE", "--json")
@@ -207,11 +293,26 @@ def test_a_dry_run_is_the_plan_and_writes_nothing(run, model, tmp_path):
 
 # --- prune, quantize, edit -----------------------------------------------------------------------------------------
 
+
 def test_prune_keeps_the_strongest_experts_and_edits_in_one_pass(run, model, tmp_path):
     out_path = tmp_path / "out.gguf"
-    code, out, _ = run("prune", model, out_path, "--keep", BEST, "--by", "router-norm", "--set", "general.name=half",
-                         "--set", "my.number:u16=7", "--set", "qwen3next.context_length=128",
-                         "--remove", "general.type")
+    code, out, _ = run(
+        "prune",
+        model,
+        out_path,
+        "--keep",
+        BEST,
+        "--by",
+        "router-norm",
+        "--set",
+        "general.name=half",
+        "--set",
+        "my.number:u16=7",
+        "--set",
+        "qwen3next.context_length=128",
+        "--remove",
+        "general.type",
+    )
     assert code == 0 and str(out_path) in out
     _, source = read_gguf(model)
     after, result = read_gguf(out_path)
@@ -284,10 +385,16 @@ def test_edit_of_nothing_gives_the_same_bytes(run, model, tmp_path):
         assert a.read() == b.read()
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--set", "qwen3next.expert_count=4"], ["--set", "general.alignment=64"],
-    ["--set", "qwen3next.context_length=lots"], ["--set", "my.key:u99=1"], ["--remove", "no.such.key"],
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--set", "qwen3next.expert_count=4"],
+        ["--set", "general.alignment=64"],
+        ["--set", "qwen3next.context_length=lots"],
+        ["--set", "my.key:u99=1"],
+        ["--remove", "no.such.key"],
+    ],
+)
 def test_an_edit_that_makes_no_sense_is_4(run, model, tmp_path, arguments):
     code, out, err = run("edit", model, tmp_path / "out.gguf", *arguments)
     assert code == 4 and out == "" and err.startswith("gguf-surgery: error: ") and err.count("\n") == 1
@@ -295,6 +402,7 @@ def test_an_edit_that_makes_no_sense_is_4(run, model, tmp_path, arguments):
 
 
 # --- files that are not there, or in the way -------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ["info", "plan", "verify"])
 def test_a_missing_input_is_3(run, tmp_path, name):
@@ -352,6 +460,7 @@ def test_an_unknown_metric_or_type_is_4(run, model, tmp_path):
 
 # --- manners -------------------------------------------------------------------------------------------------------
 
+
 def test_quiet_is_silent(run, model, tmp_path):
     assert run("prune", model, tmp_path / "out.gguf", "--keep", BEST, "--type", "MXFP4_MOE", "--quiet") == (0, "", "")
 
@@ -361,6 +470,7 @@ def test_ctrl_c_is_130(run, model, monkeypatch):
 
     def interrupted(args):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(commands, "info", interrupted)
     code, out, err = run("info", model)
     assert code == 130 and out == "" and "interrupted" in err
@@ -379,8 +489,14 @@ def test_as_a_process(model, tmp_path):
 def test_a_reader_that_closes_early_gets_no_traceback(model):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "pygguf_surgery", "info", model, "--json", "--full"], stdout=write,
-                          stderr=subprocess.PIPE, text=True, timeout=120, cwd=os.path.dirname(model))
+    done = subprocess.run(
+        [sys.executable, "-m", "pygguf_surgery", "info", model, "--json", "--full"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        cwd=os.path.dirname(model),
+    )
     os.close(write)
     assert done.returncode == 1 and done.stderr == ""
 
@@ -390,8 +506,9 @@ def test_closed_streams_get_no_traceback(model, tmp_path):
     shell = f"{shlex.quote(sys.executable)} -m pygguf_surgery"
     model, out = shlex.quote(model), shlex.quote(str(tmp_path / "out.gguf"))
     for arguments in (f"info {model} >&-", f"info {model} --json >&-", f"prune {model} {out} --keep {BEST} 2>&-"):
-        done = subprocess.run(f"{shell} {arguments}", shell=True, capture_output=True, text=True, timeout=120,
-                              cwd=tmp_path)
+        done = subprocess.run(
+            f"{shell} {arguments}", shell=True, capture_output=True, text=True, timeout=120, cwd=tmp_path
+        )
         assert done.returncode == 0 and done.stderr == ""
     done = subprocess.run(f"{shell} info none 2>&-", shell=True, capture_output=True, timeout=120, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (3, b"")
@@ -445,15 +562,22 @@ README = ROOT / "README.md"
 def everything_seen(model, path):
     """An importance matrix of ones for every matrix of the model."""
     with open_model(model) as source:
-        entries = {name: (np.ones(t.elements // t.ne[1], np.float32), np.ones(t.shape[0] if len(t.shape) == 3 else 1))
-                   for name, t in source.tensors.items() if len(t.shape) > 1}
+        entries = {
+            name: (np.ones(t.elements // t.ne[1], np.float32), np.ones(t.shape[0] if len(t.shape) == 3 else 1))
+            for name, t in source.tensors.items()
+            if len(t.shape) > 1
+        }
     imatrix.write(path, entries)
 
 
 def test_the_readme_s_python_example_runs(model, tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
-    for written, here in (("Qwen3-Coder-Next-BF16-00001-of-00004.gguf", model), ("keep(256)", "keep(4)"),
-                          ("progress=True", "progress=False"), ("[40, 41, 42, 43]", "[3]")):
+    for written, here in (
+        ("Qwen3-Coder-Next-BF16-00001-of-00004.gguf", model),
+        ("keep(256)", "keep(4)"),
+        ("progress=True", "progress=False"),
+        ("[40, 41, 42, 43]", "[3]"),
+    ):
         assert written in code
         code = code.replace(written, here)
     names = {"array_f32": np.ones((2, 256), np.float32), "array_u8": np.zeros((2, 144), np.uint8)}
@@ -473,8 +597,12 @@ def test_the_readme_s_shell_examples_run(run, model, tmp_path, monkeypatch):
     lines = [line for line in lines if not re.search("stats|repair", line)]  # those need llama.cpp: test_calibrate.py
     assert len(lines) == 9
     for line in lines:
-        for written, here in (("model.gguf", model), ("--keep 256", "--keep 4"), ("general.url", "general.type"),
-                              ("--split-max-size 45G", "--split-max-size 45K")):
+        for written, here in (
+            ("model.gguf", model),
+            ("--keep 256", "--keep 4"),
+            ("general.url", "general.type"),
+            ("--split-max-size 45G", "--split-max-size 45K"),
+        ):
             line = line.replace(written, here)
         code, _, err = run(*shlex.split(line), *(["--force"] if "out.gguf" in line and "verify" not in line else []))
         assert code == 0, (line, err)

@@ -1,4 +1,5 @@
 """The demo: what it prints, that it cleans up, and that its model is a real one."""
+
 import json
 import os
 

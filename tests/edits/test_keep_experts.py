@@ -1,4 +1,5 @@
 """Cutting experts: what is written equals numpy slices of what gguf-py reads, and everything else stays as it was."""
+
 from types import SimpleNamespace
 
 import gguf
@@ -15,6 +16,7 @@ from pygguf_surgery.edits import keep_experts as prune
 from pygguf_surgery.plan_data.edits import KeepExperts
 from pygguf_surgery.plan_data.expressions import Copy, OutputTensor, Remap, Stack, Take
 from support import moe_models
+from support.cuts import apply, block, cut, remap, same_tensors, tensor, the_blocker
 from support.drafts import apply_edit
 from support.gguf_files import read_gguf
 
@@ -23,47 +25,6 @@ from support.gguf_files import read_gguf
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     return {name: build(folder / f"{name}.gguf") for name, build in moe_models.ALL.items()}
-
-
-# --- the oracle: the rules again, written for one array at a time ---------------------------------------------------
-
-CUT = [f"ffn_{part}_exps.{word}" for part in ("gate", "up", "down", "gate_up")
-       for word in ("weight", "bias", "scale", "input_scale")] + [
-    "ffn_gate_inp.weight", "ffn_gate_inp.bias", "exp_probs_b", "exp_probs_b.bias", "exp_probs_b_vl.bias"]
-
-
-def cut(name, data, kept, *, chunk=1, order=None):
-    layer, word = (int(name.split(".")[1]), name.split(".", 2)[2]) if name.startswith("blk.") else (None, name)
-    if layer not in kept:
-        return data
-    ids = kept[layer]
-    if word in CUT:
-        return data[list(ids)]
-    if "_chexps." in word:
-        return data[sorted({i // chunk for i in ids})]
-    if "tid2eid" in word:
-        return remap(data, ids, order or ids)
-    return data
-
-
-def remap(table, ids, best_first):
-    new = {old: i for i, old in enumerate(ids)}
-    out = []
-    for row in table.tolist():
-        got = [new.get(i) for i in row]
-        for k, i in enumerate(got):
-            if i is None:
-                got[k] = next(new[s] for s in best_first if new[s] not in got)
-        out.append(got)
-    return np.array(out, np.int32)
-
-
-def same_tensors(found, expected):
-    assert list(found) == list(expected)
-    for name, (kind, data) in expected.items():
-        assert found[name][0] == kind, name
-        assert found[name][1].shape == data.shape, name
-        assert found[name][1].tobytes() == data.tobytes(), name
 
 
 def choose(model, seed, n=None):
@@ -75,11 +36,11 @@ def choose(model, seed, n=None):
     kept = {}
     for layer in layout.layers:
         if chunk > 1:
-            first = rng.permutation(e // chunk)[:n // chunk] * chunk
+            first = rng.permutation(e // chunk)[: n // chunk] * chunk
             ids = [c + i for c in first for i in range(chunk)]
         else:
             size = e // groups
-            ids = [g * size + i for g in range(groups) for i in rng.permutation(size)[:n // groups]]
+            ids = [g * size + i for g in range(groups) for i in rng.permutation(size)[: n // groups]]
         kept[layer] = tuple(sorted(int(i) for i in ids))
     return kept
 
@@ -94,15 +55,24 @@ def test_every_architecture(files, tmp_path, name):
         digest = model.header_sha256
     assert receipt.path
     after, found = read_gguf(tmp_path / "out.gguf")
-    same_tensors(found, {n: (kind, cut(n, data, kept, chunk=before.get("grovemoe.experts_per_group", 1)))
-                         for n, (kind, data) in tensors.items()})
+    same_tensors(
+        found,
+        {
+            n: (kind, cut(n, data, kept, chunk=before.get("grovemoe.experts_per_group", 1)))
+            for n, (kind, data) in tensors.items()
+        },
+    )
     assert after == before | {
         f"{architecture}.expert_count": experts // 2,
         "general.size_label": f"{experts // 2}x1.5M",
-        "general.base_model.count": 1, "general.base_model.0.name": f"Tiny {architecture}",
-        "pgs.version": pgs.__version__, "pgs.source.header_sha256": digest,
-        "pgs.source.name": f"Tiny {architecture}", "pgs.experts.metric": "given",
-        **{f"pgs.experts.{layer}.kept": list(ids) for layer, ids in kept.items()}}
+        "general.base_model.count": 1,
+        "general.base_model.0.name": f"Tiny {architecture}",
+        "pgs.version": pgs.__version__,
+        "pgs.source.header_sha256": digest,
+        "pgs.source.name": f"Tiny {architecture}",
+        "pgs.experts.metric": "given",
+        **{f"pgs.experts.{layer}.kept": list(ids) for layer, ids in kept.items()},
+    }
 
 
 @pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_0", "MXFP4"])
@@ -149,11 +119,13 @@ def test_all_experts_kept_is_no_change(files, tmp_path):
             plan = pgs.Plan(model)
             plan.write(tmp_path / "untouched.gguf", overwrite=True)
             plan.keep_experts({layer: range(layout.experts) for layer in layout.layers}).write(
-                tmp_path / "all.gguf", overwrite=True)
+                tmp_path / "all.gguf", overwrite=True
+            )
         assert (tmp_path / "all.gguf").read_bytes() == (tmp_path / "untouched.gguf").read_bytes()
 
 
 # --- laws -----------------------------------------------------------------------------------------------------------
+
 
 def evaluate(model, outcome):
     """The output tensors, by numpy from the source's bytes."""
@@ -178,8 +150,10 @@ def evaluate(model, outcome):
 
 
 def start(model):
-    return ([OutputTensor(t.name, t.shape, t.type, t.type, Copy(t.name), role_of(t.name))
-             for t in model.tensors.values()], model.metadata.exact())
+    return (
+        [OutputTensor(t.name, t.shape, t.type, t.type, Copy(t.name), role_of(t.name)) for t in model.tensors.values()],
+        model.metadata.exact(),
+    )
 
 
 def keep(kept, metric="m", **options):
@@ -214,8 +188,10 @@ def choose_from(model, ids, seed, n):
     groups, chunk = max(layout.groups, 1), layout.chunk
     size = len(ids) // groups
     if chunk > 1:
-        return sorted(int(c) * chunk + i for c in rng.permutation(len(ids) // chunk)[:n // chunk] for i in range(chunk))
-    return sorted(g * size + int(i) for g in range(groups) for i in rng.permutation(size)[:n // groups])
+        return sorted(
+            int(c) * chunk + i for c in rng.permutation(len(ids) // chunk)[: n // chunk] for i in range(chunk)
+        )
+    return sorted(g * size + int(i) for g in range(groups) for i in rng.permutation(size)[: n // groups])
 
 
 @given(st.integers(0, 2**32))
@@ -239,29 +215,6 @@ def test_a_stack_of_experts_is_cut_by_its_parts():
 
 # --- what cannot be: one stub model per case, no files --------------------------------------------------------------
 
-def tensor(name, *shape, type="F32"):
-    return OutputTensor(name, shape, type, type, Copy(name))
-
-
-def block(i, e):
-    return [tensor(f"blk.{i}.ffn_gate_inp.weight", e, 8), tensor(f"blk.{i}.ffn_down_exps.weight", e, 8, 32)]
-
-
-def apply(tensors, kept, *, experts=4, used=2, blocks=1, general=None, mtp="keep", metric="m", **keys):
-    values = {"expert_count": experts, "expert_used_count": used, "block_count": blocks} | keys
-    metadata = {f"x.{k.replace('__', '.')}": v if isinstance(v, Value) else
-                Value(v, "u32[]" if isinstance(v, list) else "u32") for k, v in values.items() if v is not None}
-    metadata |= {f"general.{k}": Value(v, "str") if isinstance(v, str) else v for k, v in (general or {}).items()}
-    plain = {k: v.value for k, v in metadata.items()}
-    model = SimpleNamespace(architecture="x", metadata=plain, name=plain.get("general.name", ""),
-                            header_sha256="0" * 64)
-    return apply_edit(prune, model, tensors, metadata, KeepExperts(kept, metric, mtp))
-
-
-def the_blocker(out):
-    assert len(out.blockers) == 1, [str(b) for b in out.blockers]
-    return out.blockers[0]
-
 
 def test_out_of_range():
     error = the_blocker(apply(block(3, 512), {3: (0, 512)}, experts=512, blocks=4))
@@ -269,9 +222,17 @@ def test_out_of_range():
     assert isinstance(error, pgs.BadPlan)
 
 
-@pytest.mark.parametrize("ids, words", [((0, -1), "expert -1 out of range"), ((1, 1), "expert 1 named twice"),
-                                        ((2, 1), "ascending"), ((), "no expert"), ((0, 1.5), "whole number"),
-                                        ("ab", "whole number")])
+@pytest.mark.parametrize(
+    "ids, words",
+    [
+        ((0, -1), "expert -1 out of range"),
+        ((1, 1), "expert 1 named twice"),
+        ((2, 1), "ascending"),
+        ((), "no expert"),
+        ((0, 1.5), "whole number"),
+        ("ab", "whole number"),
+    ],
+)
 def test_ids_that_are_wrong(ids, words):
     out = apply(block(0, 4), {0: ids})
     error = the_blocker(out)
@@ -321,8 +282,21 @@ def test_more_experts_than_llama_cpp_loads():
     assert error.found == 1025 and "1024" in error.expected
 
 
-@pytest.mark.parametrize("n, fast", [(512, True), (64, True), (288, True), (576, True), (1, True), (384, False),
-                                     (192, False), (96, False), (600, False), (1000, False)])
+@pytest.mark.parametrize(
+    "n, fast",
+    [
+        (512, True),
+        (64, True),
+        (288, True),
+        (576, True),
+        (1, True),
+        (384, False),
+        (192, False),
+        (96, False),
+        (600, False),
+        (1000, False),
+    ],
+)
 def test_the_fused_router_of_cuda_is_not_lost_silently(n, fast):
     out = apply(block(0, 1024), {0: tuple(range(n))}, experts=1024, used=1)
     assert out.blockers == [] and any("CUDA" in text for text in out.warnings) is not fast
@@ -330,8 +304,14 @@ def test_the_fused_router_of_cuda_is_not_lost_silently(n, fast):
 
 # Groups of a deepseek2-like router: 16 experts in 4 groups, 2 groups are used, 4 experts.
 def grouped(ids, *, groups=4, group_used=2, used=4):
-    return apply(block(0, 16), {0: tuple(ids)}, experts=16, used=used, expert_group_count=groups,
-                 expert_group_used_count=group_used)
+    return apply(
+        block(0, 16),
+        {0: tuple(ids)},
+        experts=16,
+        used=used,
+        expert_group_count=groups,
+        expert_group_used_count=group_used,
+    )
 
 
 def test_groups_that_stay_right():
@@ -340,13 +320,16 @@ def test_groups_that_stay_right():
     assert grouped(range(1, 16, 2), groups=0, group_used=0).blockers == []
 
 
-@pytest.mark.parametrize("ids, options, words", [
-    (range(10), {}, "10 experts do not divide into 4 groups; keep 8 or 12"),
-    ([0, 4, 8, 12], {"used": 2}, "1 expert per group"),
-    (range(8), {}, "4 experts kept in group 0 (ids 0..3) (expected 2)"),
-    ([0, 1, 4, 5, 8, 9, 12, 13], {"used": 5}, "2 groups of 2 experts are fewer than the 5 used"),
-    ([3], {"groups": 1, "group_used": 1, "used": 1}, "as many groups as experts"),
-])
+@pytest.mark.parametrize(
+    "ids, options, words",
+    [
+        (range(10), {}, "10 experts do not divide into 4 groups; keep 8 or 12"),
+        ([0, 4, 8, 12], {"used": 2}, "1 expert per group"),
+        (range(8), {}, "4 experts kept in group 0 (ids 0..3) (expected 2)"),
+        ([0, 1, 4, 5, 8, 9, 12, 13], {"used": 5}, "2 groups of 2 experts are fewer than the 5 used"),
+        ([3], {"groups": 1, "group_used": 1, "used": 1}, "as many groups as experts"),
+    ],
+)
 def test_groups_that_would_be_wrong(ids, options, words):
     assert words in str(the_blocker(grouped(ids, **options)))
 
@@ -365,13 +348,16 @@ def test_experts_of_one_chunk_stay_together():
     assert error.object == "blk.0.ffn_down_chexps.weight" and "experts 4..5" in str(error)
 
 
-@pytest.mark.parametrize("extra, kind", [
-    (tensor("blk.0.ffn_new.weight", 4, 8), pgs.Unsupported),
-    (tensor("blk.0.exp_new.bias", 4), pgs.Unsupported),
-    (tensor("blk.0.ffn_up_exps.weight", 5, 8, 32), pgs.BadFile),
-    (tensor("blk.0.ffn_down.3.weight", 8, 32), pgs.Unsupported),
-    (tensor("blk.1.ffn_up_exps.weight", 4, 8, 32), pgs.BadFile),
-])
+@pytest.mark.parametrize(
+    "extra, kind",
+    [
+        (tensor("blk.0.ffn_new.weight", 4, 8), pgs.Unsupported),
+        (tensor("blk.0.exp_new.bias", 4), pgs.Unsupported),
+        (tensor("blk.0.ffn_up_exps.weight", 5, 8, 32), pgs.BadFile),
+        (tensor("blk.0.ffn_down.3.weight", 8, 32), pgs.Unsupported),
+        (tensor("blk.1.ffn_up_exps.weight", 4, 8, 32), pgs.BadFile),
+    ],
+)
 def test_tensors_that_no_rule_covers(extra, kind):
     error = the_blocker(apply([*block(0, 4), extra], {0: (0, 1)}, blocks=2))
     assert type(error) is kind and error.object == extra.name
@@ -387,116 +373,18 @@ def test_an_expert_is_whole_blocks():
     assert the_blocker(apply(names, {0: (0, 1)}, experts=32)).object == "blk.0.exp_probs_b.bias"
 
 
-# --- MTP blocks -----------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def mtp_file(tmp_path_factory):
-    return moe_models.qwen3next(tmp_path_factory.mktemp("mtp") / "mtp.gguf", mtp=True)
-
-
-def test_mtp_blocks_are_cut_with_the_rest(mtp_file, tmp_path):
-    _, tensors = read_gguf(mtp_file)
-    with pgs.open(mtp_file) as model:
-        kept = pgs.experts.rank(model).keep(16)
-        pgs.Plan(model).keep_experts(kept).write(tmp_path / "out.gguf")
-    metadata, found = read_gguf(tmp_path / "out.gguf")
-    assert len(kept[4]) == 16
-    same_tensors(found, {n: (kind, cut(n, data, kept)) for n, (kind, data) in tensors.items()})
-    assert metadata["qwen3next.block_count"] == 5 and metadata["qwen3next.nextn_predict_layers"] == 1
-
-
-def test_mtp_blocks_are_never_left_behind(mtp_file):
-    with pgs.open(mtp_file) as model:
-        kept = dict(pgs.experts.rank(model).keep(16))
-        del kept[4]
-        error = the_blocker(pgs.Plan(model).keep_experts(kept).check())
-    assert error.object == "blk.4" and "MTP" in str(error) and "drop" in error.hint
-
-
-def test_dropping_mtp_equals_a_model_without(mtp_file, tmp_path):
-    before, tensors = read_gguf(mtp_file)
-    with pgs.open(mtp_file) as model:
-        kept = pgs.experts.rank(model).keep(16)
-        pgs.Plan(model).keep_experts(kept, mtp="drop").write(tmp_path / "out.gguf")
-    metadata, found = read_gguf(tmp_path / "out.gguf")
-    same_tensors(found, {n: (kind, cut(n, data, kept)) for n, (kind, data) in tensors.items()
-                         if not n.startswith("blk.4.")})
-    assert metadata["qwen3next.block_count"] == 4 and "qwen3next.nextn_predict_layers" not in metadata
-    assert metadata["qwen3next.attention.recurrent_layers"] == before["qwen3next.attention.recurrent_layers"][:4]
-    assert [k for k in metadata if k.startswith("pgs.experts.") and k.endswith("kept")] == [
-        f"pgs.experts.{i}.kept" for i in range(4)]
-
-
-def test_dropping_mtp_and_keeping_all_experts_is_no_cut(mtp_file):
-    with pgs.open(mtp_file) as model:
-        checked = pgs.Plan(model).keep_experts({i: range(32) for i in range(4)}, mtp="drop").check()
-    assert checked.blockers == [] and checked.metadata["qwen3next.block_count"].value == 4
-    assert not any(k.startswith("pgs.") for k in checked.metadata)
-    assert set(checked.actions()) == {"copy"}
-
-
-def test_lists_of_tensors_follow_the_tensors(tmp_path):
-    names = ["blk.0.attn_qkv.weight", "blk.4.attn_q.weight", "elsewhere"]
-    array, string, boolean = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING, gguf.GGUFValueType.BOOL
-    path = moe_models.qwen3next(tmp_path / "m.gguf", mtp=True, **{
-        "general.tensor_extra.name": (names, array, string),
-        "general.tensor_extra.prec_a4": ([False, True, False], array, boolean)})
-    with pgs.open(path) as model:
-        plan = pgs.Plan(model).keep_experts(pgs.experts.rank(model).keep(16), mtp="drop")
-        plan.write(tmp_path / "out.gguf")
-        short = pgs.Plan(model).set_metadata({"general.tensor_extra.prec_a4": [True]}).check()
-        assert pgs.Plan(model).check().metadata == model.metadata.exact()
-    metadata, _ = read_gguf(tmp_path / "out.gguf")
-    assert metadata["general.tensor_extra.name"] == [names[0], names[2]]
-    assert metadata["general.tensor_extra.prec_a4"] == [False, False]
-    assert the_blocker(short).object == "general.tensor_extra.prec_a4"
-
-
-def mtp_model(*more, **keys):
-    names = block(0, 4) + block(1, 4) + [tensor("blk.1.nextn.eh_proj.weight", 8, 16), *more]
-    return apply(names, {0: (0, 1), 1: (0, 1)}, mtp="drop", **{"blocks": 2, "nextn_predict_layers": 1} | keys)
-
-
-def test_arrays_per_block_are_cut_with_mtp():
-    out = mtp_model(feed_forward_length=[5, 6], used=[2, 2], rope__dimension_sections=[1, 2], feed=[1, 2, 3])
-    assert out.blockers == []
-    assert {k: v.value for k, v in out.metadata.items() if v.type == "u32[]" and k.startswith("x.")} == {
-        "x.feed_forward_length": [5], "x.expert_used_count": [2], "x.rope.dimension_sections": [1, 2],
-        "x.feed": [1, 2, 3]}
-
-
-@pytest.mark.parametrize("keys, object", [
-    ({"something_new": [1, 2]}, "x.something_new"),            # one per block, or not?
-    ({"nextn_predict_layers": 2}, "x.nextn_predict_layers"),   # nothing would be left
-    ({"block_count": None}, "x.block_count"),
-])
-def test_mtp_that_cannot_be_dropped(keys, object):
-    assert the_blocker(mtp_model(**keys)).object == object
-
-
-def test_a_last_block_without_nextn_tensors_is_not_dropped():
-    out = apply(block(0, 4) + block(1, 4), {0: (0, 1), 1: (0, 1)}, mtp="drop", blocks=2, nextn_predict_layers=1)
-    assert the_blocker(out).object == "blk.1"
-
-
-def test_no_mtp_to_drop_is_said():
-    out = apply(block(0, 4), {0: (0, 1)}, mtp="drop")
-    assert out.blockers == [] and any("no MTP" in text for text in out.warnings)
-
-
-def test_mtp_is_keep_or_drop():
-    assert the_blocker(apply(block(0, 4), {0: (0, 1)}, mtp="maybe")).object == "mtp"
-
-
 # --- metadata -------------------------------------------------------------------------------------------------------
+
 
 def general(**items):
     out = apply(block(0, 4), {0: (0, 2)}, general={k.replace("__", "."): v for k, v in items.items()})
     return {k.removeprefix("general."): v.value for k, v in out.metadata.items() if k.startswith("general.")}
 
 
-@pytest.mark.parametrize("before, after", [("4x2.5B", "2x2.5B"), ("14x2.5B", None), ("80B-A3B", None), ("4", None),
-                                           ("4x", None), ("40x1B", None)])
+@pytest.mark.parametrize(
+    "before, after",
+    [("4x2.5B", "2x2.5B"), ("14x2.5B", None), ("80B-A3B", None), ("4", None), ("4x", None), ("40x1B", None)],
+)
 def test_size_label(before, after):
     assert general(size_label=before).get("size_label") == after
     dropped = apply(block(0, 4), {0: (0, 2)}, general={"size_label": before}).warnings
@@ -504,17 +392,40 @@ def test_size_label(before, after):
 
 
 def test_ids_of_the_original_go_and_it_becomes_a_base_model():
-    assert general(name="A", organization="Org", uuid="u", doi="d", url="http", author="", source__uuid="s",
-                   source__doi="t", source__url="kept", tags="kept", basename="kept") == {
-        "name": "A", "organization": "Org", "url": "http", "author": "", "source.url": "kept", "tags": "kept",
-        "basename": "kept", "base_model.count": 1, "base_model.0.name": "A", "base_model.0.organization": "Org",
-        "base_model.0.url": "http", "base_model.0.doi": "d", "base_model.0.uuid": "u"}
+    assert general(
+        name="A",
+        organization="Org",
+        uuid="u",
+        doi="d",
+        url="http",
+        author="",
+        source__uuid="s",
+        source__doi="t",
+        source__url="kept",
+        tags="kept",
+        basename="kept",
+    ) == {
+        "name": "A",
+        "organization": "Org",
+        "url": "http",
+        "author": "",
+        "source.url": "kept",
+        "tags": "kept",
+        "basename": "kept",
+        "base_model.count": 1,
+        "base_model.0.name": "A",
+        "base_model.0.organization": "Org",
+        "base_model.0.url": "http",
+        "base_model.0.doi": "d",
+        "base_model.0.uuid": "u",
+    }
 
 
 def test_keys_that_a_cut_drops_may_be_removed_and_set(tmp_path):
     string = gguf.GGUFValueType.STRING
-    path = moe_models.qwen3next(tmp_path / "m.gguf", **{"general.uuid": ("old", string),
-                                                        "general.size_label": ("80B-A3B", string)})
+    path = moe_models.qwen3next(
+        tmp_path / "m.gguf", **{"general.uuid": ("old", string), "general.size_label": ("80B-A3B", string)}
+    )
     with pgs.open(path) as model:
         plan = pgs.Plan(model).keep_experts(pgs.experts.rank(model).keep(16))
         both = ("general.uuid", "general.size_label")
@@ -526,8 +437,13 @@ def test_keys_that_a_cut_drops_may_be_removed_and_set(tmp_path):
 
 def test_base_models_of_the_original_stay():
     items = general(name="A", base_model__count=Value(2, "u64"), base_model__0__name="P", base_model__1__name="Q")
-    assert items == {"name": "A", "base_model.count": 3, "base_model.0.name": "P", "base_model.1.name": "Q",
-                     "base_model.2.name": "A"}
+    assert items == {
+        "name": "A",
+        "base_model.count": 3,
+        "base_model.0.name": "P",
+        "base_model.1.name": "Q",
+        "base_model.2.name": "A",
+    }
     assert general(name="A", base_model__0__name="P")["base_model.1.name"] == "A"
 
 
@@ -546,16 +462,27 @@ def test_counts_keep_their_type():
 
 
 def test_provenance_of_an_earlier_cut_is_replaced():
-    source = {"pgs.version": "0", "pgs.source.header_sha256": "f" * 64, "pgs.source.name": "older",
-              "pgs.experts.metric": "older"}
+    source = {
+        "pgs.version": "0",
+        "pgs.source.header_sha256": "f" * 64,
+        "pgs.source.name": "older",
+        "pgs.experts.metric": "older",
+    }
     values = {k: Value(v, "str") for k, v in source.items()} | {"pgs.experts.7.kept": Value([1], "u32[]")}
-    metadata = {"x.expert_count": Value(4, "u32"), "x.expert_used_count": Value(2, "u32"),
-                "x.block_count": Value(1, "u32")} | values
+    metadata = {
+        "x.expert_count": Value(4, "u32"),
+        "x.expert_used_count": Value(2, "u32"),
+        "x.block_count": Value(1, "u32"),
+    } | values
     model = SimpleNamespace(architecture="x", metadata={}, name="", header_sha256="0" * 64)
     out = apply_edit(prune, model, block(0, 4), metadata, KeepExperts({0: (1, 3)}, "aimer"))
     assert {k: v.value for k, v in out.metadata.items() if k.startswith("pgs.")} == {
-        "pgs.version": pgs.__version__, "pgs.source.header_sha256": "0" * 64, "pgs.source.name": "",
-        "pgs.experts.metric": "aimer", "pgs.experts.0.kept": [1, 3]}
+        "pgs.version": pgs.__version__,
+        "pgs.source.header_sha256": "0" * 64,
+        "pgs.source.name": "",
+        "pgs.experts.metric": "aimer",
+        "pgs.experts.0.kept": [1, 3],
+    }
 
 
 def test_two_cuts_in_one_plan_say_what_they_kept_of_the_source(files):

@@ -1,4 +1,5 @@
 """Merging experts: the groups, the matching of neurons, and the bytes that come out."""
+
 import json
 import pickle
 
@@ -39,8 +40,13 @@ def some_groups(rng, experts, n, neurons, layers=(0, 1)):
         groups = []
         for group in members.values():
             weights = rng.random(len(group)) + 0.1
-            groups.append(Group(tuple(group), tuple((weights / weights.sum()).tolist()),
-                                (b"", *(order_of(rng.permutation(neurons)) for _ in group[1:]))))
+            groups.append(
+                Group(
+                    tuple(group),
+                    tuple((weights / weights.sum()).tolist()),
+                    (b"", *(order_of(rng.permutation(neurons)) for _ in group[1:])),
+                )
+            )
         out[layer] = tuple(groups)
     return out
 
@@ -76,7 +82,9 @@ def check_output(source, out, groups, type=None):
             single = [len(g.members) == 1 for g in some]
             for name, tensor in model.tensors.items():
                 parts = name.split(".")
-                if not name.startswith(f"blk.{layer}.") or ("_exps." not in name and "gate_inp" not in name and "exp_probs" not in name):
+                if not name.startswith(f"blk.{layer}.") or (
+                    "_exps." not in name and "gate_inp" not in name and "exp_probs" not in name
+                ):
                     continue
                 made = result.tensors[name]
                 if "_exps." not in name:
@@ -97,8 +105,13 @@ def check_output(source, out, groups, type=None):
 
 
 @settings(max_examples=15)
-@given(seed=st.integers(0, 10_000), type=st.sampled_from(["F32", "F16", "Q8_0", "Q4_0"]), n=st.integers(4, 16),
-       threads=st.integers(1, 3), target=st.sampled_from([None, "Q5_1"]))
+@given(
+    seed=st.integers(0, 10_000),
+    type=st.sampled_from(["F32", "F16", "Q8_0", "Q4_0"]),
+    n=st.integers(4, 16),
+    threads=st.integers(1, 3),
+    target=st.sampled_from([None, "Q5_1"]),
+)
 def test_the_engine_gives_what_numpy_gives(tmp_path_factory, seed, type, n, threads, target):
     folder = tmp_path_factory.mktemp("merge")
     source = moe_models.qwen3moe(folder / "in.gguf", type=type)
@@ -142,24 +155,38 @@ def large_layer(path, experts, neurons, width, type="F32"):
     for part in PARTS:
         shape = (experts, width, neurons) if part == "down" else (experts, neurons, width)
         tensors[f"blk.0.ffn_{part}_exps.weight"] = rng.standard_normal(shape, np.float32)
-    return make_gguf(path, "qwen3moe", {f"qwen3moe.{key}": (value, u32) for key, value in (
-        ("block_count", 1), ("expert_count", experts), ("expert_used_count", 1))}, tensors)
+    return make_gguf(
+        path,
+        "qwen3moe",
+        {
+            f"qwen3moe.{key}": (value, u32)
+            for key, value in (("block_count", 1), ("expert_count", experts), ("expert_used_count", 1))
+        },
+        tensors,
+    )
 
 
 def test_slices_larger_than_a_tile_and_any_budget_give_the_same_bytes(tmp_path):
     path = large_layer(tmp_path / "in.gguf", 3, 700, 1600)  # 4.5 MB a slice
-    groups = {0: (Group((0, 2), (0.25, 0.75), (b"", order_of(np.random.default_rng(1).permutation(700)))),
-                  Group((1,), (1.0,), (b"",)))}
+    groups = {
+        0: (
+            Group((0, 2), (0.25, 0.75), (b"", order_of(np.random.default_rng(1).permutation(700)))),
+            Group((1,), (1.0,), (b"",)),
+        )
+    }
     with pgs.open(path) as model:
         plan = pgs.Plan(model).merge_experts(groups)
         for out, memory, threads in (("a.gguf", "64MiB", 1), ("b.gguf", "512MiB", 2), ("c.gguf", "64MiB", 2)):
             receipt = plan.write(tmp_path / out, memory=memory, threads=threads)
             assert receipt.actions["merge"] == 3 and receipt.buffer_bytes <= (64 if memory == "64MiB" else 512) << 20
-    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
+    assert (
+        (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
+    )
     check_output(path, tmp_path / "a.gguf", groups)
 
 
 # --- laws -----------------------------------------------------------------------------------------------------------
+
 
 def handmade(tmp_path, copies, *, type="F32", seed=0, noise=0.0):
     """One layer whose expert i is expert copies[i] of a few random ones, its neurons in another order."""
@@ -189,7 +216,8 @@ def function(gate, up, down, x):
 @settings(max_examples=10)
 @given(seed=st.integers(0, 1000), type=st.sampled_from(["F32", "F16", "Q8_0"]))
 def test_merging_permuted_copies_changes_nothing(tmp_path_factory, seed, type):
-    """The matching finds how the neurons of a copy were permuted; the mean of equal experts is each of them, bit for bit."""
+    """The matching finds how the neurons of a copy were permuted; the mean of equal experts is each of them, bit for
+    bit."""
     folder = tmp_path_factory.mktemp("copies")
     path, _, _ = handmade(folder, [0, 1, 0, 2, 1, 0], type="F32", seed=seed)
     if type != "F32":  # quantized rows of the permuted down projection are others: merge at 32 bits into the type
@@ -197,8 +225,12 @@ def test_merging_permuted_copies_changes_nothing(tmp_path_factory, seed, type):
             pgs.Plan(model).quantize(type, pure=True).write(folder / "typed.gguf")
     with pgs.open(path) as model:
         experts = ream._Experts(model, model.sources, 0)
-        groups = {0: tuple(Group(m, w, (b"", *(ream.match(experts, m[0], e) for e in m[1:]))) for m, w in (
-            ((0, 2, 5), (0.5, 0.3, 0.2)), ((1, 4), (0.1, 0.9)), ((3,), (1.0,))))}
+        groups = {
+            0: tuple(
+                Group(m, w, (b"", *(ream.match(experts, m[0], e) for e in m[1:])))
+                for m, w in (((0, 2, 5), (0.5, 0.3, 0.2)), ((1, 4), (0.1, 0.9)), ((3,), (1.0,)))
+            )
+        }
         plan = pgs.Plan(model).merge_experts(groups)
         plan = plan if type == "F32" else plan.quantize(type, pure=True)
         plan.write(folder / "out.gguf")
@@ -236,8 +268,12 @@ def test_the_matching_is_the_best_assignment(tmp_path):
     assert tuple(order) == best
 
 
-@given(scores=st.lists(st.floats(0, 100), min_size=4, max_size=24), seed=st.integers(0, 100), size=st.integers(1, 24),
-       share=st.floats(0.1, 1))
+@given(
+    scores=st.lists(st.floats(0, 100), min_size=4, max_size=24),
+    seed=st.integers(0, 100),
+    size=st.integers(1, 24),
+    share=st.floats(0.1, 1),
+)
 def test_every_expert_is_in_one_group(scores, seed, size, share):
     saliency = ream._positive(np.array(scores))
     assert (saliency > 0).all()
@@ -255,16 +291,17 @@ def test_every_expert_is_in_one_group(scores, seed, size, share):
 
 def test_the_most_salient_centroid_takes_the_nearest_first():
     similarity = np.zeros((5, 5))
-    similarity[0] = [0, 0, .1, .9, .5]
-    similarity[1] = [0, 0, .9, .8, .7]
-    assert ream.assign(np.array([9., 8., 1., 1., 1.]), [0, 1], similarity, 3) == [[0, 3, 4], [1, 2]]
-    assert ream.assign(np.array([8., 9., 1., 1., 1.]), [0, 1], similarity, 3) == [[0, 4], [1, 2, 3]]
+    similarity[0] = [0, 0, 0.1, 0.9, 0.5]
+    similarity[1] = [0, 0, 0.9, 0.8, 0.7]
+    assert ream.assign(np.array([9.0, 8.0, 1.0, 1.0, 1.0]), [0, 1], similarity, 3) == [[0, 3, 4], [1, 2]]
+    assert ream.assign(np.array([8.0, 9.0, 1.0, 1.0, 1.0]), [0, 1], similarity, 3) == [[0, 4], [1, 2, 3]]
 
 
 def merge_stats(model, *, layers, experts, width=32, seed=0):
     rng = np.random.default_rng(seed)
-    stats = stats_file.Stats(model.header_sha256, model.architecture, "Test", experts, 8, {},
-                             [stats_file.Text("00", 100, 5, 5)], 1.0, 1.0, 4)
+    stats = stats_file.Stats(
+        model.header_sha256, model.architecture, "Test", experts, 8, {}, [stats_file.Text("00", 100, 5, 5)], 1.0, 1.0, 4
+    )
     for layer in layers:
         s = LayerStats.empty(experts)
         s.count[:], s.gated_norm_sum[:] = rng.integers(1, 50, experts), rng.random(experts)
@@ -293,6 +330,7 @@ def test_similarity_is_ream_s():
 
 # --- groups of a model ------------------------------------------------------------------------------------------------
 
+
 def test_groups_with_statistics(tmp_path):
     with pgs.open(moe_models.qwen3moe(tmp_path / "in.gguf", type="F32")) as model:
         stats = merge_stats(model, layers=[0, 1], experts=16)
@@ -308,8 +346,9 @@ def test_groups_with_statistics(tmp_path):
                 positive = ream._positive(reap)
                 np.testing.assert_allclose(g.weights, positive[list(g.members)] / positive[list(g.members)].sum())
         calls = []
-        again = pgs.experts.group(model, 12, stats=stats, group_size=3, threads=2,
-                                  progress=lambda done, total: calls.append((done, total)))
+        again = pgs.experts.group(
+            model, 12, stats=stats, group_size=3, threads=2, progress=lambda done, total: calls.append((done, total))
+        )
         assert again == groups and calls[-1] == (8, 8)
         plan = pgs.Plan(model).merge_experts(groups)
         receipt = plan.write(tmp_path / "out.gguf")
@@ -320,7 +359,9 @@ def test_groups_with_statistics(tmp_path):
     metadata, _ = read_gguf(tmp_path / "out.gguf")
     assert metadata["qwen3moe.expert_count"] == 12 and metadata["pgs.experts.metric"] == "ream reap"
     new = metadata["pgs.experts.0.merged"]
-    assert [new[g.members[-1]] for g in groups[0]] == list(range(12)) == [new[i] for i in metadata["pgs.experts.0.kept"]]
+    assert (
+        [new[g.members[-1]] for g in groups[0]] == list(range(12)) == [new[i] for i in metadata["pgs.experts.0.kept"]]
+    )
     report = verify(tmp_path / "out.gguf", tmp_path / "in.gguf")
     assert report.good and len(report.merged) == 6 and "6 with merged experts" in report.summary()
     with open(tmp_path / "out.gguf", "r+b") as file, pgs.open(tmp_path / "out.gguf") as out:
@@ -366,11 +407,18 @@ def test_routing_groups_keep_their_share(tmp_path):
         assert not pgs.Plan(model).merge_experts(groups).check().blockers
 
 
-@pytest.mark.parametrize("options, error, match", [
-    ({}, pgs.BadPlan, "needs statistics"), ({"stats": "plain"}, pgs.BadPlan, "lack what merging needs"),
-    ({"stats": "full", "by": "aimer"}, pgs.BadPlan, "not a metric"), ({"stats": "full", "group_size": 0}, pgs.BadPlan, "number"),
-    ({"stats": "full", "n": 2, "group_size": 4}, pgs.BadPlan, "too small"),
-    ({"stats": "full", "weights_only": True}, pgs.BadPlan, "of no use"), ({"stats": "full", "n": 17}, pgs.BadPlan, "1..16")])
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        ({}, pgs.BadPlan, "needs statistics"),
+        ({"stats": "plain"}, pgs.BadPlan, "lack what merging needs"),
+        ({"stats": "full", "by": "aimer"}, pgs.BadPlan, "not a metric"),
+        ({"stats": "full", "group_size": 0}, pgs.BadPlan, "number"),
+        ({"stats": "full", "n": 2, "group_size": 4}, pgs.BadPlan, "too small"),
+        ({"stats": "full", "weights_only": True}, pgs.BadPlan, "of no use"),
+        ({"stats": "full", "n": 17}, pgs.BadPlan, "1..16"),
+    ],
+)
 def test_what_cannot_be_grouped(tmp_path, options, error, match):
     with pgs.open(moe_models.qwen3moe(tmp_path / "in.gguf")) as model:
         stats = merge_stats(model, layers=[0, 1], experts=16)
@@ -399,13 +447,21 @@ IDENTITY = (b"", order_of(range(32)))
 GOOD = tuple(Group((i, i + 8), (0.5, 0.5), IDENTITY) for i in range(8))
 
 
-@pytest.mark.parametrize("groups, match", [
-    (GOOD[:1] + GOOD[:1], "ascending"), ((Group((0, 0), (.5, .5), IDENTITY),), "in two groups"),
-    ((Group((16,), (1.,), (b"",)),), "out of range"), ((Group((), (), ()),), "without members"),
-    ((Group((0, 1), (.5, .6), IDENTITY),), "no shares"), ((Group((0, 1), (float("nan"), .5), IDENTITY),), "no shares"),
-    ((Group((0, 1), (1.5, -.5), IDENTITY),), "no shares"), ((Group((0, 1), (.5, .5), (b"", b"\0")),), "no permutation"),
-    ((Group((0, 1), (.5, .5), (b"", order_of([0] * 32))),), "no permutation"),
-    ((Group((0, 1), (.5, .5), IDENTITY[::-1]),), "stay in their order")])
+@pytest.mark.parametrize(
+    "groups, match",
+    [
+        (GOOD[:1] + GOOD[:1], "ascending"),
+        ((Group((0, 0), (0.5, 0.5), IDENTITY),), "in two groups"),
+        ((Group((16,), (1.0,), (b"",)),), "out of range"),
+        ((Group((), (), ()),), "without members"),
+        ((Group((0, 1), (0.5, 0.6), IDENTITY),), "no shares"),
+        ((Group((0, 1), (float("nan"), 0.5), IDENTITY),), "no shares"),
+        ((Group((0, 1), (1.5, -0.5), IDENTITY),), "no shares"),
+        ((Group((0, 1), (0.5, 0.5), (b"", b"\0")),), "no permutation"),
+        ((Group((0, 1), (0.5, 0.5), (b"", order_of([0] * 32))),), "no permutation"),
+        ((Group((0, 1), (0.5, 0.5), IDENTITY[::-1]),), "stay in their order"),
+    ],
+)
 def test_bad_groups_are_blockers(tmp_path, groups, match):
     with pgs.open(moe_models.qwen3moe(tmp_path / "in.gguf")) as model:
         checked = pgs.Plan(model).merge_experts({0: groups, 1: GOOD}).check()
@@ -439,8 +495,12 @@ def test_cuts_before_and_after_a_merge(tmp_path):
         plan = pgs.Plan(model).keep_experts(kept).merge_experts(groups).keep_experts(then)
         assert not plan.check().blockers
         plan.write(tmp_path / "out.gguf")
-    final = {layer: tuple(Group(tuple(kept[layer][m] for m in some[i].members), some[i].weights, some[i].orders)
-                          for i in then[layer]) for layer, some in groups.items()}
+    final = {
+        layer: tuple(
+            Group(tuple(kept[layer][m] for m in some[i].members), some[i].weights, some[i].orders) for i in then[layer]
+        )
+        for layer, some in groups.items()
+    }
     check_output(path, tmp_path / "out.gguf", final)
     metadata, _ = read_gguf(tmp_path / "out.gguf")
     assert metadata["pgs.experts.0.kept"] == [g.members[0] for g in final[0]]
@@ -450,8 +510,11 @@ def test_cuts_before_and_after_a_merge(tmp_path):
 def test_the_importance_matrix_is_merged_too(tmp_path):
     path = moe_models.qwen3moe(tmp_path / "in.gguf", type="F32")
     rng = np.random.default_rng(4)
-    entries = {f"blk.{i}.ffn_{p}_exps.weight": (rng.random((16, 32)) * 50, rng.integers(1, 9, 16).astype(float))
-               for i in range(2) for p in PARTS}
+    entries = {
+        f"blk.{i}.ffn_{p}_exps.weight": (rng.random((16, 32)) * 50, rng.integers(1, 9, 16).astype(float))
+        for i in range(2)
+        for p in PARTS
+    }
     for sums, counts in entries.values():
         counts[5] = 0  # never seen: it adds nothing
         sums[5] = 0
@@ -459,7 +522,8 @@ def test_the_importance_matrix_is_merged_too(tmp_path):
     groups = some_groups(rng, 16, 6, moe_models.FF)
     with pgs.open(path) as model:
         pgs.Plan(model).merge_experts(groups).quantize("Q4_1", imatrix=matrix, imatrix_missing="ones").write(
-            tmp_path / "out.gguf")
+            tmp_path / "out.gguf"
+        )
         with pgs.open(tmp_path / "out.gguf") as out:
             for name, (sums, counts) in entries.items():
                 layer, part = int(name.split(".")[1]), name.split("_")[1]
@@ -486,7 +550,9 @@ def test_a_type_that_needs_importance_is_a_blocker_where_it_is_encoded_again(tmp
     with pgs.open(b.write(tmp_path / "f32.gguf")) as model:
         ones = {f"blk.0.ffn_{p}_exps.weight": (np.ones((4, 256)), np.ones(4)) for p in PARTS}
         matrix = imatrix_of(tmp_path / "i.gguf", None, ones)
-        pgs.Plan(model).quantize("IQ2_XS", pure=True, imatrix=matrix, overrides=[("inp", "F32")]).write(tmp_path / "iq2.gguf")
+        pgs.Plan(model).quantize("IQ2_XS", pure=True, imatrix=matrix, overrides=[("inp", "F32")]).write(
+            tmp_path / "iq2.gguf"
+        )
     identity = (b"", order_of(range(256)))
     groups = {0: (Group((0, 1), (0.5, 0.5), identity), Group((2,), (1.0,), (b"",)), Group((3,), (1.0,), (b"",)))}
     with pgs.open(tmp_path / "iq2.gguf") as model:
@@ -498,8 +564,8 @@ def test_a_type_that_needs_importance_is_a_blocker_where_it_is_encoded_again(tmp
             tensor, made = model.tensors["blk.0.ffn_up_exps.weight"], out.tensors["blk.0.ffn_up_exps.weight"]
             merged = oracle(tensor.dequantize(), groups[0], "rows")[:1]
             expected = pgs.quantize(merged, "IQ2_XS", imatrix=np.ones(256, np.float32)).ravel()
-            np.testing.assert_array_equal(made.bytes()[:len(expected)], expected)
-            np.testing.assert_array_equal(made.bytes()[len(expected):], tensor.bytes()[2 * len(expected):])
+            np.testing.assert_array_equal(made.bytes()[: len(expected)], expected)
+            np.testing.assert_array_equal(made.bytes()[len(expected) :], tensor.bytes()[2 * len(expected) :])
         pgs.Plan(model).merge_experts(groups).quantize("Q8_0", allow_requantize=True).write(tmp_path / "q8.gguf")
 
 
@@ -531,7 +597,8 @@ def test_from_the_shell(tmp_path, capsys):
 
 @pytest.mark.parity
 def test_llama_cpp_says_the_same_of_merged_copies(tmp_path):
-    """A model of 4 different experts among 8, each twice, its neurons permuted, and the one with 4: every token takes all."""
+    """A model of 4 different experts among 8, each twice, its neurons permuted, and the one with 4: every token takes
+    all."""
     pytest.importorskip("llama_cpp")
     from support.llama_oracle import Tap
 
@@ -542,7 +609,9 @@ def test_llama_cpp_says_the_same_of_merged_copies(tmp_path):
         pgs.Plan(model).merge_experts(groups).write(tmp_path / "out.gguf")
         pgs.Plan(model).keep_experts({0: [0, 1]}).write(tmp_path / "cut.gguf")
     tokens = np.random.default_rng(7).integers(0, moe_models.VOCAB, 80)
-    merged, cut = (Tap(tmp_path / name, ["ffn_moe_out-0"], tokens, 40)["ffn_moe_out-0"] for name in ("out.gguf", "cut.gguf"))
+    merged, cut = (
+        Tap(tmp_path / name, ["ffn_moe_out-0"], tokens, 40)["ffn_moe_out-0"] for name in ("out.gguf", "cut.gguf")
+    )
     np.testing.assert_array_equal(merged, cut)
 
 

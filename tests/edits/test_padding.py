@@ -1,4 +1,5 @@
 """Layers that keep different numbers of experts: padded where the router can be kept from the padding, else refused."""
+
 import numpy as np
 import pytest
 
@@ -44,8 +45,15 @@ def test_the_padding_is_zeros_and_a_bias_that_is_never_picked(tmp_path):
     assert not verify(out, path).good
 
 
-@pytest.mark.parametrize("key, value", [("pgs.experts.2.padded", 1 << 40), ("pgs.experts.2.padded", "four"),
-                                        ("pgs.experts.2.merged", 7), ("pgs.experts.2.repaired", 7)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("pgs.experts.2.padded", 1 << 40),
+        ("pgs.experts.2.padded", "four"),
+        ("pgs.experts.2.merged", 7),
+        ("pgs.experts.2.repaired", 7),
+    ],
+)
 def test_keys_that_somebody_changed_are_no_trap(tmp_path, key, value):
     path = moe_models.dots1(tmp_path / "in.gguf")
     with pgs.open(written(tmp_path, path, UNEVEN)) as model:
@@ -58,7 +66,9 @@ def test_keys_that_somebody_changed_are_no_trap(tmp_path, key, value):
 
 def test_quantized_padding_decodes_to_zero(tmp_path):
     path = moe_models.dots1(tmp_path / "in.gguf")
-    entries = {f"blk.{i}.ffn_{p}_exps.weight": (np.ones((16, 32)), np.ones(16)) for i in (1, 2) for p in ("gate", "up", "down")}
+    entries = {
+        f"blk.{i}.ffn_{p}_exps.weight": (np.ones((16, 32)), np.ones(16)) for i in (1, 2) for p in ("gate", "up", "down")
+    }
     out = written(tmp_path, path, UNEVEN, type="Q4_0", imatrix=imatrix_of(tmp_path / "i.gguf", None, entries))
     with pgs.open(out) as model:
         tensor = model.tensors["blk.2.ffn_up_exps.weight"]
@@ -85,8 +95,7 @@ def test_a_second_cut_of_a_padded_model(tmp_path):
     for name, (_, data) in read_gguf(tmp_path / "direct.gguf")[1].items():
         np.testing.assert_array_equal(tensors[name][1], data)
     with pgs.open(path) as model:
-        merged = pgs.Plan(model).keep_experts(UNEVEN).merge_experts(
-            {1: _groups(), 2: _groups()})
+        merged = pgs.Plan(model).keep_experts(UNEVEN).merge_experts({1: _groups(), 2: _groups()})
         assert "padding" in str(merged.check().blockers[0])
 
 
@@ -96,17 +105,25 @@ def _groups():
     return tuple(Group((i, i + 4), (0.5, 0.5), (b"", b"")) for i in range(4))
 
 
-@pytest.mark.parametrize("name, kept, match", [
-    ("qwen3moe", {0: range(8), 1: range(9)}, "does not say how gates"), ("deepseek2", {1: range(8), 2: range(4)}, "groups"),
-    ("grovemoe", {0: range(8), 1: range(10)}, "chunk"), ("deepseek4", {0: range(8), 1: range(9)}, "looked up by token")])
+@pytest.mark.parametrize(
+    "name, kept, match",
+    [
+        ("qwen3moe", {0: range(8), 1: range(9)}, "does not say how gates"),
+        ("deepseek2", {1: range(8), 2: range(4)}, "groups"),
+        ("grovemoe", {0: range(8), 1: range(10)}, "chunk"),
+        ("deepseek4", {0: range(8), 1: range(9)}, "looked up by token"),
+    ],
+)
 def test_where_padding_is_not_exact_it_is_refused_with_the_reason(tmp_path, name, kept, match):
     with pgs.open(moe_models.ALL[name](tmp_path / "in.gguf")) as model:
         blocker = pgs.Plan(model).keep_experts(kept).check().blockers[0]
     assert isinstance(blocker, pgs.Unsupported) and match in str(blocker) and "different number" in str(blocker)
 
 
-@pytest.mark.parametrize("gate, norm, match", [(1, False, "not renormalised"), (1, True, None), (2, False, None), (3, True, "does not say"),
-                                               (4, False, None)])
+@pytest.mark.parametrize(
+    "gate, norm, match",
+    [(1, False, "not renormalised"), (1, True, None), (2, False, None), (3, True, "does not say"), (4, False, None)],
+)
 def test_the_gate_decides(tmp_path, gate, norm, match):
     path = moe_models.dots1(tmp_path / "in.gguf")
     with pgs.open(path) as model:

@@ -1,4 +1,5 @@
 """Dropping layers: everything per block follows, and what llama.cpp would compute otherwise is refused."""
+
 from __future__ import annotations
 
 import gguf
@@ -24,6 +25,7 @@ from support.layer_models import BLOCK, CASES, build, prune
 
 # --- apply, without a file ------------------------------------------------------------------------------------------
 
+
 class Source:
     """What apply asks of a model."""
 
@@ -43,9 +45,18 @@ def model(architecture, blocks, *, names=("attn_norm.weight",), extra=(), **keys
     tensors += [tensor(name) for name in extra]
     metadata = {f"{architecture}.block_count": Value(blocks, "u32")}
     for key, value in keys.items():
-        metadata[f"{architecture}.{key.replace('__', '.')}"] = value if isinstance(value, Value) else Value(
-            value, "bool[]" if isinstance(value, list) and isinstance(value[0], bool) else
-            "i32[]" if isinstance(value, list) else "u32")
+        metadata[f"{architecture}.{key.replace('__', '.')}"] = (
+            value
+            if isinstance(value, Value)
+            else Value(
+                value,
+                "bool[]"
+                if isinstance(value, list) and isinstance(value[0], bool)
+                else "i32[]"
+                if isinstance(value, list)
+                else "u32",
+            )
+        )
     return tensors, metadata
 
 
@@ -68,8 +79,11 @@ def test_the_rest_is_numbered_from_zero_and_comes_from_where_it_was():
     out = drop("qwen3", 5, [1, 3])
     assert not out.blockers and not out.warnings
     assert [(t.name, t.expression.ref) for t in out.tensors] == [
-        ("token_embd.weight", "token_embd.weight"), ("blk.0.attn_norm.weight", "blk.0.attn_norm.weight"),
-        ("blk.1.attn_norm.weight", "blk.2.attn_norm.weight"), ("blk.2.attn_norm.weight", "blk.4.attn_norm.weight")]
+        ("token_embd.weight", "token_embd.weight"),
+        ("blk.0.attn_norm.weight", "blk.0.attn_norm.weight"),
+        ("blk.1.attn_norm.weight", "blk.2.attn_norm.weight"),
+        ("blk.2.attn_norm.weight", "blk.4.attn_norm.weight"),
+    ]
     assert out.metadata["qwen3.block_count"] == Value(3, "u32")
     assert out.metadata["pgs.layers.kept"] == Value([0, 2, 4], "u32[]")
     assert value(out, "pgs.source.header_sha256") == "0" * 64 and value(out, "pgs.version") == pgs.__version__
@@ -87,19 +101,33 @@ def test_apply_changes_nothing_in_place():
     assert ([t.name for t in tensors], metadata) == before
 
 
-@pytest.mark.parametrize("dropped, words", [
-    ([5], "layer 5 out of range"), ([-1], "layer -1 out of range"), ([1, 1], "layer 1 named twice"),
-    ([0, 1, 2, 3, 4], "no layer is left"), ([1.5], "a layer is a whole number"),
-])
+@pytest.mark.parametrize(
+    "dropped, words",
+    [
+        ([5], "layer 5 out of range"),
+        ([-1], "layer -1 out of range"),
+        ([1, 1], "layer 1 named twice"),
+        ([0, 1, 2, 3, 4], "no layer is left"),
+        ([1.5], "a layer is a whole number"),
+    ],
+)
 def test_numbers_that_are_wrong(dropped, words):
     out = drop("qwen3", 5, dropped)
     assert the_blocker(out).problem == words and isinstance(out.blockers[0], pgs.BadPlan)
     assert len(out.tensors) == 6  # as it was
 
 
-@pytest.mark.parametrize("keys", [{"block_count": Value("five", "str")}, {"block_count": 0}, {"block_count": 2**31},
-                                  {"nextn_predict_layers": 9}, {"leading_dense_block_count": Value(-1, "i32")},
-                                  {"full_attention_interval": Value(1.5, "f32")}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"block_count": Value("five", "str")},
+        {"block_count": 0},
+        {"block_count": 2**31},
+        {"nextn_predict_layers": 9},
+        {"leading_dense_block_count": Value(-1, "i32")},
+        {"full_attention_interval": Value(1.5, "f32")},
+    ],
+)
 def test_metadata_that_is_no_count_is_a_blocker(keys):
     assert isinstance(the_blocker(drop("qwen3next", 5, [4], **keys)), pgs.BadFile)
 
@@ -122,9 +150,17 @@ def test_tensors_beyond_the_last_block():
 
 # --- arrays and counts ----------------------------------------------------------------------------------------------
 
+
 def test_arrays_per_block_are_cut_by_index_and_others_stay():
-    out = drop("lfm2", 4, [0, 3], attention__head_count_kv=[0, 8, 0, 8], feed_forward_length=[1, 2, 3, 4],
-               rope__dimension_sections=[1, 2, 3, 4], more={"tokenizer.ggml.four": Value([1, 2, 3, 4], "i32[]")})
+    out = drop(
+        "lfm2",
+        4,
+        [0, 3],
+        attention__head_count_kv=[0, 8, 0, 8],
+        feed_forward_length=[1, 2, 3, 4],
+        rope__dimension_sections=[1, 2, 3, 4],
+        more={"tokenizer.ggml.four": Value([1, 2, 3, 4], "i32[]")},
+    )
     assert not out.blockers
     assert value(out, "lfm2.attention.head_count_kv") == [8, 0] and value(out, "lfm2.feed_forward_length") == [2, 3]
     assert value(out, "lfm2.rope.dimension_sections") == value(out, "tokenizer.ggml.four") == [1, 2, 3, 4]
@@ -180,6 +216,7 @@ def test_block_numbers_in_an_array_are_renumbered():
 
 # --- provenance -----------------------------------------------------------------------------------------------------
 
+
 def test_twice_is_once():
     tensors, metadata = model("qwen3moe", 8, feed_forward_length=list(range(8)))
     source = Source("qwen3moe", metadata)
@@ -215,13 +252,20 @@ def test_lists_of_kept_experts_move_with_their_block():
         metadata[f"pgs.experts.{i}.kept"] = Value([i, i + 7], "u32[]")
     out = apply_edit(layers, source, tensors, metadata, PruneLayers((1,)))
     assert {k: v.value for k, v in out.metadata.items() if k.startswith("pgs.experts.")} == {
-        "pgs.experts.0.kept": [0, 7], "pgs.experts.1.kept": [2, 9]}
+        "pgs.experts.0.kept": [0, 7],
+        "pgs.experts.1.kept": [2, 9],
+    }
 
 
 def test_what_the_source_says_of_its_own_source_goes():
-    earlier = {"pgs.source.header_sha256": Value("f" * 64, "str"), "pgs.layers.kept": Value([0, 5, 9], "u32[]"),
-               "pgs.experts.0.kept": Value([1], "u32[]"), "general.uuid": Value("x", "str"),
-               "general.size_label": Value("8B", "str"), "general.name": Value("Tiny", "str")}
+    earlier = {
+        "pgs.source.header_sha256": Value("f" * 64, "str"),
+        "pgs.layers.kept": Value([0, 5, 9], "u32[]"),
+        "pgs.experts.0.kept": Value([1], "u32[]"),
+        "general.uuid": Value("x", "str"),
+        "general.size_label": Value("8B", "str"),
+        "general.name": Value("Tiny", "str"),
+    }
     out = drop("qwen3", 3, [1], more=earlier)
     assert value(out, "pgs.layers.kept") == [0, 2] and "pgs.experts.0.kept" not in out.metadata
     assert "general.uuid" not in out.metadata and value(out, "general.base_model.0.name") == "Tiny"
@@ -229,19 +273,26 @@ def test_what_the_source_says_of_its_own_source_goes():
 
 
 def test_lists_of_tensors_name_them_anew():
-    extra = {"general.tensor_extra.name": Value([f"blk.{i}.attn_norm.weight" for i in (2, 1, 0)] + ["output.weight"],
-                                                "str[]"),
-             "general.tensor_extra.prec_a4": Value([True, False, True, False], "bool[]")}
+    extra = {
+        "general.tensor_extra.name": Value(
+            [f"blk.{i}.attn_norm.weight" for i in (2, 1, 0)] + ["output.weight"], "str[]"
+        ),
+        "general.tensor_extra.prec_a4": Value([True, False, True, False], "bool[]"),
+    }
     out = drop("qwen3", 3, [1], more=extra)
-    assert value(out, "general.tensor_extra.name") == ["blk.1.attn_norm.weight", "blk.0.attn_norm.weight",
-                                                       "output.weight"]
+    assert value(out, "general.tensor_extra.name") == [
+        "blk.1.attn_norm.weight",
+        "blk.0.attn_norm.weight",
+        "output.weight",
+    ]
     assert value(out, "general.tensor_extra.prec_a4") == [True, True, False]
 
 
 def test_an_expression_of_an_earlier_cut_stays():
     tensors, metadata = model("qwen3moe", 2)
-    tensors.append(OutputTensor("blk.1.ffn_up_exps.weight", (2, 32, 32), "F32", "F32",
-                                Take("blk.1.ffn_up_exps.weight", (3, 5))))
+    tensors.append(
+        OutputTensor("blk.1.ffn_up_exps.weight", (2, 32, 32), "F32", "F32", Take("blk.1.ffn_up_exps.weight", (3, 5)))
+    )
     out = apply_edit(layers, Source("qwen3moe", metadata), tensors, metadata, PruneLayers((0,)))
     assert out.tensors[-1].name == "blk.0.ffn_up_exps.weight"
     assert out.tensors[-1].expression == Take("blk.1.ffn_up_exps.weight", (3, 5))
@@ -252,44 +303,48 @@ def test_an_expression_of_an_earlier_cut_stays():
 SWA = "attention__sliding_window_pattern"
 
 
-@pytest.mark.parametrize("architecture, blocks, keys, good, bad", [
-    ("gpt-oss", 8, {}, [2, 3], [3]),
-    ("gemma2", 8, {}, [0, 1, 6, 7], [0]),
-    ("gemma3", 12, {"attention__sliding_window": 512}, [0, 1, 2, 3, 4, 5], [4, 5]),
-    ("gemma3", 12, {"attention__sliding_window": 512, SWA: 3}, [3, 4, 5], [0]),
-    ("cohere2moe", 8, {}, [0, 1, 2, 3], [0]),
-    ("qwen3next", 8, {}, [4, 5, 6, 7], [2]),
-    ("qwen35moe", 8, {"full_attention_interval": 2}, [0, 1], [0]),
-    ("llama4", 8, {"interleave_moe_layer_step": 2}, [0, 1, 2, 3], [0, 1]),
-    ("llama4", 8, {"interleave_moe_layer_step": 2, "attention__sliding_window": 0}, [0, 1], [0]),
-    ("ernie4_5-moe", 8, {"interleave_moe_layer_step": 2}, [2, 3], [2]),
-    ("nomic-bert-moe", 8, {"moe_every_n_layers": 2}, [2, 3], [2]),
-    ("smollm3", 8, {}, [0, 1, 2, 3], [0, 1]),
-    ("afmoe", 8, {SWA: [True, False] * 4, "attention__sliding_window": 8}, [0, 1, 2, 3], [0]),
-    ("smallthinker", 8, {"attention__sliding_window": 8}, [1, 2, 3, 4], [1, 2]),
-    ("modern-bert", 9, {"attention__sliding_window": 8}, [3, 4, 5], [4]),
-    ("kimi-k3", 8, {"attn_res__block_size": 4}, [0, 1, 2, 3], [0]),
-    ("rwkv6", 12, {"rescale_every_n_layers": 6}, [11], [0]),
-    ("rwkv7", 4, {}, [2], [0]),
-    ("qwen3vl", 8, {"n_deepstack_layers": 3}, [3], [1]),
-    ("granite", 6, {"deepstack_mapping": [-1, 0, -1, 1, -1, -1]}, [2], [3]),
-    ("granite", 6, {"deepstack_mapping": [0, 1, -1, -1, -1, -1]}, [2], [0]),
-    ("deepseek2", 30, {}, [0], [0, 1, 2]),                       # 27 layers: taken for a lite model
-    ("exaone4", 65, {}, [0, 1], [0]),                            # 64 layers: a sliding window
-    ("command-r", 66, {}, [0], [0, 1, 2]),
-    ("gemma3", 64, {}, [0], [0, 1]),                             # 62 layers: another scale
-    ("baichuan", 34, {}, [0], [0, 1]),
-    ("minicpm", 8, {"residual_scale": Value(0.5, "f32")}, [0], None),
-    ("minicpm", 8, {}, None, [0]),
-    ("minimax-01", 16, {}, None, list(range(8))),
-    ("gemma3n", 30, {}, None, [29]),
-    ("hrm_text", 8, {}, None, [0]),
-    ("glm-dsa", 12, {"context_length": 1 << 20}, [2, 3, 4, 5], [0]),
-    ("glm-dsa", 12, {"context_length": 4096}, [0], None),
-    ("gemma4", 6, {SWA: [True] * 6}, [0], None),
-    ("gemma4", 6, {SWA: [True] * 6, "attention__shared_kv_layers": 2}, None, [0]),
-    ("t5", 6, {}, None, [0]), ("gemma4-assistant", 4, {}, None, [0]),
-])
+@pytest.mark.parametrize(
+    "architecture, blocks, keys, good, bad",
+    [
+        ("gpt-oss", 8, {}, [2, 3], [3]),
+        ("gemma2", 8, {}, [0, 1, 6, 7], [0]),
+        ("gemma3", 12, {"attention__sliding_window": 512}, [0, 1, 2, 3, 4, 5], [4, 5]),
+        ("gemma3", 12, {"attention__sliding_window": 512, SWA: 3}, [3, 4, 5], [0]),
+        ("cohere2moe", 8, {}, [0, 1, 2, 3], [0]),
+        ("qwen3next", 8, {}, [4, 5, 6, 7], [2]),
+        ("qwen35moe", 8, {"full_attention_interval": 2}, [0, 1], [0]),
+        ("llama4", 8, {"interleave_moe_layer_step": 2}, [0, 1, 2, 3], [0, 1]),
+        ("llama4", 8, {"interleave_moe_layer_step": 2, "attention__sliding_window": 0}, [0, 1], [0]),
+        ("ernie4_5-moe", 8, {"interleave_moe_layer_step": 2}, [2, 3], [2]),
+        ("nomic-bert-moe", 8, {"moe_every_n_layers": 2}, [2, 3], [2]),
+        ("smollm3", 8, {}, [0, 1, 2, 3], [0, 1]),
+        ("afmoe", 8, {SWA: [True, False] * 4, "attention__sliding_window": 8}, [0, 1, 2, 3], [0]),
+        ("smallthinker", 8, {"attention__sliding_window": 8}, [1, 2, 3, 4], [1, 2]),
+        ("modern-bert", 9, {"attention__sliding_window": 8}, [3, 4, 5], [4]),
+        ("kimi-k3", 8, {"attn_res__block_size": 4}, [0, 1, 2, 3], [0]),
+        ("rwkv6", 12, {"rescale_every_n_layers": 6}, [11], [0]),
+        ("rwkv7", 4, {}, [2], [0]),
+        ("qwen3vl", 8, {"n_deepstack_layers": 3}, [3], [1]),
+        ("granite", 6, {"deepstack_mapping": [-1, 0, -1, 1, -1, -1]}, [2], [3]),
+        ("granite", 6, {"deepstack_mapping": [0, 1, -1, -1, -1, -1]}, [2], [0]),
+        ("deepseek2", 30, {}, [0], [0, 1, 2]),  # 27 layers: taken for a lite model
+        ("exaone4", 65, {}, [0, 1], [0]),  # 64 layers: a sliding window
+        ("command-r", 66, {}, [0], [0, 1, 2]),
+        ("gemma3", 64, {}, [0], [0, 1]),  # 62 layers: another scale
+        ("baichuan", 34, {}, [0], [0, 1]),
+        ("minicpm", 8, {"residual_scale": Value(0.5, "f32")}, [0], None),
+        ("minicpm", 8, {}, None, [0]),
+        ("minimax-01", 16, {}, None, list(range(8))),
+        ("gemma3n", 30, {}, None, [29]),
+        ("hrm_text", 8, {}, None, [0]),
+        ("glm-dsa", 12, {"context_length": 1 << 20}, [2, 3, 4, 5], [0]),
+        ("glm-dsa", 12, {"context_length": 4096}, [0], None),
+        ("gemma4", 6, {SWA: [True] * 6}, [0], None),
+        ("gemma4", 6, {SWA: [True] * 6, "attention__shared_kv_layers": 2}, None, [0]),
+        ("t5", 6, {}, None, [0]),
+        ("gemma4-assistant", 4, {}, None, [0]),
+    ],
+)
 def test_positions(architecture, blocks, keys, good, bad):
     for dropped in (good, good and good[::-1]):
         if dropped is not None:
@@ -301,9 +356,15 @@ def test_positions(architecture, blocks, keys, good, bad):
         assert out.blockers and len(out.tensors) == blocks + 1
 
 
-@pytest.mark.parametrize("architecture, key", [
-    ("qwen3next", "attention__recurrent_layers"), ("gpt-oss", SWA), ("cohere2", SWA),
-    ("qwen35", "attention__recurrent_layers")])
+@pytest.mark.parametrize(
+    "architecture, key",
+    [
+        ("qwen3next", "attention__recurrent_layers"),
+        ("gpt-oss", SWA),
+        ("cohere2", SWA),
+        ("qwen35", "attention__recurrent_layers"),
+    ],
+)
 def test_a_pattern_that_is_written_out_is_cut(architecture, key):
     pattern = [True, False, False, True, False, True]
     out = drop(architecture, 6, [1, 5], **{key: pattern})
@@ -313,8 +374,14 @@ def test_a_pattern_that_is_written_out_is_cut(architecture, key):
 
 def test_an_interval_that_the_list_contradicts_goes():
     def drop_of(dropped):
-        return drop("qwen3next", 8, dropped, attention__recurrent_layers=[True, True, True, False] * 2,
-                    full_attention_interval=4)
+        return drop(
+            "qwen3next",
+            8,
+            dropped,
+            attention__recurrent_layers=[True, True, True, False] * 2,
+            full_attention_interval=4,
+        )
+
     out = drop_of([0])
     assert not out.blockers and "full_attention_interval 4" in out.warnings[0]
     assert "qwen3next.full_attention_interval" not in out.metadata
@@ -324,8 +391,10 @@ def test_an_interval_that_the_list_contradicts_goes():
 
 def test_the_message_says_what_would_be_right():
     error = the_blocker(drop("qwen3next", 8, [1], full_attention_interval=4))
-    assert str(error) == ("qwen3next.full_attention_interval: layers alternate with period 4 "
-                          "(found layer 3 becomes layer 2); drop whole periods: 4 consecutive layers, or the last ones")
+    assert str(error) == (
+        "qwen3next.full_attention_interval: layers alternate with period 4 "
+        "(found layer 3 becomes layer 2); drop whole periods: 4 consecutive layers, or the last ones"
+    )
     error = the_blocker(drop("minicpm", 40, [1]))
     assert error.hint == "set minicpm.residual_scale to 0.221359, what it is with 40 layers"
 
@@ -333,9 +402,14 @@ def test_the_message_says_what_would_be_right():
 @given(st.data())
 def test_what_is_allowed_keeps_every_layer_what_it_was(data):
     """By the definitions in llama.cpp (set_swa_pattern and the like), written once more."""
-    kind = {"gpt-oss": lambda i: i % 2 < 1, "cohere2": lambda i: i % 4 < 3, "cohere2moe": lambda i: i % 4 != 0,
-            "smollm3": lambda i: (i + 1) % 4 != 0, "qwen3next": lambda i: (i + 1) % 4 != 0,
-            "gemma-embedding": lambda i: i % 6 < 5}
+    kind = {
+        "gpt-oss": lambda i: i % 2 < 1,
+        "cohere2": lambda i: i % 4 < 3,
+        "cohere2moe": lambda i: i % 4 != 0,
+        "smollm3": lambda i: (i + 1) % 4 != 0,
+        "qwen3next": lambda i: (i + 1) % 4 != 0,
+        "gemma-embedding": lambda i: i % 6 < 5,
+    }
     architecture = data.draw(st.sampled_from(sorted(kind)))
     n = data.draw(st.integers(2, 14))
     dropped = data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n - 1))
@@ -346,11 +420,17 @@ def test_what_is_allowed_keeps_every_layer_what_it_was(data):
     assert same == (not drop(architecture, n, dropped).blockers)
 
 
-@pytest.mark.parametrize("architecture, keys, dropped", [
-    ("qwen3next", {}, [3]), ("granitehybrid", {"attention__head_count_kv": [0, 0, 2, 0]}, [2]),
-    ("granitehybrid", {"attention__head_count_kv": [2, 0, 2, 2]}, [1]),
-    ("gemma4", {SWA: [True, True, False, True]}, [2]), ("gpt-oss", {SWA: [1, 0, 0, 0]}, [0]),
-    ("nemotron_h", {"attention__head_count_kv": [2, 0, 0, 2], "feed_forward_length": [0, 0, 9, 0]}, [1])])
+@pytest.mark.parametrize(
+    "architecture, keys, dropped",
+    [
+        ("qwen3next", {}, [3]),
+        ("granitehybrid", {"attention__head_count_kv": [0, 0, 2, 0]}, [2]),
+        ("granitehybrid", {"attention__head_count_kv": [2, 0, 2, 2]}, [1]),
+        ("gemma4", {SWA: [True, True, False, True]}, [2]),
+        ("gpt-oss", {SWA: [1, 0, 0, 0]}, [0]),
+        ("nemotron_h", {"attention__head_count_kv": [2, 0, 0, 2], "feed_forward_length": [0, 0, 9, 0]}, [1]),
+    ],
+)
 def test_a_kind_of_attention_may_not_vanish(architecture, keys, dropped):
     """llama.cpp aborts: it asserts that there is a cache of each kind."""
     error = the_blocker(drop(architecture, 4, dropped, **keys))
@@ -368,11 +448,14 @@ def test_a_tensor_with_columns_of_every_layer():
     assert drop("bert", 4, [0], extra=["enc.blk.0.attn_q.weight"]).blockers
 
 
+# fmt: off
 KEYS = sorted({
     *PER_LAYER_KEYS, "ple.layers", "leading_dense_block_count", "nextn_predict_layers", "context_length",
     "full_attention_interval", "attention.sliding_window", "residual_scale", "expert_gating_func", "vocab_size",
     "n_deepstack_layers", "rescale_every_n_layers", "attention.shared_kv_layers", "block_count", "attn_res.block_size",
     "interleave_moe_layer_step", "moe_every_n_layers"})
+# fmt: on
+# fmt: off
 VALUES = st.one_of(
     st.integers(0, 9).map(lambda x: Value(x, "u32")), st.integers(-9, 2**31 - 1).map(lambda x: Value(x, "i32")),
     st.lists(st.integers(-2, 9), max_size=7).map(lambda x: Value(x, "i32[]")),
@@ -380,10 +463,14 @@ VALUES = st.one_of(
     st.lists(st.floats(width=32), max_size=6).map(lambda x: Value(x, "f32[]")),
     st.lists(st.text(max_size=3), max_size=6).map(lambda x: Value(x, "str[]")),
     st.text(max_size=3).map(lambda x: Value(x, "str")), st.floats(width=32).map(lambda x: Value(x, "f32")))
+# fmt: on
 
 
-@given(st.sampled_from(sorted(KNOWN)), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6),
-       st.lists(st.integers(-1, 6), max_size=4))
+@given(
+    st.sampled_from(sorted(KNOWN)),
+    st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6),
+    st.lists(st.integers(-1, 6), max_size=4),
+)
 def test_whatever_the_metadata_nothing_is_raised(architecture, keys, dropped):
     tensors, metadata = model(architecture, 6)
     metadata |= {f"{architecture}.{key}": value for key, value in keys.items()}

@@ -1,4 +1,5 @@
 """Shards: llama-gguf-split's partition, keys and names; joined again, the same file."""
+
 from __future__ import annotations
 
 import json
@@ -22,6 +23,7 @@ from support.gguf_bytes import header, info, kv, pad
 from support.gguf_files import make_gguf
 
 # --- the partition --------------------------------------------------------------------------------------------------
+
 
 def gguf_split(nbytes, *, max_bytes=None, max_tensors=None, first_empty=False, strict=True):
     """llama-gguf-split's loop (tools/gguf-split/gguf-split.cpp, split_strategy). A shard would be empty where the first
@@ -77,10 +79,18 @@ def test_padding_counts():
     assert partition(Split(max_bytes=64), [1, 1, 1], [0] * 3, 64).shards == [[0], [1], [2]]
 
 
-@pytest.mark.parametrize("split, object", [
-    (Split(max_bytes=1, max_tensors=1), "split"), (Split(keep=True, max_bytes=1), "split"),
-    (Split(keep=True, max_tensors=1), "split"), (Split(keep=True, first_empty=True), "split"),
-    (Split(max_bytes=0), "max_bytes"), (Split(max_tensors=0), "max_tensors"), (Split(max_tensors=-3), "max_tensors")])
+@pytest.mark.parametrize(
+    "split, object",
+    [
+        (Split(max_bytes=1, max_tensors=1), "split"),
+        (Split(keep=True, max_bytes=1), "split"),
+        (Split(keep=True, max_tensors=1), "split"),
+        (Split(keep=True, first_empty=True), "split"),
+        (Split(max_bytes=0), "max_bytes"),
+        (Split(max_tensors=0), "max_tensors"),
+        (Split(max_tensors=-3), "max_tensors"),
+    ],
+)
 def test_what_contradicts_itself(split, object):
     found = partition(split, [1, 2], [0, 0], 32)
     assert [b.object for b in found.blockers] == [object] and found.shards == [[0, 1]]
@@ -102,6 +112,7 @@ def test_keep_is_the_shard_of_the_source():
 
 # --- keys and names -------------------------------------------------------------------------------------------------
 
+
 def test_the_first_shard_has_all_metadata_and_the_others_three_keys():
     metadata = {"general.architecture": Value("llama", "str"), "split.count": Value(9, "u16"), "a.b": Value(1, "u32")}
     split = [("split.no", "u16", 0), ("split.tensors.count", "i32", 77), ("split.count", "u16", 3)]
@@ -113,8 +124,16 @@ def test_the_first_shard_has_all_metadata_and_the_others_three_keys():
     assert list(shard_metadata(metadata, 1, 3, 77, 64)) == ["general.alignment", *(k for k, _, _ in split)]
 
 
-@pytest.mark.parametrize("path, prefix", [("a/m.gguf", "a/m"), ("m", "m"), ("m.gguf.bin", "m.gguf.bin"),
-                                          ("a-00001/m", "a-00001/m"), ("m-1-of-2.gguf", "m-1-of-2")])
+@pytest.mark.parametrize(
+    "path, prefix",
+    [
+        ("a/m.gguf", "a/m"),
+        ("m", "m"),
+        ("m.gguf.bin", "m.gguf.bin"),
+        ("a-00001/m", "a-00001/m"),
+        ("m-1-of-2.gguf", "m-1-of-2"),
+    ],
+)
 def test_names(path, prefix):
     assert shard_paths(path, 2) == [f"{prefix}-00001-of-00002.gguf", f"{prefix}-00002-of-00002.gguf"]
 
@@ -128,8 +147,14 @@ def test_names_that_are_none(path):
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
-LIMITS = [dict(max_size=60_000), dict(max_tensors=10), dict(max_tensors=1), dict(max_tensors=10_000),
-          dict(max_tensors=7, first_empty=True), dict(max_size=100, first_empty=True)]
+LIMITS = [
+    dict(max_size=60_000),
+    dict(max_tensors=10),
+    dict(max_tensors=1),
+    dict(max_tensors=10_000),
+    dict(max_tensors=7, first_empty=True),
+    dict(max_size=100, first_empty=True),
+]
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +188,11 @@ def foreign_split(path, groups):
     raw = [b"".join(bytes(part) for part in f.parts) for f in fields]
     count = len(reader.tensors)
     for number, group in enumerate(groups):
-        kvs = [kv("split.no", "u16", number), kv("split.tensors.count", "i32", count),
-               kv("split.count", "u16", len(groups))]
+        kvs = [
+            kv("split.no", "u16", number),
+            kv("split.tensors.count", "i32", count),
+            kv("split.count", "u16", len(groups)),
+        ]
         infos, data = [], b""
         for t in (reader.tensors[i] for i in group):
             infos.append(info(t.name, tuple(int(n) for n in t.shape), int(t.tensor_type), len(data)))
@@ -180,7 +208,8 @@ def test_shards_are_those_of_llama_gguf_split_and_join_again(tmp_path, source, o
     first_empty = options.get("first_empty", False)
     groups = gguf_split([t.n_bytes for t in tensors], **limits, first_empty=first_empty, strict=False)
     assert [p.removeprefix(str(tmp_path)) for p in paths] == [
-        f"/out-{i + 1:05d}-of-{len(groups):05d}.gguf" for i in range(len(groups))]
+        f"/out-{i + 1:05d}-of-{len(groups):05d}.gguf" for i in range(len(groups))
+    ]
     for path, expected in zip(paths, foreign_split(source, groups), strict=True):
         with open(path, "rb") as file:
             assert file.read() == expected, path
@@ -270,8 +299,12 @@ print("sizes", json.dumps(sizes))
 def test_llama_cpp_loads_the_shards(tmp_path, name):
     pytest.importorskip("llama_cpp")
     source = moe_models.ALL[name](tmp_path / "m.gguf")
-    firsts = [split(source, tmp_path / f"o{i}", **options)[0] for i, options in enumerate(
-        [dict(max_tensors=5), dict(max_size=30_000), dict(max_tensors=6, first_empty=True), dict(max_tensors=999)])]
+    firsts = [
+        split(source, tmp_path / f"o{i}", **options)[0]
+        for i, options in enumerate(
+            [dict(max_tensors=5), dict(max_size=30_000), dict(max_tensors=6, first_empty=True), dict(max_tensors=999)]
+        )
+    ]
     done = subprocess.run([sys.executable, "-c", CHILD, str(source), *firsts], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     sizes = json.loads(re.search(r"^sizes (.*)$", done.stdout, re.M)[1])
@@ -279,10 +312,16 @@ def test_llama_cpp_loads_the_shards(tmp_path, name):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("options, theirs", [
-    (dict(max_tensors=5), ["--split-max-tensors", "5"]), (dict(max_size="1MB"), ["--split-max-size", "1M"]),
-    (dict(max_tensors=7, first_empty=True), ["--split-max-tensors", "7", "--no-tensor-first-split"]),
-    (dict(max_tensors=999), ["--split-max-tensors", "999"])], ids=str)
+@pytest.mark.parametrize(
+    "options, theirs",
+    [
+        (dict(max_tensors=5), ["--split-max-tensors", "5"]),
+        (dict(max_size="1MB"), ["--split-max-size", "1M"]),
+        (dict(max_tensors=7, first_empty=True), ["--split-max-tensors", "7", "--no-tensor-first-split"]),
+        (dict(max_tensors=999), ["--split-max-tensors", "999"]),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["deepseek2", "qwen3next", "gpt_oss"])
 def test_the_same_files_as_llama_gguf_split(tmp_path, name, options, theirs):
     """Of tensors whose outermost axis is longer than 1: ggml drops such an axis when it writes a header, we keep it."""

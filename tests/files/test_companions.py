@@ -1,4 +1,5 @@
-"""The files that a plan reads beside its model: opened once, scanned once, closed, and still those that were checked."""
+"""The files that a plan reads beside its model: opened once, scanned once, closed, and still those that were
+checked."""
 
 import os
 from collections import Counter

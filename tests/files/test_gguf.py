@@ -1,4 +1,5 @@
 """write_gguf and read_gguf: a small file in one call."""
+
 import os
 
 import numpy as np
@@ -10,13 +11,19 @@ from pygguf_surgery.files.gguf import read_gguf, write_gguf
 from support import gguf_files
 from support.places import SHARED
 
-METADATA = {"general.architecture": Value("test", "str"), "test.block_count": Value(2, "u32"),
-            "test.words": Value(["a", "é"], "str"), "test.empty": Value([], "f32")}
+METADATA = {
+    "general.architecture": Value("test", "str"),
+    "test.block_count": Value(2, "u32"),
+    "test.words": Value(["a", "é"], "str"),
+    "test.empty": Value([], "f32"),
+}
 
 
 def test_round_trip_of_numpy_types(tmp_path):
-    tensors = {dtype: np.arange(24).reshape(2, 3, 4).astype(dtype)
-               for dtype in ("float32", "float16", "float64", "int8", "int16", "int32", "int64")}
+    tensors = {
+        dtype: np.arange(24).reshape(2, 3, 4).astype(dtype)
+        for dtype in ("float32", "float16", "float64", "int8", "int16", "int32", "int64")
+    }
     tensors |= {"scalar": np.array(1.5, np.float32), "none": np.zeros((0, 3), np.float32)}
     write_gguf(tmp_path / "a.gguf", METADATA, tensors)
     metadata, read = read_gguf(tmp_path / "a.gguf")
@@ -31,8 +38,11 @@ def test_round_trip_of_numpy_types(tmp_path):
 def test_gguf_py_reads_it(tmp_path):
     tensors = {"f": np.arange(6, dtype=np.float32).reshape(2, 3), "h": np.ones(3, np.float16)}
     quantized = np.arange(4 * 34, dtype=np.uint8).reshape(2, 2, 34)
-    write_gguf(tmp_path / "a.gguf", {"general.architecture": Value("test", "str"), "k": Value([1, 2], "i16")},
-               {**tensors, "q": (quantized, "Q8_0", (2, 2, 32))})
+    write_gguf(
+        tmp_path / "a.gguf",
+        {"general.architecture": Value("test", "str"), "k": Value([1, 2], "i16")},
+        {**tensors, "q": (quantized, "Q8_0", (2, 2, 32))},
+    )
     metadata, read = gguf_files.read_gguf(tmp_path / "a.gguf")
     assert metadata == {"general.architecture": "test", "k": [1, 2]}
     for name, array in tensors.items():
@@ -43,8 +53,11 @@ def test_gguf_py_reads_it(tmp_path):
 def test_other_types_are_rows_of_bytes(tmp_path):
     quantized = np.arange(4 * 34, dtype=np.uint8).reshape(2, 2, 34)
     half = np.arange(6, dtype=np.uint8)
-    write_gguf(tmp_path / "a.gguf", {}, {"q": (quantized, "q8_0", (2, 2, 32)), "b": (half, "BF16", (3,)),
-                                         "s": (half[:2], "BF16", ())})
+    write_gguf(
+        tmp_path / "a.gguf",
+        {},
+        {"q": (quantized, "q8_0", (2, 2, 32)), "b": (half, "BF16", (3,)), "s": (half[:2], "BF16", ())},
+    )
     _, read = read_gguf(tmp_path / "a.gguf")
     assert np.array_equal(read["q"], quantized)
     assert np.array_equal(read["b"], half) and np.array_equal(read["s"], half[:2])
@@ -62,12 +75,22 @@ def pieces():
         yield b""
 
 
-@pytest.mark.parametrize("data", [pieces, pieces(), [piece.tobytes() if hasattr(piece, "tobytes") else piece
-                                                     for piece in pieces()], np.repeat(np.arange(4), 8).astype("f4")],
-                         ids=["function", "generator", "list of bytes", "array"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        pieces,
+        pieces(),
+        [piece.tobytes() if hasattr(piece, "tobytes") else piece for piece in pieces()],
+        np.repeat(np.arange(4), 8).astype("f4"),
+    ],
+    ids=["function", "generator", "list of bytes", "array"],
+)
 def test_data_in_pieces(tmp_path, data):
-    write_gguf(tmp_path / "a.gguf", {}, {"before": np.ones(3, np.float32), "t": (data, "F32", (8, 4)),
-                                         "after": np.ones(3, np.float32)})
+    write_gguf(
+        tmp_path / "a.gguf",
+        {},
+        {"before": np.ones(3, np.float32), "t": (data, "F32", (8, 4)), "after": np.ones(3, np.float32)},
+    )
     _, read = read_gguf(tmp_path / "a.gguf")
     assert np.array_equal(read["t"], np.repeat(np.arange(4), 8).reshape(8, 4))
     assert np.array_equal(read["before"], np.ones(3)) and np.array_equal(read["after"], np.ones(3))
@@ -131,9 +154,12 @@ def test_real_files_are_canonical(name, tmp_path):
     header = read_header(source, strict=True)
     kinds = {t.name: t.type for t in header.tensors}
     from pygguf_surgery._core import types
+
     names = {fact.id: fact.name for fact in types()}
-    tensors = {t.name: (source.read(header.data_offset + t.offset, t.nbytes), names[kinds[t.name]], t.ne[::-1])
-               for t in header.tensors}
+    tensors = {
+        t.name: (source.read(header.data_offset + t.offset, t.nbytes), names[kinds[t.name]], t.ne[::-1])
+        for t in header.tensors
+    }
     write_gguf(tmp_path / "again.gguf", dict(header.metadata), tensors, alignment=header.alignment)
     assert (tmp_path / "again.gguf").read_bytes() == path.read_bytes()
 

@@ -1,4 +1,5 @@
 """Importance matrices: both formats read as llama-quantize reads them, written as llama-imatrix writes them."""
+
 import contextlib
 import os
 import struct
@@ -26,6 +27,7 @@ def refused(path):
 
 # --- read and write -------------------------------------------------------------------------------------------------
 
+
 @given(entries=ENTRIES, datasets=DATASETS, chunks=st.integers(0, 2**32 - 1), size=st.integers(0, 2**32 - 1))
 def test_what_is_written_is_read(tmp_path, entries, datasets, chunks, size):
     path = tmp_path / "x.gguf"
@@ -49,13 +51,21 @@ def test_what_is_written_is_read(tmp_path, entries, datasets, chunks, size):
     with imatrix.open(path) as m:
         assert m.digest == digest
         again = {n: ((e.size, lambda n=n: m.pieces(n)), e.counts) for n, e in m.entries.items()}
-        imatrix.write(tmp_path / "y.gguf", again, datasets=m.datasets, chunk_count=m.chunk_count,
-                      chunk_size=m.chunk_size, overwrite=True)
+        imatrix.write(
+            tmp_path / "y.gguf",
+            again,
+            datasets=m.datasets,
+            chunk_count=m.chunk_count,
+            chunk_size=m.chunk_size,
+            overwrite=True,
+        )
     assert (tmp_path / "y.gguf").read_bytes() == path.read_bytes()
 
 
-@given(entries=st.dictionaries(ENTRY_NAMES, st.tuples(st.integers(-2, 2**31 - 1), entry()), min_size=1, max_size=4),
-       end=st.sampled_from([b"", struct.pack("<i", 7), trailer(7, ""), trailer(7, "é.txt")]))
+@given(
+    entries=st.dictionaries(ENTRY_NAMES, st.tuples(st.integers(-2, 2**31 - 1), entry()), min_size=1, max_size=4),
+    end=st.sampled_from([b"", struct.pack("<i", 7), trailer(7, ""), trailer(7, "é.txt")]),
+)
 def test_legacy_files_are_read(tmp_path, entries, end):
     data = legacy([(n, calls, sums.ravel()) for n, (calls, (sums, _)) in entries.items()], end)
     with imatrix.open(put(tmp_path, data)) as m:
@@ -90,8 +100,13 @@ def test_the_real_files():
 @real
 def test_writing_gives_the_bytes_of_llama_imatrix(tmp_path):
     with imatrix.open(REAL) as m:
-        imatrix.write(tmp_path / "a.gguf", {n: (m.sums(n), e.counts) for n, e in m.entries.items()},
-                      datasets=m.datasets, chunk_count=m.chunk_count, chunk_size=m.chunk_size)
+        imatrix.write(
+            tmp_path / "a.gguf",
+            {n: (m.sums(n), e.counts) for n, e in m.entries.items()},
+            datasets=m.datasets,
+            chunk_count=m.chunk_count,
+            chunk_size=m.chunk_size,
+        )
     assert (tmp_path / "a.gguf").read_bytes() == REAL.read_bytes()
     imatrix.convert(REAL, tmp_path / "a.dat", chunk_size=512)  # llama-imatrix with its default context made the .dat
     assert (tmp_path / "a.dat").read_bytes() == LEGACY.read_bytes()
@@ -170,19 +185,26 @@ def test_opening_reads_only_the_first_sums(tmp_path):
 
 # --- what is wrong with values --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("value, text", [
-    (np.nan, "importance that is not finite (found nan in element 5"),
-    (np.inf, "importance that is not finite (found inf in element 5"),
-    (-np.inf, "importance that is not finite (found -inf in element 5"),
-    (-1, "importance that is negative (found -1.0 in element 5"),
-])
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (np.nan, "importance that is not finite (found nan in element 5"),
+        (np.inf, "importance that is not finite (found inf in element 5"),
+        (-np.inf, "importance that is not finite (found -inf in element 5"),
+        (-1, "importance that is negative (found -1.0 in element 5"),
+    ],
+)
 @pytest.mark.parametrize("old", [False, True])
 def test_a_bad_value_is_named(tmp_path, value, text, old):
     values = np.ones(8, np.float32)
     values[5] = value
     values[7] = np.nan
-    data = legacy([(UP, 2, values)]) if old else by_hand([(UP + ".in_sum2", (2, 4), values),
-                                                          (UP + ".counts", (1, 4), np.ones(4))])
+    data = (
+        legacy([(UP, 2, values)])
+        if old
+        else by_hand([(UP + ".in_sum2", (2, 4), values), (UP + ".counts", (1, 4), np.ones(4))])
+    )
     path = put(tmp_path, data)
     with imatrix.open(path) as m:
         for _ in range(2):
@@ -203,6 +225,7 @@ def test_rows_of_zeros_are_listed_if_they_were_counted(tmp_path):
 
 # --- files that are none --------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("leave_out", ["imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"])
 def test_missing_metadata_is_named(tmp_path, leave_out):
     kvs = [item for item in METADATA if leave_out.encode() not in item]
@@ -216,18 +239,21 @@ def test_a_model_is_no_importance_matrix(tmp_path):
     assert error.hint == "this is a model, not an importance matrix"
 
 
-@pytest.mark.parametrize("entries, object, problem", [
-    ([("x.in_sum2", (2,), [1, 1])], "x.counts", "an entry without one of its two tensors"),
-    ([("x.counts", (1,), [1])], "x.in_sum2", "an entry without one of its two tensors"),
-    ([("x.in_sum2", (3,), [1, 1, 1]), ("x.counts", (1, 2), [1, 1])], "x", "sums and counts that do not fit"),
-    ([("x.in_sum2", (1,), [1]), ("x.counts", (1, 2), [1, 1])], "x", "sums and counts that do not fit"),
-    ([("x.in_sum2", (1,), [1]), ("x.counts", (1,), [-1])], "x.counts", "not a count"),
-    ([("x.in_sum2", (1,), [1]), ("x.counts", (1,), [np.nan])], "x.counts", "not a count"),
-    ([("x.in_sum2", (1,), [1]), ("x.counts", (1,), [np.inf])], "x.counts", "not a count"),
-    ([("x.in_sum2", (1,), [1]), ("x.counts", (1,), [1e30])], "x.counts", "not a count"),
-    ([("x", (1,), [1])], None, "an importance matrix without entries"),
-    ([], None, "an importance matrix without entries"),
-])
+@pytest.mark.parametrize(
+    "entries, object, problem",
+    [
+        ([("x.in_sum2", (2,), [1, 1])], "x.counts", "an entry without one of its two tensors"),
+        ([("x.counts", (1,), [1])], "x.in_sum2", "an entry without one of its two tensors"),
+        ([("x.in_sum2", (3,), [1, 1, 1]), ("x.counts", (1, 2), [1, 1])], "x", "sums and counts that do not fit"),
+        ([("x.in_sum2", (1,), [1]), ("x.counts", (1, 2), [1, 1])], "x", "sums and counts that do not fit"),
+        ([("x.in_sum2", (1,), [1]), ("x.counts", (1,), [-1])], "x.counts", "not a count"),
+        ([("x.in_sum2", (1,), [1]), ("x.counts", (1,), [np.nan])], "x.counts", "not a count"),
+        ([("x.in_sum2", (1,), [1]), ("x.counts", (1,), [np.inf])], "x.counts", "not a count"),
+        ([("x.in_sum2", (1,), [1]), ("x.counts", (1,), [1e30])], "x.counts", "not a count"),
+        ([("x", (1,), [1])], None, "an importance matrix without entries"),
+        ([], None, "an importance matrix without entries"),
+    ],
+)
 def test_contradictions_are_named(tmp_path, entries, object, problem):
     error = refused(put(tmp_path, by_hand(entries)))
     assert (error.object, error.problem) == (object, problem)
@@ -236,8 +262,9 @@ def test_contradictions_are_named(tmp_path, entries, object, problem):
 def test_only_f32_sums(tmp_path):
     data = build(METADATA, [info("x.in_sum2", (32,), 1), info("x.counts", (1,), offset=64)], bytes(96))
     assert refused(put(tmp_path, data)).object == "x.in_sum2"
-    data = build([*METADATA[:2], kv("imatrix.chunk_count", "str", "3"), *METADATA[3:]], [info("x.in_sum2", (1,))],
-                 bytes(32))
+    data = build(
+        [*METADATA[:2], kv("imatrix.chunk_count", "str", "3"), *METADATA[3:]], [info("x.in_sum2", (1,))], bytes(32)
+    )
     assert refused(put(tmp_path, data)).expected == "u32"
 
 
@@ -247,31 +274,43 @@ def test_other_tensors_are_a_warning(tmp_path):
         assert m.warnings == ["1 tensors that are neither sums nor counts"] and list(m.entries) == ["x"]
 
 
-@pytest.mark.parametrize("data, found", [
-    (b"", "an empty file"), (b"\1\0", None), (b"PK\3\4" + bytes(40), "a PyTorch or zip file"),
-    (struct.pack("<Q", 60) + b'{"a": {}}' + bytes(60), "a safetensors file"), (b"lmgg" + bytes(30), "a model of 2023"),
-    (b"Once upon a time there was", "text"), (struct.pack("<i", 0), None), (struct.pack("<i", -5) + bytes(99), None),
-    (struct.pack("<ii", 1, 0) + bytes(30), None), (struct.pack("<ii", 2, 5) + b"short", None),
-])
+@pytest.mark.parametrize(
+    "data, found",
+    [
+        (b"", "an empty file"),
+        (b"\1\0", None),
+        (b"PK\3\4" + bytes(40), "a PyTorch or zip file"),
+        (struct.pack("<Q", 60) + b'{"a": {}}' + bytes(60), "a safetensors file"),
+        (b"lmgg" + bytes(30), "a model of 2023"),
+        (b"Once upon a time there was", "text"),
+        (struct.pack("<i", 0), None),
+        (struct.pack("<i", -5) + bytes(99), None),
+        (struct.pack("<ii", 1, 0) + bytes(30), None),
+        (struct.pack("<ii", 2, 5) + b"short", None),
+    ],
+)
 def test_files_of_other_kinds(tmp_path, data, found):
     error = refused(put(tmp_path, data))
     assert (error.problem, error.found) == ("not an importance matrix", found)
     assert error.expected == "a GGUF or .dat file of llama-imatrix"
 
 
-@pytest.mark.parametrize("data, offset, problem", [
-    (ONE[:-1], 18, "the file ends inside an entry"),
-    (ONE[:14] + struct.pack("<i", 0) + ONE[18:], 14, "an entry without values"),
-    (ONE[:14] + struct.pack("<i", -1) + ONE[18:], 14, "an entry without values"),
-    (ONE[:14] + struct.pack("<i", 2**31 - 1) + ONE[18:], 18, "the file ends inside an entry"),
-    (legacy([("ab", 3, [1, 2]), ("ab", 3, [1, 2])]), 26, "duplicate entry"),
-    (legacy([("ab", 3, [1, 2]), (b"a\0", 3, [1, 2])]), 26, "a name with a zero byte"),
-    (legacy([("ab", 3, [1, 2]), ("", 3, [1, 2, 3])]), 26, "not a length"),
-    (ONE + b"\1", 26, "the file ends inside an entry"),
-    (ONE + trailer(1, "abc")[:-1], 34, "the file ends inside an entry"),
-    (ONE + struct.pack("<ii", 1, -1), 30, "not a length"),
-    (ONE + trailer(1, "abc") + b"\1", 37, "bytes after the end"),
-])
+@pytest.mark.parametrize(
+    "data, offset, problem",
+    [
+        (ONE[:-1], 18, "the file ends inside an entry"),
+        (ONE[:14] + struct.pack("<i", 0) + ONE[18:], 14, "an entry without values"),
+        (ONE[:14] + struct.pack("<i", -1) + ONE[18:], 14, "an entry without values"),
+        (ONE[:14] + struct.pack("<i", 2**31 - 1) + ONE[18:], 18, "the file ends inside an entry"),
+        (legacy([("ab", 3, [1, 2]), ("ab", 3, [1, 2])]), 26, "duplicate entry"),
+        (legacy([("ab", 3, [1, 2]), (b"a\0", 3, [1, 2])]), 26, "a name with a zero byte"),
+        (legacy([("ab", 3, [1, 2]), ("", 3, [1, 2, 3])]), 26, "not a length"),
+        (ONE + b"\1", 26, "the file ends inside an entry"),
+        (ONE + trailer(1, "abc")[:-1], 34, "the file ends inside an entry"),
+        (ONE + struct.pack("<ii", 1, -1), 30, "not a length"),
+        (ONE + trailer(1, "abc") + b"\1", 37, "bytes after the end"),
+    ],
+)
 def test_a_broken_legacy_file_is_an_error_with_its_byte(tmp_path, data, offset, problem):
     error = refused(put(tmp_path, data))
     assert (error.problem, error.offset) == (problem, offset)
@@ -294,10 +333,13 @@ def test_any_bytes_are_an_error_or_an_importance_matrix(tmp_path, data):
 @given(old=st.booleans(), at=st.integers(0, 10**6), byte=st.integers(0, 255), end=st.none() | st.integers(0, 10**6))
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
 def test_a_damaged_file_is_an_error_or_an_importance_matrix(tmp_path, old, at, byte, end):
-    data = bytearray(legacy([("a", 3, [1, 2]), ("b", 4, [1, 2, 3])], trailer(1, "abc")) if old else by_hand(
-        [("x.in_sum2", (2, 4), np.arange(8)), ("x.counts", (1, 4), [0, 1, 2, 3])]))
+    data = bytearray(
+        legacy([("a", 3, [1, 2]), ("b", 4, [1, 2, 3])], trailer(1, "abc"))
+        if old
+        else by_hand([("x.in_sum2", (2, 4), np.arange(8)), ("x.counts", (1, 4), [0, 1, 2, 3])])
+    )
     data[at % len(data)] = byte
-    data = bytes(data[:end and end % len(data)])
+    data = bytes(data[: end and end % len(data)])
     with contextlib.suppress(BadFile):
         use_everything(put(tmp_path, data))
 
@@ -311,9 +353,15 @@ def test_missing_files_and_folders(tmp_path):
 
 def test_write_refuses_what_contradicts_itself(tmp_path):
     path = tmp_path / "x.gguf"
-    for entries in ({}, {"x": ([1, 2, 3], [1, 1])}, {"x": ([], [])}, {"x": ([1], [-1])}, {"x": ([1], [np.nan])},
-                    {"x": ((4, lambda: [np.ones(3, np.float32)]), 1)},
-                    {"x": ((2, lambda: [np.ones(3, np.float32)]), 1)}):
+    for entries in (
+        {},
+        {"x": ([1, 2, 3], [1, 1])},
+        {"x": ([], [])},
+        {"x": ([1], [-1])},
+        {"x": ([1], [np.nan])},
+        {"x": ((4, lambda: [np.ones(3, np.float32)]), 1)},
+        {"x": ((2, lambda: [np.ones(3, np.float32)]), 1)},
+    ):
         with pytest.raises(BadPlan):
             imatrix.write(path, entries)
     assert os.listdir(tmp_path) == []

@@ -1,4 +1,5 @@
 """What can be done with importance matrices: merge, convert, slice, coverage, and the commands."""
+
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ from support.imatrices import ONE, UP, contents, legacy, put, same, trailer
 from support.strategies import ENTRIES, ENTRY_NAMES, entry
 
 # --- merge ----------------------------------------------------------------------------------------------------------
+
 
 @st.composite
 def related(draw):
@@ -70,8 +72,11 @@ def contents_equal(a, b):
 def test_merge_refuses_what_does_not_belong_together(tmp_path):
     a, b, out = tmp_path / "a.gguf", tmp_path / "b.gguf", tmp_path / "out.gguf"
     imatrix.write(a, {"x": (np.ones((4, 2)), np.ones(4))})
-    for entries, size, object in (({"x": (np.ones(6), 1)}, 512, "x"), ({"x": (np.ones((2, 4)), [1, 1])}, 512, "x"),
-                                  ({"x": (np.ones((4, 2)), np.ones(4))}, 256, "imatrix.chunk_size")):
+    for entries, size, object in (
+        ({"x": (np.ones(6), 1)}, 512, "x"),
+        ({"x": (np.ones((2, 4)), [1, 1])}, 512, "x"),
+        ({"x": (np.ones((4, 2)), np.ones(4))}, 256, "imatrix.chunk_size"),
+    ):
         imatrix.write(b, entries, chunk_size=size, overwrite=True)
         for paths in ([a, b], [b, a]):
             with pytest.raises(BadPlan) as caught:
@@ -99,6 +104,7 @@ def test_a_legacy_file_merges_as_it_converts(tmp_path):
 
 
 # --- convert --------------------------------------------------------------------------------------------------------
+
 
 @given(entries=st.dictionaries(ENTRY_NAMES, st.tuples(st.integers(-1, 2**14), entry()), min_size=1, max_size=4))
 def test_converting_keeps_the_importance(tmp_path, entries):
@@ -130,8 +136,12 @@ def test_convert_refuses(tmp_path):
     new, old = tmp_path / "x.gguf", tmp_path / "x.dat"
     imatrix.write(new, {"x": ([1], 1)}, chunk_size=256)
     old.write_bytes(ONE)
-    for arguments, options in (((new, tmp_path / "y.gguf"), dict(chunk_size=512)), ((old, tmp_path / "y.dat"), {}),
-                               ((old, old), dict(overwrite=True)), ((old, tmp_path / "y"), dict(chunk_size=-1))):
+    for arguments, options in (
+        ((new, tmp_path / "y.gguf"), dict(chunk_size=512)),
+        ((old, tmp_path / "y.dat"), {}),
+        ((old, old), dict(overwrite=True)),
+        ((old, tmp_path / "y"), dict(chunk_size=-1)),
+    ):
         with pytest.raises(BadPlan):
             imatrix.convert(*arguments, **options)
     assert sorted(os.listdir(tmp_path)) == ["x.dat", "x.gguf"]
@@ -151,6 +161,7 @@ def test_what_is_not_finite_is_not_passed_on(tmp_path):
 
 
 # --- slice ----------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("piece", [8, 20, 1 << 24])
 @given(data=st.data(), one_count=st.booleans())
@@ -182,11 +193,13 @@ def test_slice_refuses(tmp_path):
     path, out = tmp_path / "x.gguf", tmp_path / "out.gguf"
     same_size = np.ones((4, 2)), np.ones(4)
     imatrix.write(path, {UP: same_size, "blk.1.ffn_down_exps.weight": same_size})
-    for kept, text in (({0: [0]}, "kept: layer 1 is missing (expected the 2 layers with experts)"),
-                       ({0: [4], 1: [0]}, f"{UP}: expert 4 out of range (found 4 experts, expected 0..3)"),
-                       ({0: [-1], 1: [0]}, f"{UP}: expert -1 out of range (found 4 experts, expected 0..3)"),
-                       ({0: [1, 1], 1: [0]}, f"{UP}: expert 1 named twice"),
-                       ({0: [], 1: [0]}, f"{UP}: no expert is kept")):
+    for kept, text in (
+        ({0: [0]}, "kept: layer 1 is missing (expected the 2 layers with experts)"),
+        ({0: [4], 1: [0]}, f"{UP}: expert 4 out of range (found 4 experts, expected 0..3)"),
+        ({0: [-1], 1: [0]}, f"{UP}: expert -1 out of range (found 4 experts, expected 0..3)"),
+        ({0: [1, 1], 1: [0]}, f"{UP}: expert 1 named twice"),
+        ({0: [], 1: [0]}, f"{UP}: no expert is kept"),
+    ):
         with pytest.raises(BadPlan) as caught:
             imatrix.slice(path, out, kept)
         assert text in str(caught.value)
@@ -221,17 +234,27 @@ def test_experts_that_share_a_chunk_expert_are_sliced_together(tmp_path):
 
 # --- coverage and the command line ----------------------------------------------------------------------------------
 
+
 def test_coverage_names_the_experts_never_seen(tmp_path):
     path = tmp_path / "x.gguf"
-    imatrix.write(path, {UP: (np.ones((4, 2)), [5, 0, 7, 0]),
-                         "blk.0.ffn_down_exps.weight": (np.ones((4, 2)), [5, 0, 7, 1]),
-                         "blk.1.ffn_up_exps.weight": (np.ones((4, 2)), [1, 2, 3, 4]), "a": (np.ones(2), 12)},
-                  datasets=["d"], chunk_count=2, chunk_size=6)
+    imatrix.write(
+        path,
+        {
+            UP: (np.ones((4, 2)), [5, 0, 7, 0]),
+            "blk.0.ffn_down_exps.weight": (np.ones((4, 2)), [5, 0, 7, 1]),
+            "blk.1.ffn_up_exps.weight": (np.ones((4, 2)), [1, 2, 3, 4]),
+            "a": (np.ones(2), 12),
+        },
+        datasets=["d"],
+        chunk_count=2,
+        chunk_size=6,
+    )
     with imatrix.open(path) as m:
         data = json.loads(json.dumps(imatrix.coverage(m)))
     assert data["layers"] == [
         {"layer": 0, "experts": 4, "seen": 2, "least": 0, "most": 7, "never": [1, 3], "tokens": [5, 0, 7, 0]},
-        {"layer": 1, "experts": 4, "seen": 4, "least": 1, "most": 4, "never": [], "tokens": [1, 2, 3, 4]}]
+        {"layer": 1, "experts": 4, "seen": 4, "least": 1, "most": 4, "never": [], "tokens": [1, 2, 3, 4]},
+    ]
     assert data["entries"][0] == {"name": "a", "size": 2, "rows": 1, "least": 12, "most": 12}
     assert (data["format"], data["datasets"], data["chunk_count"], data["chunk_size"]) == ("gguf", ["d"], 2, 6)
     with imatrix.open(put(tmp_path, ONE)) as m:
@@ -261,8 +284,11 @@ def test_the_commands(tmp_path, capsys):
     shown = capsys.readouterr()
     assert "2 of 2" in shown.out and "without an entry: 5" in shown.err
     pruned = tmp_path / "pruned.gguf"
-    write_gguf(pruned, {"general.architecture": Value("x", "str"), "pgs.experts.0.kept": Value([0, 2], "u32[]")},
-               {"t": np.zeros(1, np.float32)})
+    write_gguf(
+        pruned,
+        {"general.architecture": Value("x", "str"), "pgs.experts.0.kept": Value([0, 2], "u32[]")},
+        {"t": np.zeros(1, np.float32)},
+    )
     before = out.read_bytes()
     with pytest.raises(FileExistsError) as caught:
         cli.slice(Args(input=path, output=out, by=pruned))
@@ -274,8 +300,20 @@ def test_the_commands(tmp_path, capsys):
     assert contents(tmp_path / "sum.gguf")[0][UP][1].tolist() == [10, 0, 14, 0]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"kept": [1]}', '{"kept": {"x": [1]}}', '{"kept": {"0": 1}}',
-                                  '{"kept": {"0": ["1"]}}', '{"kept": {"0": [true]}}', '{"scores": {"0": [1.0]}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"kept": [1]}',
+        '{"kept": {"x": [1]}}',
+        '{"kept": {"0": 1}}',
+        '{"kept": {"0": ["1"]}}',
+        '{"kept": {"0": [true]}}',
+        '{"scores": {"0": [1.0]}}',
+    ],
+)
 def test_a_list_of_experts_must_be_one(tmp_path, text):
     (tmp_path / "kept.json").write_text(text)
     with pytest.raises(BadPlan, match="not a list of experts"):
@@ -309,16 +347,24 @@ def test_slice_refuses_what_is_no_number_of_experts(tmp_path, experts):
         imatrix.slice(tmp_path / "a.gguf", tmp_path / "out.gguf", {0: [0]}, experts=experts)
 
 
-@pytest.mark.parametrize("metadata", [
-    {"pgs.experts.0.kept": Value("abc", "str")}, {"pgs.experts.0.kept": Value(3, "u32")},
-    {"pgs.experts.0.kept": Value([0.5], "f32[]")}, {"pgs.experts.0.kept": Value([True], "bool[]")},
-    {"pgs.experts.0.kept": Value([0], "u32[]"), "pgs.layers.kept": Value(3, "u32")},
-    {"pgs.experts." + "9" * 5000 + ".kept": Value([0], "u32[]")},
-])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"pgs.experts.0.kept": Value("abc", "str")},
+        {"pgs.experts.0.kept": Value(3, "u32")},
+        {"pgs.experts.0.kept": Value([0.5], "f32[]")},
+        {"pgs.experts.0.kept": Value([True], "bool[]")},
+        {"pgs.experts.0.kept": Value([0], "u32[]"), "pgs.layers.kept": Value(3, "u32")},
+        {"pgs.experts." + "9" * 5000 + ".kept": Value([0], "u32[]")},
+    ],
+)
 def test_a_pruned_model_with_nonsense_for_its_kept_experts(tmp_path, metadata):
     path = tmp_path / "m.gguf"
-    write_gguf(path, {"general.architecture": Value("llama", "str"), **metadata},
-               {"x": (np.ones(32, np.float32), "F32", (32,))})
+    write_gguf(
+        path,
+        {"general.architecture": Value("llama", "str"), **metadata},
+        {"x": (np.ones(32, np.float32), "F32", (32,))},
+    )
     with pytest.raises((BadFile, BadPlan)) as caught:
         cli.read_kept(str(path))
     assert caught.value.path == str(path)

@@ -1,4 +1,5 @@
 """The keys `pgs.*` of models: what is written is read again, what somebody changed is no trap."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,19 +40,50 @@ def test_what_is_written_is_read_again(lineage):
     assert list(metadata.items()) == before  # every key in its place
 
 
-@given(LINEAGES, st.dictionaries(st.sampled_from([
-    "pgs.version", "pgs.source.header_sha256", "pgs.layers.kept", "pgs.experts.metric", "pgs.experts.1.kept",
-    "pgs.experts.1.padded", "pgs.experts.1.merged", "pgs.experts.1.scores", "pgs.experts.1.repaired",
-    "pgs.experts.1.other", "pgs.experts.x.kept", "pgs.experts." + "9" * 5000 + ".kept"]),
-    st.sampled_from([Value("abc", "str"), Value(0, "u32"), Value(1 << 40, "u64"), Value([0.5], "f32[]"),
-                     Value([True], "bool[]"), Value(["a"], "str[]"), Value(-1, "i32"), Value(True, "bool")])))
+@given(
+    LINEAGES,
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "pgs.version",
+                "pgs.source.header_sha256",
+                "pgs.layers.kept",
+                "pgs.experts.metric",
+                "pgs.experts.1.kept",
+                "pgs.experts.1.padded",
+                "pgs.experts.1.merged",
+                "pgs.experts.1.scores",
+                "pgs.experts.1.repaired",
+                "pgs.experts.1.other",
+                "pgs.experts.x.kept",
+                "pgs.experts." + "9" * 5000 + ".kept",
+            ]
+        ),
+        st.sampled_from(
+            [
+                Value("abc", "str"),
+                Value(0, "u32"),
+                Value(1 << 40, "u64"),
+                Value([0.5], "f32[]"),
+                Value([True], "bool[]"),
+                Value(["a"], "str[]"),
+                Value(-1, "i32"),
+                Value(True, "bool"),
+            ]
+        ),
+    ),
+)
 def test_keys_that_somebody_changed_are_as_good_as_missing(lineage, changed):
     metadata = {}
     lineage.write(metadata)
     metadata |= changed
     found = Lineage.of(metadata)
-    for word, values in (("kept", found.kept), ("merged", found.merged), ("padded", found.padded),
-                         ("scores", found.scores)):
+    for word, values in (
+        ("kept", found.kept),
+        ("merged", found.merged),
+        ("padded", found.padded),
+        ("scores", found.scores),
+    ):
         assert (1 in values) == (f"pgs.experts.1.{word}" in metadata and f"pgs.experts.1.{word}" not in changed)
     assert all(isinstance(i, int) for ids in (*found.kept.values(), found.layers or ()) for i in ids)
     Lineage().since(found), found.since(lineage).slices()
@@ -62,8 +94,10 @@ def test_a_cut_of_a_cut_names_the_experts_of_the_source(data):
     experts = data.draw(st.integers(1, 12))
     ids = st.sets(st.integers(0, experts - 1), min_size=1).map(lambda s: tuple(sorted(s)))
     first = {layer: data.draw(ids) + (None,) * data.draw(st.integers(0, 2)) for layer in (0, 3)}
-    second = {layer: tuple(sorted(data.draw(st.sets(st.sampled_from(range(len(kept))), min_size=1))))
-              for layer, kept in first.items()}
+    second = {
+        layer: tuple(sorted(data.draw(st.sets(st.sampled_from(range(len(kept))), min_size=1))))
+        for layer, kept in first.items()
+    }
     once = Lineage().after_cut(first, metric="a", scores={0: [0.5] * experts}, repaired=[3])
     twice = once.after_cut(second, metric="b", scores={0: [0.25]}, repaired=[])
     assert once.slices() == first and once.scores == {0: (0.5,) * experts} and once.metric == "a"
@@ -107,8 +141,17 @@ def test_the_experts_of_the_source_by_its_numbers():
 
 
 def test_keys_of_layers_keep_their_places_when_others_go():
-    metadata = {"pgs.experts.2.kept": Value([1], "u32[]"), "a": Value(1, "u8"), "pgs.experts.1.kept": Value([2], "u32[]"),
-                "pgs.experts.3.new": Value("x", "str"), "pgs.layers.kept": Value([4, 5, 6, 7], "u32[]")}
+    metadata = {
+        "pgs.experts.2.kept": Value([1], "u32[]"),
+        "a": Value(1, "u8"),
+        "pgs.experts.1.kept": Value([2], "u32[]"),
+        "pgs.experts.3.new": Value("x", "str"),
+        "pgs.layers.kept": Value([4, 5, 6, 7], "u32[]"),
+    }
     after = without_layers(metadata, lambda layer: None if layer == 1 else layer - (layer > 1))
     assert [(key, value.value) for key, value in after.items()] == [
-        ("pgs.experts.1.kept", [1]), ("a", 1), ("pgs.experts.2.new", "x"), ("pgs.layers.kept", [4, 6, 7])]
+        ("pgs.experts.1.kept", [1]),
+        ("a", 1),
+        ("pgs.experts.2.new", "x"),
+        ("pgs.layers.kept", [4, 6, 7]),
+    ]

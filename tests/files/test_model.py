@@ -1,4 +1,5 @@
 """open, Model, Metadata, Tensor: against gguf-py, and what is refused."""
+
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -25,17 +26,29 @@ def noise(*shape, seed=0):
 
 @pytest.fixture
 def tensors():
-    return {"token_embd.weight": noise(12, 64), "blk.0.ffn_up_exps.weight": noise(4, 6, 64).astype(np.float16),
-            "blk.0.ffn_down_exps.weight": (gguf.quants.quantize(noise(4, 6, 64, seed=1), Q.Q8_0), Q.Q8_0),
-            "blk.0.attn_q.weight": (gguf.quants.quantize(noise(6, 64, seed=2), Q.BF16), Q.BF16),
-            "blk.0.ids": np.arange(6, dtype=np.int32), "output_norm.weight": noise(64)}
+    return {
+        "token_embd.weight": noise(12, 64),
+        "blk.0.ffn_up_exps.weight": noise(4, 6, 64).astype(np.float16),
+        "blk.0.ffn_down_exps.weight": (gguf.quants.quantize(noise(4, 6, 64, seed=1), Q.Q8_0), Q.Q8_0),
+        "blk.0.attn_q.weight": (gguf.quants.quantize(noise(6, 64, seed=2), Q.BF16), Q.BF16),
+        "blk.0.ids": np.arange(6, dtype=np.int32),
+        "output_norm.weight": noise(64),
+    }
 
 
 @pytest.fixture
 def path(tmp_path, tensors):
-    return make_gguf(tmp_path / "m.gguf", "test", {
-        "general.name": ("A model", T.STRING), "test.expert_count": (4, T.UINT32), "test.scale": (0.5, T.FLOAT32),
-        "tokenizer.ggml.tokens": (["a", "ü"], T.ARRAY, T.STRING)}, tensors)
+    return make_gguf(
+        tmp_path / "m.gguf",
+        "test",
+        {
+            "general.name": ("A model", T.STRING),
+            "test.expert_count": (4, T.UINT32),
+            "test.scale": (0.5, T.FLOAT32),
+            "tokenizer.ggml.tokens": (["a", "ü"], T.ARRAY, T.STRING),
+        },
+        tensors,
+    )
 
 
 def values(tensor):
@@ -86,8 +99,16 @@ def test_bytes_are_a_read_only_view(path):
     assert view.tobytes() == t.data.tobytes()  # a view outlives the model
 
 
-@pytest.mark.parametrize("name", ["token_embd.weight", "blk.0.ffn_up_exps.weight", "blk.0.ffn_down_exps.weight",
-                                  "blk.0.attn_q.weight", "output_norm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "token_embd.weight",
+        "blk.0.ffn_up_exps.weight",
+        "blk.0.ffn_down_exps.weight",
+        "blk.0.attn_q.weight",
+        "output_norm.weight",
+    ],
+)
 def test_dequantize(path, name):
     model = pgs.open(path)
     tensor = model.tensors[name]
@@ -178,7 +199,7 @@ def test_threads_share_a_model(path):
 
 def test_the_header_digest(path, tmp_path):
     model = pgs.open(path)
-    head = Path(path).read_bytes()[:model.header_bytes]
+    head = Path(path).read_bytes()[: model.header_bytes]
     assert model.header_sha256 == hashlib.sha256(head).hexdigest()
     assert model.header_bytes == gguf.GGUFReader(str(path)).data_offset
 
@@ -225,6 +246,7 @@ def test_merge_adjacent():
 
 # --- shards ---------------------------------------------------------------------------------------------------------
 
+
 def split(folder, *, first_only_metadata=False):
     """A model of five tensors in several shards, written by gguf-py."""
     writer = gguf.GGUFWriter(str(folder / "m.gguf"), "test", split_max_tensors=2, small_first_shard=first_only_metadata)
@@ -251,9 +273,11 @@ def test_any_shard_opens_the_model(tmp_path, first_only_metadata):
             assert model.file_bytes == sum(os.path.getsize(p) for p in paths)
             for i, tensor in enumerate(model.tensors.values()):
                 np.testing.assert_array_equal(tensor.dequantize(), noise(3, 32, seed=i))
-                assert Path(model.paths[tensor.source]).read_bytes()[tensor.offset:][:tensor.nbytes] == \
-                    tensor.bytes().tobytes()
-            heads = b"".join(p.read_bytes()[:gguf.GGUFReader(str(p)).data_offset] for p in paths)
+                assert (
+                    Path(model.paths[tensor.source]).read_bytes()[tensor.offset :][: tensor.nbytes]
+                    == tensor.bytes().tobytes()
+                )
+            heads = b"".join(p.read_bytes()[: gguf.GGUFReader(str(p)).data_offset] for p in paths)
             assert model.header_sha256 == hashlib.sha256(heads).hexdigest()
 
 
@@ -277,18 +301,22 @@ def shard(path, number, count, total, names, architecture="test", keys=()):
     items = [kv("general.architecture", "str", architecture)] if architecture else []
     items += [kv("split.no", "u16", number), kv("split.count", "u16", count), kv("split.tensors.count", "i32", total)]
     items = [item for item in items if not any(key.encode() in item for key in keys)]
-    path.write_bytes(hand_made(items, [info(n, (32,), 0, 128 * i) for i, n in enumerate(names)],
-                               bytes(128 * len(names))))
+    path.write_bytes(
+        hand_made(items, [info(n, (32,), 0, 128 * i) for i, n in enumerate(names)], bytes(128 * len(names)))
+    )
 
 
-@pytest.mark.parametrize("second, problem", [
-    (dict(number=0), "split.no"),
-    (dict(count=3), "split.count"),
-    (dict(total=3), "split.tensors.count"),
-    (dict(keys=["split.no"]), "split.no"),
-    (dict(architecture="other"), "general.architecture"),
-    (dict(names=["a"]), "a"),
-])
+@pytest.mark.parametrize(
+    "second, problem",
+    [
+        (dict(number=0), "split.no"),
+        (dict(count=3), "split.count"),
+        (dict(total=3), "split.tensors.count"),
+        (dict(keys=["split.no"]), "split.no"),
+        (dict(architecture="other"), "general.architecture"),
+        (dict(names=["a"]), "a"),
+    ],
+)
 def test_shards_that_do_not_belong_together(tmp_path, second, problem):
     one, two = tmp_path / "m-00001-of-00002.gguf", tmp_path / "m-00002-of-00002.gguf"
     shard(one, 0, 2, 2, ["a"])

@@ -1,4 +1,5 @@
 """Plan, check and their JSON; and law 2: what the engine writes is what a slow, obvious oracle makes."""
+
 import copy
 import json
 import pickle
@@ -41,11 +42,17 @@ KEEP = {0: (0, 1, 2, 5), 1: (3, 7, 8, 15)}
 
 
 def full_plan(model):
-    return (Plan(model).keep_experts(KEEP).quantize("MXFP4_MOE", overrides=[("attn", "copy")])
-            .set_metadata({"general.name": "Cut", "general.new": [1.5]}).remove_metadata("general.size_label"))
+    return (
+        Plan(model)
+        .keep_experts(KEEP)
+        .quantize("MXFP4_MOE", overrides=[("attn", "copy")])
+        .set_metadata({"general.name": "Cut", "general.new": [1.5]})
+        .remove_metadata("general.size_label")
+    )
 
 
 # --- the object -------------------------------------------------------------------------------------------------------
+
 
 def test_a_plan_is_immutable(model):
     plan = Plan(model)
@@ -76,9 +83,20 @@ def test_what_a_prompt_shows_is_short(model):
     assert "0 blockers" in repr(plan.check())
 
 
-@pytest.mark.parametrize("options", [{"threads": None}, {"threads": "2"}, {"threads": 2.0}, {"threads": True},
-                                     {"threads": 2**70}, {"memory": 2**80}, {"memory": "9" * 400 + "TiB"},
-                                     {"memory": None}, {"memory": 1e9}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threads": None},
+        {"threads": "2"},
+        {"threads": 2.0},
+        {"threads": True},
+        {"threads": 2**70},
+        {"memory": 2**80},
+        {"memory": "9" * 400 + "TiB"},
+        {"memory": None},
+        {"memory": 1e9},
+    ],
+)
 def test_limits_that_are_none(model, options):
     with pytest.raises(BadPlan):
         Plan(model).check(**options)
@@ -92,8 +110,17 @@ def test_equal_plans(model):
 
 
 def test_what_keep_experts_refuses_at_once(model):
-    for keep, mtp in [({}, "keep"), ([1, 2], "keep"), ({0: 5}, "keep"), ({0: ["a"]}, "keep"), ({0: [1, 1]}, "keep"),
-                      ({"0": [1]}, "keep"), ({0.5: [1]}, "keep"), ({0: [True]}, "keep"), (KEEP, "cut")]:
+    for keep, mtp in [
+        ({}, "keep"),
+        ([1, 2], "keep"),
+        ({0: 5}, "keep"),
+        ({0: ["a"]}, "keep"),
+        ({0: [1, 1]}, "keep"),
+        ({"0": [1]}, "keep"),
+        ({0.5: [1]}, "keep"),
+        ({0: [True]}, "keep"),
+        (KEEP, "cut"),
+    ]:
         with pytest.raises(BadPlan):
             Plan(model).keep_experts(keep, mtp=mtp)
 
@@ -105,9 +132,12 @@ def test_numpy_numbers_are_whole_numbers(model):
 
 
 def test_what_quantize_refuses_at_once(model):
-    for error, type, options in [(Unsupported, "NOTHING", {}), (FileNotFoundError, "Q8_0", {"imatrix": "file"}),
-                                 (BadPlan, "Q8_0", {"overrides": [("(", "F16")]}),
-                                 (Unsupported, "Q8_0", {"overrides": [("a", "Q9")]})]:
+    for error, type, options in [
+        (Unsupported, "NOTHING", {}),
+        (FileNotFoundError, "Q8_0", {"imatrix": "file"}),
+        (BadPlan, "Q8_0", {"overrides": [("(", "F16")]}),
+        (Unsupported, "Q8_0", {"overrides": [("a", "Q9")]}),
+    ]:
         with pytest.raises(error):
             Plan(model).quantize(type, **options)
     with pytest.raises(BadPlan):
@@ -125,19 +155,24 @@ def test_a_second_cut_counts_in_what_the_first_left(model, tmp_path):
     once = Plan(model).keep_experts({0: [0, 2, 4, 6], 1: [8, 10, 12, 14]})
     one, two = once.check(), twice.check()
     assert one.blockers == two.blockers == []
-    assert [(t.name, t.shape, t.expression) for t in one.tensors] == [(t.name, t.shape,
-                                                                       t.expression) for t in two.tensors]
+    assert [(t.name, t.shape, t.expression) for t in one.tensors] == [
+        (t.name, t.shape, t.expression) for t in two.tensors
+    ]
 
 
 # --- JSON and pickle --------------------------------------------------------------------------------------------------
+
 
 def test_json_and_pickle_are_lossless(model, tmp_path):
     plan = full_plan(model)
     data = json.loads(plan.to_json())
     assert data["format"] == 1 and data["header_sha256"] == model.header_sha256
-    for twin in (Plan.from_json(plan.to_json()), Plan.from_json(plan.to_json(), model),
-                 pickle.loads(pickle.dumps(plan)),
-                 copy.deepcopy(plan)):
+    for twin in (
+        Plan.from_json(plan.to_json()),
+        Plan.from_json(plan.to_json(), model),
+        pickle.loads(pickle.dumps(plan)),
+        copy.deepcopy(plan),
+    ):
         assert twin == plan and twin.to_json() == plan.to_json()
         assert twin.check().to_json(full=True) == plan.check().to_json(full=True)
     plan.write(tmp_path / "a.gguf")
@@ -150,29 +185,45 @@ KEYS = st.from_regex(r"new\.[a-z0-9_]{1,8}(\.[a-z0-9_]{1,8})?", fullmatch=True)
 IDS = st.lists(st.integers(0, 15), min_size=1, unique=True)
 
 
-@given(st.dictionaries(KEYS, st.one_of(values(nan=True, max_size=5), RAW)), st.dictionaries(st.integers(0, 5), IDS, min_size=1),
-       st.sampled_from(["Q8_0", "MXFP4_MOE", "COPY"]), st.lists(st.tuples(st.text("abc.", max_size=5),
-                                                                      st.sampled_from(["copy", "Q4_K", "F16"]))),
-       st.booleans())
+@given(
+    st.dictionaries(KEYS, st.one_of(values(nan=True, max_size=5), RAW)),
+    st.dictionaries(st.integers(0, 5), IDS, min_size=1),
+    st.sampled_from(["Q8_0", "MXFP4_MOE", "COPY"]),
+    st.lists(st.tuples(st.text("abc.", max_size=5), st.sampled_from(["copy", "Q4_K", "F16"]))),
+    st.booleans(),
+)
 def test_any_plan_survives_json(model, items, keep, type, overrides, pure):
-    plan = (Plan(model).set_metadata(items).keep_experts(keep, mtp="drop")
-            .quantize(type, overrides=overrides, pure=pure, allow_requantize=pure))
+    plan = (
+        Plan(model)
+        .set_metadata(items)
+        .keep_experts(keep, mtp="drop")
+        .quantize(type, overrides=overrides, pure=pure, allow_requantize=pure)
+    )
     text = plan.to_json()
     twin = Plan.from_json(text, model)
     assert twin == plan and twin.to_json() == text
     json.dumps(plan.check().to_json(), allow_nan=False)
 
 
-@pytest.mark.parametrize("text", ["", "5", "[]", "{}", '{"format": 2}', '{"format": 1}',
-                                  '{"format": 1, "source": "x", "header_sha256": "", "edits": [{"edit": "fly"}]}',
-                                  '{"format": 1, "source": "x", "header_sha256": "", "edits": [5]}',
-                                  '{"format": 1, "source": 5, "header_sha256": "", "edits": []}',
-                                  '{"format": 1, "source": "x", "header_sha256": 5, "edits": []}',
-                                  '{"format": 1, "source": "x", "header_sha256": "", "edits": '
-                                  '[{"edit": "remove_metadata", "keys": [5]}]}',
-                                  '{"format": 1, "source": "x", "header_sha256": "", "edits": '
-                                  '[{"edit": "set_metadata", "items": [[5, {"type": "u8", "value": 5}]]}]}',
-                                  "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "5",
+        "[]",
+        "{}",
+        '{"format": 2}',
+        '{"format": 1}',
+        '{"format": 1, "source": "x", "header_sha256": "", "edits": [{"edit": "fly"}]}',
+        '{"format": 1, "source": "x", "header_sha256": "", "edits": [5]}',
+        '{"format": 1, "source": 5, "header_sha256": "", "edits": []}',
+        '{"format": 1, "source": "x", "header_sha256": 5, "edits": []}',
+        '{"format": 1, "source": "x", "header_sha256": "", "edits": [{"edit": "remove_metadata", "keys": [5]}]}',
+        '{"format": 1, "source": "x", "header_sha256": "", "edits": '
+        '[{"edit": "set_metadata", "items": [[5, {"type": "u8", "value": 5}]]}]}',
+        "[" * 100_000,
+    ],
+)
 def test_text_that_is_no_plan(model, text):
     with pytest.raises(BadPlan):
         Plan.from_json(text, model)
@@ -184,36 +235,58 @@ SPLIT = {"edit": "split", "max_bytes": None, "max_tensors": 2, "keep": False, "f
 
 
 def by_hand(model, edit):
-    return Plan.from_json(json.dumps({"format": 1, "source": model.path, "header_sha256": model.header_sha256,
-                                      "edits": [edit]}), model)
+    return Plan.from_json(
+        json.dumps({"format": 1, "source": model.path, "header_sha256": model.header_sha256, "edits": [edit]}), model
+    )
 
 
 def test_plans_of_the_time_before_imatrix_and_shards_still_load(model):
     assert by_hand(model, QUANTIZE) == Plan(model).quantize("Q8_0")
-    assert by_hand(model, {"edit": "keep_experts", "kept": {"0": [0, 1], "1": [2, 3]}, "metric": "given", "mtp": "keep"}
-                   ) == Plan(model).keep_experts({0: [0, 1], 1: [2, 3]})
+    assert by_hand(
+        model, {"edit": "keep_experts", "kept": {"0": [0, 1], "1": [2, 3]}, "metric": "given", "mtp": "keep"}
+    ) == Plan(model).keep_experts({0: [0, 1], 1: [2, 3]})
 
 
-@pytest.mark.parametrize("edit", [
-    {**QUANTIZE, "pure": "false"}, {**QUANTIZE, "allow_requantize": 1}, {**QUANTIZE, "leave_output": "no"},
-    {**QUANTIZE, "output_type": 3}, {**QUANTIZE, "max_bytes": "1GB"}, {**QUANTIZE, "max_bytes": 1.5},
-    {**QUANTIZE, "overrides": "ab"}, {**QUANTIZE, "overrides": [["a", None]]}, {**QUANTIZE, "imatrix": "x"},
-    {**QUANTIZE, "imatrix": {**USE, "include": "ffn"}}, {**SPLIT, "max_tensors": "2"}, {**SPLIT, "max_bytes": []},
-    {**SPLIT, "keep": "no"}, {"edit": "prune_layers", "layers": [1.5]}, {"edit": "prune_layers", "layers": "1"},
-    {"edit": "keep_experts", "kept": {"0": [True]}, "metric": "", "mtp": "keep"},
-    {"edit": "remove_metadata", "keys": "a"},
-])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {**QUANTIZE, "pure": "false"},
+        {**QUANTIZE, "allow_requantize": 1},
+        {**QUANTIZE, "leave_output": "no"},
+        {**QUANTIZE, "output_type": 3},
+        {**QUANTIZE, "max_bytes": "1GB"},
+        {**QUANTIZE, "max_bytes": 1.5},
+        {**QUANTIZE, "overrides": "ab"},
+        {**QUANTIZE, "overrides": [["a", None]]},
+        {**QUANTIZE, "imatrix": "x"},
+        {**QUANTIZE, "imatrix": {**USE, "include": "ffn"}},
+        {**SPLIT, "max_tensors": "2"},
+        {**SPLIT, "max_bytes": []},
+        {**SPLIT, "keep": "no"},
+        {"edit": "prune_layers", "layers": [1.5]},
+        {"edit": "prune_layers", "layers": "1"},
+        {"edit": "keep_experts", "kept": {"0": [True]}, "metric": "", "mtp": "keep"},
+        {"edit": "remove_metadata", "keys": "a"},
+    ],
+)
 def test_json_edited_by_hand_into_another_type(model, edit):
     with pytest.raises(BadPlan, match="not a plan"):
         by_hand(model, edit)
 
 
-@pytest.mark.parametrize("edit", [
-    {**QUANTIZE, "output_type": "NOTHING"}, {**QUANTIZE, "token_embedding_type": "copy"},
-    {**QUANTIZE, "type": "9" * 5000}, {**QUANTIZE, "overrides": [["(" * 3000, "Q8_0"]]},
-    {**QUANTIZE, "overrides": [["a{99999999999}", "Q8_0"]]}, {**QUANTIZE, "imatrix": {**USE, "path": "\0"}},
-    {**QUANTIZE, "imatrix": {**USE, "path": "\ud800"}}, {**SPLIT, "max_tensors": 0},
-])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {**QUANTIZE, "output_type": "NOTHING"},
+        {**QUANTIZE, "token_embedding_type": "copy"},
+        {**QUANTIZE, "type": "9" * 5000},
+        {**QUANTIZE, "overrides": [["(" * 3000, "Q8_0"]]},
+        {**QUANTIZE, "overrides": [["a{99999999999}", "Q8_0"]]},
+        {**QUANTIZE, "imatrix": {**USE, "path": "\0"}},
+        {**QUANTIZE, "imatrix": {**USE, "path": "\ud800"}},
+        {**SPLIT, "max_tensors": 0},
+    ],
+)
 def test_nonsense_of_the_right_type_is_a_blocker(model, edit):
     assert by_hand(model, edit).check().blockers
 
@@ -239,7 +312,7 @@ def test_the_importance_matrix_of_the_parent_after_layers_were_dropped(model, fo
     pgs.imatrix.write(path, {name: (np.ones(row), 1) for name in names})
     assert not Plan(model).prune_layers([0]).quantize("Q4_K_M", imatrix=path).check().blockers
     with pgs.open(cut) as child:
-        blocker, = Plan(child).quantize("Q4_K_M", imatrix=path).check().blockers
+        (blocker,) = Plan(child).quantize("Q4_K_M", imatrix=path).check().blockers
         assert blocker.object == names[1] and "before its layers were dropped" in blocker.problem
         pgs.imatrix.write(path, {names[0]: (np.ones(row), 1)}, overwrite=True)  # its own
         assert not Plan(child).quantize("Q4_K_M", imatrix=path).check().blockers
@@ -253,6 +326,7 @@ def test_a_plan_for_another_file(model, folder):
 
 # --- check ------------------------------------------------------------------------------------------------------------
 
+
 def test_check_fixes_everything_before_a_byte_is_written(model, tmp_path):
     checked = full_plan(model).check()
     assert checked.blockers == []
@@ -262,12 +336,22 @@ def test_check_fixes_everything_before_a_byte_is_written(model, tmp_path):
         assert (out.file_bytes, out.header_bytes) == (checked.file_bytes, len(checked.files[0].header))
         assert [(t.name, t.shape, t.type, t.offset, t.nbytes) for t in out.tensors.values()] == [
             (t.name, t.shape, t.type, offset, nbytes)
-            for t, offset, nbytes in zip(checked.tensors, checked.offsets, checked.nbytes, strict=True)]
+            for t, offset, nbytes in zip(checked.tensors, checked.offsets, checked.nbytes, strict=True)
+        ]
 
 
 def test_the_json_of_a_check(model):
     data = full_plan(model).check().to_json()
-    assert set(data) == {"tensors", "metadata", "file_bytes", "peak_memory_bytes", "blockers", "warnings", "notes", "plan"}
+    assert set(data) == {
+        "tensors",
+        "metadata",
+        "file_bytes",
+        "peak_memory_bytes",
+        "blockers",
+        "warnings",
+        "notes",
+        "plan",
+    }
     by_name = {t["name"]: t for t in data["tensors"]}
     exps = by_name["blk.0.ffn_up_exps.weight"]
     assert (exps["role"], exps["type"], exps["shape"], exps["action"]) == ("expert", "MXFP4", [4, 32, 32], "encode")
@@ -282,8 +366,12 @@ def test_the_json_of_a_check(model):
 
 def test_long_arrays_are_abbreviated_unless_full(folder):
     tokens = [f"t{i}" for i in range(33)]
-    path = make_gguf(folder / "long.gguf", "test", {"tokenizer.ggml.tokens": (tokens, T.ARRAY, T.STRING),
-                                                    "test.nan": (float("nan"), T.FLOAT32)}, {})
+    path = make_gguf(
+        folder / "long.gguf",
+        "test",
+        {"tokenizer.ggml.tokens": (tokens, T.ARRAY, T.STRING), "test.nan": (float("nan"), T.FLOAT32)},
+        {},
+    )
     checked = Plan(pgs.open(path)).set_metadata({"test.x": list(range(40))}).check()
     short, full = checked.to_json(), checked.to_json(full=True)
     assert short["metadata"]["tokenizer.ggml.tokens"] == {"type": "str[]", "length": 33, "head": tokens[:32]}
@@ -297,8 +385,16 @@ def test_the_summary_says_what_matters(model):
     checked = full_plan(model).check()
     text = checked.summary()
     bits = 8 * sum(checked.nbytes) / checked.elements
-    for part in ("qwen3moe", "experts: 16 -> 4", f"{bits:.3f} bits per weight", "peak memory", "expert", "router",
-                 "MXFP4 x6", "override attn=copy: 14 tensors"):
+    for part in (
+        "qwen3moe",
+        "experts: 16 -> 4",
+        f"{bits:.3f} bits per weight",
+        "peak memory",
+        "expert",
+        "router",
+        "MXFP4 x6",
+        "override attn=copy: 14 tensors",
+    ):
         assert part in text, part
     assert "cannot be written" not in text
     refused = Plan(model).quantize("Q8_0", overrides=[("nothing", "F16")]).check()
@@ -325,9 +421,9 @@ def blockers(path, edit=lambda plan: plan):
 
 def test_a_name_that_llama_cpp_cannot_load(tmp_path):
     path = tmp_path / "m.gguf"
-    path.write_bytes(hand_made([kv("general.architecture", "str", "test")], [info("n" * 64), info("m" * 64,
-                                                                                                  offset=128)],
-                               bytes(256)))
+    path.write_bytes(
+        hand_made([kv("general.architecture", "str", "test")], [info("n" * 64), info("m" * 64, offset=128)], bytes(256))
+    )
     assert [b.found for b in blockers(path)] == ["64 bytes"] * 2
 
 
@@ -350,14 +446,19 @@ def test_more_experts_used_than_there_are(model, tmp_path):
     assert Plan(model).keep_experts(two).set_metadata({used: 2}).check().blockers == []
 
 
-@pytest.mark.parametrize("items, object", [
-    ({"expert_group_count": 5}, "expert_group_count"), ({"expert_group_count": 16}, "expert_group_count"),
-    ({"expert_group_used_count": 4}, "expert_group_used_count"),
-    ({"expert_group_used_count": 0}, "expert_group_used_count"),
-    ({"expert_used_count": 9}, "expert_group_used_count"), ({"expert_used_count": 0}, "expert_used_count"),
-    ({"nextn_predict_layers": 4}, "nextn_predict_layers"),
-    (None, "expert_used_count"),
-])
+@pytest.mark.parametrize(
+    "items, object",
+    [
+        ({"expert_group_count": 5}, "expert_group_count"),
+        ({"expert_group_count": 16}, "expert_group_count"),
+        ({"expert_group_used_count": 4}, "expert_group_used_count"),
+        ({"expert_group_used_count": 0}, "expert_group_used_count"),
+        ({"expert_used_count": 9}, "expert_group_used_count"),
+        ({"expert_used_count": 0}, "expert_used_count"),
+        ({"nextn_predict_layers": 4}, "nextn_predict_layers"),
+        (None, "expert_used_count"),
+    ],
+)
 def test_numbers_that_llama_cpp_could_not_load(tmp_path, items, object):
     with pgs.open(moe_models.deepseek2(tmp_path / "m.gguf", experts=16, groups=4, group_used=2)) as model:
         plan = Plan(model)
@@ -380,8 +481,11 @@ def test_an_expression_of_the_wrong_size_is_never_written(model):
     checked = Plan(model).check()
     name = "blk.0.ffn_up_exps.weight"
     at = [t.name for t in checked.tensors].index(name)
-    for shape, expression in [((3, 32, 32), Take(name, (0, 1))), ((4, 32, 32), Copy(name)), ((1, 32, 32), Take(name,
-                                                                                                               (16,)))]:
+    for shape, expression in [
+        ((3, 32, 32), Take(name, (0, 1))),
+        ((4, 32, 32), Copy(name)),
+        ((1, 32, 32), Take(name, (16,))),
+    ]:
         checked.tensors[at] = OutputTensor(name, shape, "F16", "F16", expression)
         with pytest.raises(BadPlan) as e:
             build_jobs(model, checked, Companions())
@@ -392,19 +496,31 @@ def test_neighbouring_experts_are_one_run(model):
     tensor = OutputTensor("x", (6, 32, 32), "F16", "F16", Take("blk.0.ffn_up_exps.weight", (0, 1, 2, 5, 8, 9)))
     ref = model.tensors["blk.0.ffn_up_exps.weight"]
     assert [(run.source, run.offset, run.nbytes) for run in lower(tensor, Inputs(model)).runs] == [
-        (0, ref.offset + i * 2048, n * 2048) for i, n in ((0, 3), (5, 1), (8, 2))]
+        (0, ref.offset + i * 2048, n * 2048) for i, n in ((0, 3), (5, 1), (8, 2))
+    ]
 
 
-@pytest.mark.parametrize("text, nbytes", [("512MiB", 2**29), ("2GB", 2 * 10**9), (2**27, 2**27), ("134217728", 2**27),
-                                          ("1.5GiB", 3 * 2**29), ("64 mib", 2**26), ("100000kB", 10**8), ("1TiB",
-                                                                                                          2**40),
-                                          ("70000000B", 7 * 10**7)])
+@pytest.mark.parametrize(
+    "text, nbytes",
+    [
+        ("512MiB", 2**29),
+        ("2GB", 2 * 10**9),
+        (2**27, 2**27),
+        ("134217728", 2**27),
+        ("1.5GiB", 3 * 2**29),
+        ("64 mib", 2**26),
+        ("100000kB", 10**8),
+        ("1TiB", 2**40),
+        ("70000000B", 7 * 10**7),
+    ],
+)
 def test_sizes(text, nbytes):
     assert parse_memory(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "MiB", "12M", "-5", "1e9", "0x10", "1 2", "12MiBs", None, 1.5, True, "63MiB", 0,
-                                  -1])
+@pytest.mark.parametrize(
+    "text", ["", "MiB", "12M", "-5", "1e9", "0x10", "1 2", "12MiBs", None, 1.5, True, "63MiB", 0, -1]
+)
 def test_sizes_that_are_refused(model, text):
     with pytest.raises(BadPlan):
         Plan(model).check(memory=text)
@@ -420,8 +536,20 @@ def test_the_stated_peak_is_within_the_promise(model, memory, threads):
 # --- law 2: the engine is what a slow oracle makes ------------------------------------------------------------------
 
 SOURCE_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "MXFP4", "Q4_K", "Q6_K"]
-TARGETS = [("MXFP4_MOE", False), ("Q8_0", False), ("F16", False), ("BF16", False), ("F32", False), ("COPY", False),
-           ("Q4_K", True), ("Q4_0", True), ("Q6_K", True), ("IQ4_NL", True), ("TQ2_0", True), ("Q2_0", True)]
+TARGETS = [
+    ("MXFP4_MOE", False),
+    ("Q8_0", False),
+    ("F16", False),
+    ("BF16", False),
+    ("F32", False),
+    ("COPY", False),
+    ("Q4_K", True),
+    ("Q4_0", True),
+    ("Q6_K", True),
+    ("IQ4_NL", True),
+    ("TQ2_0", True),
+    ("Q2_0", True),
+]
 
 
 @st.composite
@@ -459,8 +587,16 @@ def test_law_2_the_engine_equals_a_slow_oracle(folder, small, target, data):
     n = data.draw(st.integers(1, experts))
     keep = {i: sorted(data.draw(st.permutations(range(experts)))[:n]) for i in range(layers)}
     path, out = folder / "law2.gguf", folder / "law2-out.gguf"
-    make_gguf(path, "gpt-oss", {"gpt-oss.expert_count": (experts, T.UINT32), "gpt-oss.expert_used_count": (1, T.UINT32),
-                                "gpt-oss.block_count": (layers, T.UINT32)}, tensors)
+    make_gguf(
+        path,
+        "gpt-oss",
+        {
+            "gpt-oss.expert_count": (experts, T.UINT32),
+            "gpt-oss.expert_used_count": (1, T.UINT32),
+            "gpt-oss.block_count": (layers, T.UINT32),
+        },
+        tensors,
+    )
     with pgs.open(path) as model:
         plan = Plan(model).keep_experts(keep).quantize(target[0], pure=target[1], allow_requantize=True)
         types = {t.name: t.type for t in plan.check().tensors}

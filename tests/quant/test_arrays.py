@@ -1,4 +1,5 @@
 """pgs.quantize and pgs.dequantize: shapes, names, importance, errors. The bytes themselves: test_quant.py."""
+
 import gguf
 import numpy as np
 import pytest
@@ -50,9 +51,17 @@ def test_views_and_other_floats():
     np.testing.assert_array_equal(pgs.dequantize(data[::2], "Q8_0"), pgs.dequantize(data, "Q8_0")[::2])
 
 
-@pytest.mark.parametrize("array", [np.float32(1), np.zeros((2, 33), np.float32), np.zeros((2, 32), np.int32),
-                                   np.full((1, 32), np.nan, np.float32), np.full((1, 32), np.inf, np.float32),
-                                   np.full((1, 32), 1e300)])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.float32(1),
+        np.zeros((2, 33), np.float32),
+        np.zeros((2, 32), np.int32),
+        np.full((1, 32), np.nan, np.float32),
+        np.full((1, 32), np.inf, np.float32),
+        np.full((1, 32), 1e300),
+    ],
+)
 def test_arrays_that_cannot_be_encoded(array):
     with pytest.raises(BadPlan):
         pgs.quantize(array, "Q8_0")

@@ -1,4 +1,5 @@
 """quality="best": the same format with less error; the default stays llama-quantize's bytes."""
+
 import gguf
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ VALUES = np.concatenate([VALUES, -VALUES])  # in halves, as ggml has them
 
 
 def decoded(encoded):
-    """MXFP4 by the text of the OCP standard (and ggml's doubled values): [rows, bytes] -> float64 [rows, blocks, 32]."""
+    """MXFP4 by the text of the OCP standard (and ggml's doubled values): [rows, bytes] -> float64 [rows, blocks,
+    32]."""
     blocks = encoded.reshape(encoded.shape[0], -1, 17)
     scale = 2.0 ** (blocks[..., :1].astype(np.float64) - 128)
     codes = np.concatenate([blocks[..., 1:] & 15, blocks[..., 1:] >> 4], axis=-1)
@@ -73,7 +75,8 @@ def test_any_block_is_valid_and_never_worse(seed, power, weighted):
     assert (errors(x, best, w) <= errors(x, plain, w) * (1 + 1e-5)).all()
     assert (best.reshape(4, -1, 17)[..., 0] < 255).all()
     np.testing.assert_array_equal(
-        pgs.dequantize(best, "MXFP4"), gguf.quants.dequantize(best, gguf.GGMLQuantizationType.MXFP4))
+        pgs.dequantize(best, "MXFP4"), gguf.quants.dequantize(best, gguf.GGMLQuantizationType.MXFP4)
+    )
 
 
 def test_every_set_of_kernels_gives_the_same_bytes():
@@ -82,8 +85,10 @@ def test_every_set_of_kernels_gives_the_same_bytes():
     x[6] *= 2.0**-120
     weights = np.random.default_rng(4).standard_exponential(96).astype(np.float32)
     for w in (None, weights):
-        found = {name: with_kernels(name, lambda: pgs.quantize(x, "MXFP4", w, quality="best")).tobytes()
-                 for name in ("ggml", *SETS)}
+        found = {
+            name: with_kernels(name, lambda: pgs.quantize(x, "MXFP4", w, quality="best")).tobytes()
+            for name in ("ggml", *SETS)
+        }
         assert len(set(found.values())) == 1
 
 
@@ -136,7 +141,9 @@ def test_default_is_llama_quantizes_bytes_and_says_so(model, tmp_path):
     plan = Plan(model).quantize("MXFP4_MOE")
     assert plan == Plan(model).quantize("MXFP4_MOE", quality="default")
     assert not any("quality" in note for note in plan.check().notes)
-    assert any("quality best: no tensor" in text for text in Plan(model).quantize("Q8_0", quality="best").check().warnings)
+    assert any(
+        "quality best: no tensor" in text for text in Plan(model).quantize("Q8_0", quality="best").check().warnings
+    )
     with pytest.raises(BadPlan, match="quality"):
         Plan(model).quantize("MXFP4_MOE", quality="high")
 

@@ -1,4 +1,5 @@
 """Which importance rows a tensor is encoded with: llama-quantize's by default, and what the policies change."""
+
 import math
 from dataclasses import dataclass
 
@@ -70,6 +71,7 @@ HOLES = EXPERTS, [1, 0, 3, 0]
 
 # --- as llama-quantize does -----------------------------------------------------------------------------------------
 
+
 def test_each_tensor_gets_the_rows_of_its_entry(ask):
     heads = encoded(V_B, (3, 5, 2))
     out = ask({UP: SEEN, Q: ([1, 2], 7), V_B: (np.ones(6), 7)}, [encoded(UP, (4, 3, 2)), encoded(Q, (3, 2)), heads])
@@ -79,8 +81,10 @@ def test_each_tensor_gets_the_rows_of_its_entry(ask):
 
 
 def test_only_types_that_use_importance_ask_for_it(ask):
-    tensors = [encoded(f"blk.{i}.attn_q.weight", (3, 2), type=type) for i, type in
-               enumerate(("Q8_0", "F16", "BF16", "F32", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0"))]
+    tensors = [
+        encoded(f"blk.{i}.attn_q.weight", (3, 2), type=type)
+        for i, type in enumerate(("Q8_0", "F16", "BF16", "F32", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0"))
+    ]
     tensors.append(encoded(Q, (3, 2), type="Q4_K", source_type="Q4_K"))
     out = ask({"x": ([1], 1)}, tensors, missing="fail")
     assert out == importance.ImportanceOutcome()
@@ -95,12 +99,20 @@ def test_a_missing_entry_means_no_importance(ask):
 
 
 def test_an_expert_never_seen_gets_ones(ask):
-    out = ask({UP: HOLES, DOWN: (EXPERTS, [1, 1, 1, 0]), Q: ([3, 4], 0)},
-              [encoded(UP, (4, 3, 2)), encoded(DOWN, (4, 3, 2)), encoded(Q, (5, 2))])
-    assert out.importance == {UP: Importance(UP, (0, ONES, 2, ONES)), DOWN: Importance(DOWN, (0, 1, 2, ONES)),
-                              Q: Importance(Q, (ONES,))}
-    assert out.tensor_notes == {UP: ["2 experts never seen: importance of ones"],
-                         DOWN: ["1 expert never seen: importance of ones"], Q: ["1 row never seen: importance of ones"]}
+    out = ask(
+        {UP: HOLES, DOWN: (EXPERTS, [1, 1, 1, 0]), Q: ([3, 4], 0)},
+        [encoded(UP, (4, 3, 2)), encoded(DOWN, (4, 3, 2)), encoded(Q, (5, 2))],
+    )
+    assert out.importance == {
+        UP: Importance(UP, (0, ONES, 2, ONES)),
+        DOWN: Importance(DOWN, (0, 1, 2, ONES)),
+        Q: Importance(Q, (ONES,)),
+    }
+    assert out.tensor_notes == {
+        UP: ["2 experts never seen: importance of ones"],
+        DOWN: ["1 expert never seen: importance of ones"],
+        Q: ["1 row never seen: importance of ones"],
+    }
     assert out.blockers == []
     assert out.warnings == ["importance: 3 tensors, 3 experts never seen in 2 tensors, 1 row never seen in 1 tensor"]
 
@@ -109,8 +121,12 @@ def rows_of(m, chosen, row):
     """The importance that an outcome stands for, shape [rows, row]."""
     entry = m.entries.get(chosen.ref)
     special = {ONES: lambda: np.ones(row, np.float32), MEAN: lambda: m.mean_row(chosen.ref, row)}
-    return np.stack([special[r]() if r in special else m.sums(chosen.ref).reshape(-1, row)[r]
-                     / np.float32(entry.divisor(r, row)) for r in chosen.rows])
+    return np.stack(
+        [
+            special[r]() if r in special else m.sums(chosen.ref).reshape(-1, row)[r] / np.float32(entry.divisor(r, row))
+            for r in chosen.rows
+        ]
+    )
 
 
 @given(data=st.data())
@@ -141,13 +157,19 @@ def test_the_real_importance_matrix_fits_its_model(path):
         tensors = [encoded(t.name, t.shape, source_type=t.type) for t in model.tensors.values() if len(t.shape) > 1]
         out = importance.resolve(m, UseImatrix(str(path), ""), model, tensors)
         assert out.blockers == [] and out.importance.keys() == m.entries.keys()
-        assert set(out.missing) == {"token_embd.weight", "output.weight",
-                                    *(f"blk.{i}.ssm_conv1d.weight" for i in range(3))}
-        assert all(same(rows_of(m, chosen, 256), m.importance(name).reshape(-1, 256))
-                   for name, chosen in out.importance.items())
+        assert set(out.missing) == {
+            "token_embd.weight",
+            "output.weight",
+            *(f"blk.{i}.ssm_conv1d.weight" for i in range(3)),
+        }
+        assert all(
+            same(rows_of(m, chosen, 256), m.importance(name).reshape(-1, 256))
+            for name, chosen in out.importance.items()
+        )
 
 
 # --- cuts and sizes -------------------------------------------------------------------------------------------------
+
 
 def test_an_entry_is_cut_as_its_tensor_is(ask):
     tensor = encoded(UP, (2, 3, 2), Take(UP, (1, 2)))
@@ -158,16 +180,23 @@ def test_an_entry_is_cut_as_its_tensor_is(ask):
 
 
 def test_a_renumbered_block_keeps_the_name_of_the_source(ask):
-    out = ask({UP: SEEN, UP.replace("0", "5"): (EXPERTS[:2], [1, 1])},
-              [encoded(UP, (1, 3, 2), Take(UP.replace("0", "5"), (1,)))], {UP.replace("0", "5"): (2, 3, 2)})
+    out = ask(
+        {UP: SEEN, UP.replace("0", "5"): (EXPERTS[:2], [1, 1])},
+        [encoded(UP, (1, 3, 2), Take(UP.replace("0", "5"), (1,)))],
+        {UP.replace("0", "5"): (2, 3, 2)},
+    )
     assert out.importance == {UP: Importance(UP.replace("0", "5"), (1,))}
 
 
 def test_an_importance_matrix_of_the_cut_model_is_used_as_it_is(ask):
     out = ask({UP: (EXPERTS[:2], [1, 0])}, [encoded(UP, (2, 3, 2), Take(UP, (1, 3)))], {UP: (4, 3, 2)})
     assert out.importance == {UP: Importance(UP, (0, ONES))}
-    assert out.tensor_notes == {UP: [f"{UP} in the importance matrix fits the cut model: used as it is",
-                              "1 expert never seen: importance of ones"]}
+    assert out.tensor_notes == {
+        UP: [
+            f"{UP} in the importance matrix fits the cut model: used as it is",
+            "1 expert never seen: importance of ones",
+        ]
+    }
     assert "1 with an entry of the cut model" in out.warnings[0]
 
 
@@ -179,18 +208,24 @@ def test_four_dimensions_and_no_source(ask):
     assert ask({UP: (np.ones(4), [1, 2])}, [stacked], {"a": (3, 2)}).importance == {UP: Importance(UP, (0, 1))}
 
 
-@pytest.mark.parametrize("name, shape, sums, counts, found, expected", [
-    (Q, (3, 2), np.ones(3), 1, 3, 2), (UP, (4, 3, 2), np.ones(6), [1, 1, 1], 6, 8),
-    (UP, (4, 3, 2), np.ones(12), [1] * 6, 12, 8), ("token_embd.weight", (9, 2), np.ones(18), 1, 18, 2),
-    (Q, (3, 2), np.ones(4), [1, 1], 4, 2),
-])
+@pytest.mark.parametrize(
+    "name, shape, sums, counts, found, expected",
+    [
+        (Q, (3, 2), np.ones(3), 1, 3, 2),
+        (UP, (4, 3, 2), np.ones(6), [1, 1, 1], 6, 8),
+        (UP, (4, 3, 2), np.ones(12), [1] * 6, 12, 8),
+        ("token_embd.weight", (9, 2), np.ones(18), 1, 18, 2),
+        (Q, (3, 2), np.ones(4), [1, 1], 4, 2),
+    ],
+)
 @pytest.mark.parametrize("missing", POLICIES)
 def test_an_unfit_importance_matrix_is_refused(ask, name, shape, sums, counts, found, expected, missing):
     out = ask({name: (sums, counts)}, [encoded(name, shape)], missing=missing)
     assert out.importance == {}
     assert messages(out.blockers) == [
         f"{name}: importance of another size (found {found}, expected {expected}); "
-        f"exclude_weights= (--exclude-weights) {name} leaves it out"]
+        f"exclude_weights= (--exclude-weights) {name} leaves it out"
+    ]
     assert isinstance(out.blockers[0], BadPlan) and out.blockers[0].object == name
 
 
@@ -201,10 +236,13 @@ def test_counts_that_divide_a_row_are_refused(ask):
 
 # --- policies -------------------------------------------------------------------------------------------------------
 
+
 def test_fail_names_the_experts_never_seen(ask):
     out = ask({UP: HOLES, Q: ([1, 2], 0)}, [encoded(UP, (4, 3, 2)), encoded(Q, (3, 2))], missing="fail")
-    assert messages(out.blockers) == [f"{UP}: experts never seen (found experts 1, 3); {HINT}",
-                                      f"{Q}: never seen; {HINT}"]
+    assert messages(out.blockers) == [
+        f"{UP}: experts never seen (found experts 1, 3); {HINT}",
+        f"{Q}: never seen; {HINT}",
+    ]
     assert out.importance == {}
     many = ask({UP: (np.ones((40, 2)), np.zeros(40))}, [encoded(UP, (40, 3, 2))], missing="fail")
     assert "found experts 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ... (40))" in str(many.blockers[0])
@@ -214,27 +252,38 @@ def test_fail_names_a_tensor_without_an_entry(ask):
     out = ask({UP: SEEN}, [encoded(Q, (3, 2)), encoded(GATE, (4, 3, 2))], missing="fail")
     assert messages(out.blockers) == [
         f"{Q}: no entry in the importance matrix; {HINT}",
-        f"{GATE}: no entry in the importance matrix; {HINT} takes {UP}, which has the same inputs"]
+        f"{GATE}: no entry in the importance matrix; {HINT} takes {UP}, which has the same inputs",
+    ]
 
 
 def test_ones(ask):
     out = ask({UP: HOLES}, [encoded(UP, (4, 3, 2)), encoded(Q, (3, 2)), encoded(DOWN, (4, 3, 2))], missing="ones")
-    assert out.importance == {UP: Importance(UP, (0, ONES, 2, ONES)), Q: Importance(Q, (ONES,)),
-                              DOWN: Importance(DOWN, (ONES,) * 4)}
+    assert out.importance == {
+        UP: Importance(UP, (0, ONES, 2, ONES)),
+        Q: Importance(Q, (ONES,)),
+        DOWN: Importance(DOWN, (ONES,) * 4),
+    }
     assert (out.blockers, out.missing) == ([], [])
     assert out.tensor_notes[Q] == ["no entry in the importance matrix: importance of ones"]
-    assert out.warnings == ["importance: 3 tensors, 2 with ones for want of an entry, "
-                            "2 experts never seen in 1 tensor"]
+    assert out.warnings == ["importance: 3 tensors, 2 with ones for want of an entry, 2 experts never seen in 1 tensor"]
 
 
 def test_layer_mean(ask):
-    out = ask({UP: HOLES, DOWN: (EXPERTS, [0] * 4)}, [encoded(UP, (4, 3, 2)), encoded(DOWN, (4, 3, 2)),
-                                                      encoded(Q, (3, 2))], missing="layer-mean")
-    assert out.importance == {UP: Importance(UP, (0, MEAN, 2, MEAN)), DOWN: Importance(DOWN, (ONES,) * 4),
-                              Q: Importance(Q, (ONES,))}  # where nothing was seen there is no mean
-    assert out.tensor_notes == {UP: ["2 experts never seen: importance of the entry's mean"],
-                         DOWN: ["4 experts never seen: importance of ones"],
-                         Q: ["no entry in the importance matrix: importance of ones"]}
+    out = ask(
+        {UP: HOLES, DOWN: (EXPERTS, [0] * 4)},
+        [encoded(UP, (4, 3, 2)), encoded(DOWN, (4, 3, 2)), encoded(Q, (3, 2))],
+        missing="layer-mean",
+    )
+    assert out.importance == {
+        UP: Importance(UP, (0, MEAN, 2, MEAN)),
+        DOWN: Importance(DOWN, (ONES,) * 4),
+        Q: Importance(Q, (ONES,)),
+    }  # where nothing was seen there is no mean
+    assert out.tensor_notes == {
+        UP: ["2 experts never seen: importance of the entry's mean"],
+        DOWN: ["4 experts never seen: importance of ones"],
+        Q: ["no entry in the importance matrix: importance of ones"],
+    }
 
 
 def test_layer_mean_of_a_legacy_file(tmp_path):
@@ -258,12 +307,15 @@ def test_rows_of_zeros(ask, missing, fill):
     entries = {UP: (sums, [1, 1, 1, 1]), Q: (np.zeros(2), 5)}
     for strict in ("default", "fail"):
         out = ask(entries, tensors, missing=strict)
-        assert messages(out.blockers) == [f"{UP}: importance is all zero (found experts 2); {HINT}",
-                                          f"{Q}: importance is all zero; {HINT}"]
+        assert messages(out.blockers) == [
+            f"{UP}: importance is all zero (found experts 2); {HINT}",
+            f"{Q}: importance is all zero; {HINT}",
+        ]
     out = ask(entries, tensors, missing=missing)
     assert out.importance == {UP: Importance(UP, (0, 1, fill, 3)), Q: Importance(Q, (ONES,))}
     assert out.blockers == [] and out.tensor_notes[UP] == [
-        f"1 expert of zeros: importance of {'ones' if fill == ONES else 'the entry' + chr(39) + 's mean'}"]
+        f"1 expert of zeros: importance of {'ones' if fill == ONES else 'the entry' + chr(39) + 's mean'}"
+    ]
     # A row of zeros that is cut away matters to nobody.
     assert ask(entries, [encoded(UP, (1, 3, 2), Take(UP, (3,)))], {UP: (4, 3, 2)}).blockers == []
 
@@ -279,8 +331,9 @@ def test_bad_values_are_refused_by_name(ask, missing):
     assert texts[1].startswith(f"{Q}: importance that is negative (found -1.0 in element 0, at byte ")
 
 
-@pytest.mark.parametrize("name, shape", [("token_embd.weight", (9, 2)), ("per_layer_token_embd.weight", (9, 2)),
-                                         ("output.weight", (9, 2))])
+@pytest.mark.parametrize(
+    "name, shape", [("token_embd.weight", (9, 2)), ("per_layer_token_embd.weight", (9, 2)), ("output.weight", (9, 2))]
+)
 @pytest.mark.parametrize("missing", POLICIES)
 def test_embedding_and_output_normally_have_no_entry(ask, name, shape, missing):
     out = ask({Q: ([1, 1], 1)}, [encoded(name, shape)], missing=missing)
@@ -296,9 +349,18 @@ def test_embedding_and_output_normally_have_no_entry(ask, name, shape, missing):
 
 # --- twins ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("have, want", [((GATE, UP), (GATE_UP, GATE)), ((UP,), (GATE_UP, UP)),
-                                        ((GATE_UP, GATE), (UP, GATE_UP)), ((GATE_UP,), (GATE, GATE_UP)),
-                                        ((UP,), (GATE, UP)), ((GATE,), (UP, GATE))])
+
+@pytest.mark.parametrize(
+    "have, want",
+    [
+        ((GATE, UP), (GATE_UP, GATE)),
+        ((UP,), (GATE_UP, UP)),
+        ((GATE_UP, GATE), (UP, GATE_UP)),
+        ((GATE_UP,), (GATE, GATE_UP)),
+        ((UP,), (GATE, UP)),
+        ((GATE,), (UP, GATE)),
+    ],
+)
 @pytest.mark.parametrize("missing", ["ones", "layer-mean"])
 def test_fused_and_separate_gate_and_up_have_the_same_inputs(ask, have, want, missing):
     name, twin = want
@@ -309,7 +371,8 @@ def test_fused_and_separate_gate_and_up_have_the_same_inputs(ask, have, want, mi
     assert "1 with the entry of a twin" in out.warnings[0]
     out = ask(dict.fromkeys(have, HOLES), [tensor], {name: (4, 3, 2)})
     assert out.missing == [name] and out.tensor_notes[name] == [
-        f"no entry in the importance matrix ({twin} has the same inputs)"]
+        f"no entry in the importance matrix ({twin} has the same inputs)"
+    ]
 
 
 def test_twins_of_mla(ask):
@@ -332,19 +395,27 @@ def test_a_twin_with_another_number_of_experts_is_none(ask):
 def test_a_bad_twin_is_refused(ask):
     sums = EXPERTS.copy()
     sums[0] = np.inf
-    out = ask({UP: (sums, [1] * 4), V_B: (np.full(6, np.nan), 1)},
-              [encoded(UP, (4, 3, 2)), encoded(GATE, (4, 3, 2)), encoded(KV_B, (9, 2))], missing="ones")
+    out = ask(
+        {UP: (sums, [1] * 4), V_B: (np.full(6, np.nan), 1)},
+        [encoded(UP, (4, 3, 2)), encoded(GATE, (4, 3, 2)), encoded(KV_B, (9, 2))],
+        missing="ones",
+    )
     assert [e.object for e in out.blockers] == [UP, UP, V_B] and out.importance == {}
 
 
 # --- filters --------------------------------------------------------------------------------------------------------
 
+
 def test_include_and_exclude_are_parts_of_names(ask, tmp_path):
     entries = {UP: SEEN, GATE: SEEN, Q: ([1, 1], 1)}
     tensors = [encoded(UP, (4, 3, 2)), encoded(GATE, (4, 3, 2)), encoded(Q, (3, 2))]
-    for use, left in (({}, {UP, GATE, Q}), (dict(include=("ffn_up",)), {UP}),
-                      (dict(include=("ffn_", "attn_q.")), {UP, GATE, Q}),
-                      (dict(exclude=("ffn_up",)), {GATE, Q}), (dict(exclude=("up_exps", "attn")), {GATE})):
+    for use, left in (
+        ({}, {UP, GATE, Q}),
+        (dict(include=("ffn_up",)), {UP}),
+        (dict(include=("ffn_", "attn_q.")), {UP, GATE, Q}),
+        (dict(exclude=("ffn_up",)), {GATE, Q}),
+        (dict(exclude=("up_exps", "attn")), {GATE}),
+    ):
         out = ask(entries, tensors, **use)
         assert out.importance.keys() == left and set(out.missing) == {UP, GATE, Q} - left
         imatrix.write(tmp_path / "x", entries, overwrite=True)
@@ -365,7 +436,8 @@ def test_what_makes_no_sense_is_refused(ask):
     assert [str(e) for e in out.blockers] == ["imatrix: include_weights and exclude_weights exclude each other"]
     out = ask({Q: ([1, 1], 1)}, [encoded(Q, (3, 2))], missing="guess")
     assert [str(e) for e in out.blockers] == [
-        "imatrix_missing: unknown policy (found guess, expected default, fail, ones, layer-mean)"]
+        "imatrix_missing: unknown policy (found guess, expected default, fail, ones, layer-mean)"
+    ]
 
 
 @given(data=st.data(), missing=st.sampled_from(POLICIES))
@@ -398,6 +470,7 @@ def test_every_tensor_is_settled(tmp_path, data, missing):
 
 # --- through the engine ---------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("missing", ["default", "ones", "layer-mean"])
 def test_a_plan_encodes_with_these_rows(tmp_path, missing, old):
@@ -407,9 +480,16 @@ def test_a_plan_encodes_with_these_rows(tmp_path, missing, old):
     arrays = {name: rng.standard_normal((experts, 3, row), dtype=np.float32) for name in (UP, GATE, DOWN)}
     arrays[Q] = rng.standard_normal((3, row), dtype=np.float32)
     router = rng.standard_normal((experts, row), dtype=np.float32)
-    model = make_gguf(tmp_path / "m.gguf", "qwen3moe", {
-        "qwen3moe.block_count": (1, U32), "qwen3moe.expert_count": (experts, U32),
-        "qwen3moe.expert_used_count": (2, U32)}, {**arrays, "blk.0.ffn_gate_inp.weight": router})
+    model = make_gguf(
+        tmp_path / "m.gguf",
+        "qwen3moe",
+        {
+            "qwen3moe.block_count": (1, U32),
+            "qwen3moe.expert_count": (experts, U32),
+            "qwen3moe.expert_used_count": (2, U32),
+        },
+        {**arrays, "blk.0.ffn_gate_inp.weight": router},
+    )
     counts = np.array([3, 0, 5, 6], np.float32)
     sums = rng.random((experts, row), dtype=np.float32) + 1
     path = tmp_path / "i"
@@ -443,5 +523,6 @@ def test_an_importance_matrix_of_another_model_is_one_blocker(ask):
     out = ask({n: ([1] * 6, 1) for n in names}, [encoded(n, (3, 4)) for n in names])
     assert [str(e).partition(": ")[2] for e in out.blockers] == [
         f"{names[0]}: importance of another size (and 19 more tensors) (found 6, expected 4); "
-        f"exclude_weights= (--exclude-weights) {names[0]} leaves it out"]
+        f"exclude_weights= (--exclude-weights) {names[0]} leaves it out"
+    ]
     assert out.refused == set(names)

@@ -1,4 +1,5 @@
 """llama-quantize's choice of types, by name; overrides; fallbacks. Facts: llama.cpp's llama-quant.cpp."""
+
 import re
 from types import SimpleNamespace
 
@@ -43,6 +44,7 @@ def test_file_type_numbers_are_those_of_gguf_py():
     assert mixes.FILE_TYPES["Q3_K"] == mixes.FILE_TYPES["Q3_K_M"]
 
 
+# fmt: off
 NOT_QUANTIZED = """
     blk.0.attn_norm.weight blk.0.ffn_gate_inp.weight blk.0.ffn_gate_tid2eid.weight altup_proj.weight
     blk.0.laurel_l.weight
@@ -52,11 +54,14 @@ NOT_QUANTIZED = """
     v.position_embd.weight v.sam.pos_embd.weight v.sam.neck.0.weight v.blk.0.attn.rel_pos_h.weight v.patch_embd.weight
     mm.patch_merger.weight a.rvq.codebook.weight mm.a.code_embd.weight
     blk.0.ssm_a blk.0.ffn_up_exps.bias blk.0.exp_probs_b.bias ffn_up.scale""".split()
+# fmt: on
+# fmt: off
 QUANTIZED = """
     token_embd.weight output.weight blk.0.attn_q.weight blk.0.ffn_up_exps.weight blk.0.ffn_gate_inp_shexp.weight
     blk.0.ssm_out.weight blk.0.ssm_ba.weight blk.0.indexer.attn_k.weight blk.0.attn_k_b.weight
     blk.0.nextn.eh_proj.weight
     blk.0.time_mix_key.weight per_layer_token_embd.weight""".split()
+# fmt: on
 
 
 @pytest.mark.parametrize("name", NOT_QUANTIZED)
@@ -70,29 +75,70 @@ def test_quantized(name):
     assert not mixes.allows("llama", name, (64,))
 
 
-@pytest.mark.parametrize("name", ["blk.0.hc_attn_fn.weight", "blk.0.indexer.attn_q_b.weight", "blk.0.attn_k_b.weight",
-                                  "blk.0.attn_kv_a_mqa.weight", "blk.0.ssm_beta.weight", "blk.0.ssm_f_a.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blk.0.hc_attn_fn.weight",
+        "blk.0.indexer.attn_q_b.weight",
+        "blk.0.attn_k_b.weight",
+        "blk.0.attn_kv_a_mqa.weight",
+        "blk.0.ssm_beta.weight",
+        "blk.0.ssm_f_a.weight",
+    ],
+)
 def test_glm5_next_keeps_more(name):
     assert mixes.allows("llama", name, (64, 64)) and not mixes.allows("glm5-next", name, (64, 64))
 
 
 def test_two_dimensions_as_ggml_counts_them():
-    assert [mixes.dims(s) for s in ((), (5,), (1, 5), (5, 1), (1, 1), (1, 1, 3, 5), (2, 1, 5), (1,))] == \
-        [1, 1, 1, 2, 1, 2, 3, 1]
+    assert [mixes.dims(s) for s in ((), (5,), (1, 5), (5, 1), (1, 1), (1, 1, 3, 5), (2, 1, 5), (1,))] == [
+        1,
+        1,
+        1,
+        2,
+        1,
+        2,
+        3,
+        1,
+    ]
     assert not mixes.allows("llama", "blk.0.attn_q.weight", (1, 64))
     assert mixes.allows("llama", "blk.0.attn_q.weight", (64, 1))
 
 
 def test_mxfp4_moe():
-    tensors = [tensor("token_embd.weight", 100, 64), tensor("output.weight", 100, 64),
-               tensor("blk.0.attn_q.weight", 64, 64), tensor("blk.0.ffn_up_exps.weight", 8, 64, 64),
-               tensor("blk.0.ffn_gate_inp.weight", 8, 64, type="F32"), tensor("blk.0.attn_norm.weight", 64, type="F32"),
-               tensor("blk.0.attn_k_b.weight", 4, 64, 64), tensor("blk.0.ffn_down_exps.weight", 1, 64, 64),
-               tensor("blk.0.ffn_up_shexp.weight", 64, 64)]
-    assert types(tensors, "MXFP4_MOE", "deepseek2") == \
-        ["Q8_0", "Q8_0", "Q8_0", "MXFP4", "F32", "F32", "MXFP4", "Q8_0", "Q8_0"]
-    assert types(tensors, "mxfp4_moe", "bailingmoe3") == \
-        ["Q8_0", "Q8_0", "Q8_0", "MXFP4", "F32", "F32", "Q8_0", "Q8_0", "Q8_0"]
+    tensors = [
+        tensor("token_embd.weight", 100, 64),
+        tensor("output.weight", 100, 64),
+        tensor("blk.0.attn_q.weight", 64, 64),
+        tensor("blk.0.ffn_up_exps.weight", 8, 64, 64),
+        tensor("blk.0.ffn_gate_inp.weight", 8, 64, type="F32"),
+        tensor("blk.0.attn_norm.weight", 64, type="F32"),
+        tensor("blk.0.attn_k_b.weight", 4, 64, 64),
+        tensor("blk.0.ffn_down_exps.weight", 1, 64, 64),
+        tensor("blk.0.ffn_up_shexp.weight", 64, 64),
+    ]
+    assert types(tensors, "MXFP4_MOE", "deepseek2") == [
+        "Q8_0",
+        "Q8_0",
+        "Q8_0",
+        "MXFP4",
+        "F32",
+        "F32",
+        "MXFP4",
+        "Q8_0",
+        "Q8_0",
+    ]
+    assert types(tensors, "mxfp4_moe", "bailingmoe3") == [
+        "Q8_0",
+        "Q8_0",
+        "Q8_0",
+        "MXFP4",
+        "F32",
+        "F32",
+        "Q8_0",
+        "Q8_0",
+        "Q8_0",
+    ]
 
 
 def test_mxfp4_moe_with_an_output_of_three_dimensions():
@@ -110,8 +156,9 @@ def test_mxfp4_moe_in_glm5_next():
 @pytest.mark.parametrize("type", ["Q8_0", "F16", "BF16", "F32"])
 @pytest.mark.parametrize("architecture", ["falcon", "llama"])
 def test_one_type_for_all(type, architecture):
-    tensors = [tensor(n, 64, 64, type="F32") for n in QUANTIZED] + [tensor(n, 64, 64,
-                                                                           type="F32") for n in NOT_QUANTIZED]
+    tensors = [tensor(n, 64, 64, type="F32") for n in QUANTIZED] + [
+        tensor(n, 64, 64, type="F32") for n in NOT_QUANTIZED
+    ]
     assert types(tensors, type, architecture) == [type] * len(QUANTIZED) + ["F32"] * len(NOT_QUANTIZED)
 
 
@@ -121,11 +168,16 @@ def test_copy_copies_everything():
     assert out.tensors == tensors and out.metadata == {"general.file_type": Value(1, "u32")}
 
 
-@pytest.mark.parametrize("type", [n for n, t in TYPES.items() if t.encodes and not t.needs_importance
-                                  and n not in mixes.WANT_IMPORTANCE])
+@pytest.mark.parametrize(
+    "type", [n for n, t in TYPES.items() if t.encodes and not t.needs_importance and n not in mixes.WANT_IMPORTANCE]
+)
 def test_pure_gives_every_tensor_the_plain_type(type):
-    tensors = [tensor("token_embd.weight", 4, 256), tensor("output.weight", 4, 256), tensor("output_norm.weight", 256),
-               tensor("blk.0.ffn_up_exps.weight", 2, 4, 256)]
+    tensors = [
+        tensor("token_embd.weight", 4, 256),
+        tensor("output.weight", 4, 256),
+        tensor("output_norm.weight", 256),
+        tensor("blk.0.ffn_up_exps.weight", 2, 4, 256),
+    ]
     assert types(tensors, type, pure=True) == [type, type, "F16", type]
 
 
@@ -134,19 +186,42 @@ def test_pure_with_a_file_type_that_is_no_type():
     assert types([tensor("output.weight", 4, 256)], "MXFP4_MOE", pure=True) == ["MXFP4"]
 
 
-@pytest.mark.parametrize("type, pure, number", [
-    ("MXFP4_MOE", False, 38), ("Q8_0", False, 7), ("F16", False, 1), ("BF16", False, 32), ("F32", False, 0),
-    ("Q4_K", True, 15), ("Q4_K_S", True, 14), ("Q3_K", True, 12), ("Q5_K", True, 17), ("MXFP4", True, 38),
-    ("NVFP4", True, 39), ("Q1_0", True, 40), ("Q2_0", True, 41), ("IQ4_NL", True, 25)])
+@pytest.mark.parametrize(
+    "type, pure, number",
+    [
+        ("MXFP4_MOE", False, 38),
+        ("Q8_0", False, 7),
+        ("F16", False, 1),
+        ("BF16", False, 32),
+        ("F32", False, 0),
+        ("Q4_K", True, 15),
+        ("Q4_K_S", True, 14),
+        ("Q3_K", True, 12),
+        ("Q5_K", True, 17),
+        ("MXFP4", True, 38),
+        ("NVFP4", True, 39),
+        ("Q1_0", True, 40),
+        ("Q2_0", True, 41),
+        ("IQ4_NL", True, 25),
+    ],
+)
 def test_metadata_of_quantizing(type, pure, number):
     source = "Q4_0" if type == "F16" else "F16"
     before = {"general.file_type": Value(1, "u32"), "general.name": Value("x", "str")}
-    out = quantize([tensor("output.weight", 4, 256, type=source)], type, metadata=before, pure=pure,
-                   allow_requantize=True,
-                   overrides=(("nothing|output", "Q8_0"),))
+    out = quantize(
+        [tensor("output.weight", 4, 256, type=source)],
+        type,
+        metadata=before,
+        pure=pure,
+        allow_requantize=True,
+        overrides=(("nothing|output", "Q8_0"),),
+    )
     assert out.blockers == []
-    assert out.metadata == {"general.file_type": Value(number, "u32"), "general.name": Value("x", "str"),
-                            "general.quantization_version": Value(2, "u32")}
+    assert out.metadata == {
+        "general.file_type": Value(number, "u32"),
+        "general.name": Value("x", "str"),
+        "general.quantization_version": Value(2, "u32"),
+    }
     assert list(out.metadata) == ["general.file_type", "general.name", "general.quantization_version"]
 
 
@@ -156,23 +231,36 @@ def test_nothing_encoded_changes_no_metadata():
 
 
 def test_copy_with_an_override_keeps_the_file_type():
-    out = quantize([tensor("output.weight", 4, 256)], "COPY", metadata={"general.file_type": Value(1, "u32")},
-                   overrides=(("output", "Q8_0"),))
+    out = quantize(
+        [tensor("output.weight", 4, 256)],
+        "COPY",
+        metadata={"general.file_type": Value(1, "u32")},
+        overrides=(("output", "Q8_0"),),
+    )
     assert out.metadata == {"general.file_type": Value(1, "u32"), "general.quantization_version": Value(2, "u32")}
 
 
-@pytest.mark.parametrize("name, pure", [("NVFP4", False), ("MXFP4", False), ("Q8_K", True), ("I32", True),
-                                        ("F64", True)])
+@pytest.mark.parametrize(
+    "name, pure", [("NVFP4", False), ("MXFP4", False), ("Q8_K", True), ("I32", True), ("F64", True)]
+)
 def test_file_types_that_are_not_served(name, pure):
     with pytest.raises(Unsupported) as e:
         mixes.file_type(name, pure)
     assert e.value.object == name and (pure or ("pure" in e.value.hint and name + "_MOE" in e.value.hint))
 
 
-@pytest.mark.parametrize("name, number, type, mixture", [
-    ("q4_k", 15, "Q4_K", "Q4_K_M"), ("15", 15, "Q4_K", "Q4_K_M"), ("IQ2_S", 28, "IQ2_XS", "IQ2_S"),
-    ("0", 0, "F32", "F32"), ("38", 38, "MXFP4", "MXFP4_MOE"), ("NVFP4_MOE", 39, "NVFP4", "NVFP4_MOE"),
-    ("COPY", None, None, None)])
+@pytest.mark.parametrize(
+    "name, number, type, mixture",
+    [
+        ("q4_k", 15, "Q4_K", "Q4_K_M"),
+        ("15", 15, "Q4_K", "Q4_K_M"),
+        ("IQ2_S", 28, "IQ2_XS", "IQ2_S"),
+        ("0", 0, "F32", "F32"),
+        ("38", 38, "MXFP4", "MXFP4_MOE"),
+        ("NVFP4_MOE", 39, "NVFP4", "NVFP4_MOE"),
+        ("COPY", None, None, None),
+    ],
+)
 def test_a_file_type_by_name_or_number(name, number, type, mixture):
     found = mixes.file_type(name, False)
     assert (found.number, found.type, found.mixture, found.ours) == (number, type, mixture, name == "NVFP4_MOE")
@@ -205,6 +293,7 @@ def test_unknown_names_get_the_nearest():
 
 # --- the model ------------------------------------------------------------------------------------------------------
 
+
 def facts(architecture, **keys):
     return mixes.model_facts(architecture, {f"{architecture}.{k.replace('__', '.')}": v for k, v in keys.items()}.get)
 
@@ -220,30 +309,71 @@ def test_model_facts():
         facts("llama", block_count="many")
 
 
-@pytest.mark.parametrize("is_70b, architecture, keys", [
-    (True, "llama", dict(block_count=80, attention__head_count=64, attention__head_count_kv=8)),
-    (True, "llama", dict(block_count=81, nextn_predict_layers=1, attention__head_count=64, attention__head_count_kv=8)),
-    (False, "llama", dict(block_count=80, attention__head_count=64)),
-    (False, "llama", dict(block_count=80, expert_count=8, attention__head_count=64, attention__head_count_kv=8)),
-    (False, "llama4", dict(block_count=80, attention__head_count=64, attention__head_count_kv=8)),
-    (True, "qwen2", dict(block_count=80)),
-    (True, "jais2", dict(block_count=68)), (False, "jais2", dict(block_count=80))])
+@pytest.mark.parametrize(
+    "is_70b, architecture, keys",
+    [
+        (True, "llama", dict(block_count=80, attention__head_count=64, attention__head_count_kv=8)),
+        (
+            True,
+            "llama",
+            dict(block_count=81, nextn_predict_layers=1, attention__head_count=64, attention__head_count_kv=8),
+        ),
+        (False, "llama", dict(block_count=80, attention__head_count=64)),
+        (False, "llama", dict(block_count=80, expert_count=8, attention__head_count=64, attention__head_count_kv=8)),
+        (False, "llama4", dict(block_count=80, attention__head_count=64, attention__head_count_kv=8)),
+        (True, "qwen2", dict(block_count=80)),
+        (True, "jais2", dict(block_count=68)),
+        (False, "jais2", dict(block_count=80)),
+    ],
+)
 def test_which_models_are_70b(is_70b, architecture, keys):
     assert facts(architecture, **keys).is_70b == is_70b
 
 
 def test_architectures_that_count_their_blocks_otherwise():
     assert facts("nanbeige", block_count=22, num_loops=2).blocks == 44
-    assert facts("graniteswitch", block_count=40).blocks == facts("graniteswitch", block_count=41,
-                                                                  nextn_predict_layers=1).blocks == 41
+    assert (
+        facts("graniteswitch", block_count=40).blocks
+        == facts("graniteswitch", block_count=41, nextn_predict_layers=1).blocks
+        == 41
+    )
 
 
 def test_loader_order():
-    names = ["output.weight", "blk.10.a", "blk.9.b", "blk.9.a", "blk.07.z", "blk.x", "BLK.1.a", "blk.7.a", "blk.-2.a",
-             "blk.3x", "blk. 8", "a\udcff", "é", "v.blk.0.a", "blk.7.é"]
+    names = [
+        "output.weight",
+        "blk.10.a",
+        "blk.9.b",
+        "blk.9.a",
+        "blk.07.z",
+        "blk.x",
+        "BLK.1.a",
+        "blk.7.a",
+        "blk.-2.a",
+        "blk.3x",
+        "blk. 8",
+        "a\udcff",
+        "é",
+        "v.blk.0.a",
+        "blk.7.é",
+    ]
     assert mixes.loader_order(names) == [
-        "blk.-2.a", "BLK.1.a", "a\udcff", "blk.x", "output.weight", "v.blk.0.a", "é",  # by bytes: "é" is C3 A9
-        "blk.3x", "blk.07.z", "blk.7.a", "blk.7.é", "blk. 8", "blk.9.a", "blk.9.b", "blk.10.a"]
+        "blk.-2.a",
+        "BLK.1.a",
+        "a\udcff",
+        "blk.x",
+        "output.weight",
+        "v.blk.0.a",
+        "é",  # by bytes: "é" is C3 A9
+        "blk.3x",
+        "blk.07.z",
+        "blk.7.a",
+        "blk.7.é",
+        "blk. 8",
+        "blk.9.a",
+        "blk.9.b",
+        "blk.10.a",
+    ]
 
 
 # --- mixtures: cases from llama.cpp's source ------------------------------------------------------------------------
@@ -265,8 +395,23 @@ def blocks(part, n=24):
 
 
 def test_every_file_type_serves_every_category():
-    names = ["token_embd.weight", *(f"blk.0.{p}.weight" for p in (
-        "attn_v", "attn_k", "attn_q", "attn_qkv", "attn_output", "ffn_up", "ffn_gate", "ffn_down", "ssm_out"))]
+    names = [
+        "token_embd.weight",
+        *(
+            f"blk.0.{p}.weight"
+            for p in (
+                "attn_v",
+                "attn_k",
+                "attn_q",
+                "attn_qkv",
+                "attn_output",
+                "ffn_up",
+                "ffn_gate",
+                "ffn_down",
+                "ssm_out",
+            )
+        ),
+    ]
     for file_type, (_, default) in (mixes.FILE_TYPES | mixes.OUR_FILE_TYPES).items():
         types = chosen(file_type, names)
         assert types[-1] == ("Q8_0" if file_type.endswith("_MOE") else default)
@@ -295,14 +440,15 @@ def test_layers_of_experts_come_from_the_names():
     assert chosen("IQ2_M", names, moe) == ["IQ3_S", "IQ3_S", "IQ3_S"]  # here they are counted
 
 
-@pytest.mark.parametrize("name", ["blk.24.ffn_up_exps.weight", "blk.-1.ffn_gate_exps.weight",
-                                  "enc.blk.0.ffn_down.weight"])
+@pytest.mark.parametrize(
+    "name", ["blk.24.ffn_up_exps.weight", "blk.-1.ffn_gate_exps.weight", "enc.blk.0.ffn_down.weight"]
+)
 def test_a_layer_that_the_model_has_not_is_an_error(name):
     moe = mixes.ModelFacts("qwen3moe", 24, 64, 8, False)
     _, errors = mixes.choose_types(mixes.file_type("Q4_0", False), moe, [("blk.0.ffn_up.weight", ROW), (name, ROW)])
     assert [(type(e), e.object) for e in errors] == [(BadPlan, name)]
-    chosen("Q4_0", [name])                 # llama-quantize asks for it only where there are experts,
-    chosen("MXFP4_MOE", [name], moe)       # and where the layer matters
+    chosen("Q4_0", [name])  # llama-quantize asks for it only where there are experts,
+    chosen("MXFP4_MOE", [name], moe)  # and where the layer matters
     chosen("IQ1_S", [name], moe)
 
 
@@ -312,8 +458,11 @@ def test_grouped_queries_get_a_better_value():
 
     assert [values(3, "Q2_K"), values(4, "Q2_K")] == ["Q3_K", "Q4_K"]
     assert [values(3, "IQ4_XS"), values(4, "IQ4_XS")] == ["IQ4_XS", "Q5_K"]
-    assert [values(1, "IQ3_XXS"), values(1, "IQ3_XXS", has_imatrix=True), values(4, "IQ3_XXS")] == \
-        ["IQ3_S", "IQ3_XXS", "Q4_K"]
+    assert [values(1, "IQ3_XXS"), values(1, "IQ3_XXS", has_imatrix=True), values(4, "IQ3_XXS")] == [
+        "IQ3_S",
+        "IQ3_XXS",
+        "Q4_K",
+    ]
     assert [values(1, "IQ2_XXS"), values(1, "IQ2_S"), values(4, "IQ2_S")] == ["Q2_K", "IQ3_S", "Q4_K"]
 
 
@@ -337,13 +486,18 @@ def test_falcon_has_rules_of_its_own():
     assert chosen("Q4_K_M", blocks("ffn_down", 32), falcon)[:6] == ["Q6_K"] * 2 + ["Q5_K"] * 2 + ["Q4_K"] * 2
     assert chosen("Q4_K_S", blocks("ffn_down", 32), falcon) == ["Q4_K"] * 32
     assert chosen("Q3_K_M", blocks("attn_output", 2), falcon) == ["Q3_K"] * 2
-    assert mixes.choose_types(mixes.file_type("Q4_0", False), falcon, [("output.weight", ROW)])[0] == \
-        {"output.weight": "Q8_0"}
+    assert mixes.choose_types(mixes.file_type("Q4_0", False), falcon, [("output.weight", ROW)])[0] == {
+        "output.weight": "Q8_0"
+    }
 
 
 def test_an_importance_matrix_changes_types():
-    for file_type, without, given in (("Q4_0", "Q4_0", "Q4_1"), ("Q5_0", "Q5_0", "Q5_1"), ("IQ4_XS", "Q5_K", "IQ4_XS"),
-                                      ("IQ3_XXS", "Q4_K", "IQ3_XXS")):
+    for file_type, without, given in (
+        ("Q4_0", "Q4_0", "Q4_1"),
+        ("Q5_0", "Q5_0", "Q5_1"),
+        ("IQ4_XS", "Q5_K", "IQ4_XS"),
+        ("IQ3_XXS", "Q4_K", "IQ3_XXS"),
+    ):
         assert chosen(file_type, blocks("ffn_down"))[:3] == [without] * 3
         assert chosen(file_type, blocks("ffn_down"), has_imatrix=True)[:3] == [given] * 3
 
@@ -366,13 +520,17 @@ def test_a_tied_embedding_is_the_output():
 
 def test_nvfp4_moe_is_for_experts_only():
     names = [f"blk.0.{p}.weight" for p in ("ffn_up_exps", "attn_k_b", "ffn_up_shexp", "attn_q", "ffn_down_exps")]
-    assert chosen("NVFP4_MOE", ["token_embd.weight", *names], mixes.ModelFacts("deepseek2", 1, 2, 1, False),
-                  dict.fromkeys((names[0], names[1], names[4]), (2, 4, 256))) == \
-        ["Q8_0", "NVFP4", "Q8_0", "Q8_0", "Q8_0", "NVFP4"]
+    assert chosen(
+        "NVFP4_MOE",
+        ["token_embd.weight", *names],
+        mixes.ModelFacts("deepseek2", 1, 2, 1, False),
+        dict.fromkeys((names[0], names[1], names[4]), (2, 4, 256)),
+    ) == ["Q8_0", "NVFP4", "Q8_0", "Q8_0", "Q8_0", "NVFP4"]
 
 
 # --- fallbacks ------------------------------------------------------------------------------------------------------
 
+# fmt: off
 FALLBACK_TABLE = {  # the type: for a row of 96 (no multiple of 64 or 256), and for a row of 48 (none of 32)
     **dict.fromkeys(["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"], ("IQ4_NL", "F16")),
     **dict.fromkeys(["Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"], ("Q4_0", "F16")),
@@ -381,6 +539,7 @@ FALLBACK_TABLE = {  # the type: for a row of 96 (no multiple of 64 or 256), and 
     **{t: (t, t) for t in ("F32", "F16", "BF16")},
     "NVFP4": (None, None), "Q1_0": (None, None),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize("type", [n for n, t in TYPES.items() if t.encodes])
@@ -400,8 +559,12 @@ def test_a_type_without_a_fallback(type):
     out = quantize([tensor("output.weight", 4, 96), tensor("blk.0.attn_q.weight", 4, 128)], type, pure=True)
     assert [b.object for b in out.blockers] == ["output.weight"]
     pattern, name = re.search(r'\("(.*)", "(.*)"\)', out.blockers[0].hint).groups()
-    assert types([tensor("output.weight", 4, 96), tensor("blk.0.attn_q.weight", 4, 128)], type, pure=True,
-                 overrides=((pattern, name),)) == ["Q8_0", type]
+    assert types(
+        [tensor("output.weight", 4, 96), tensor("blk.0.attn_q.weight", 4, 128)],
+        type,
+        pure=True,
+        overrides=((pattern, name),),
+    ) == ["Q8_0", type]
 
 
 def test_a_tensor_of_the_right_type_needs_no_fallback():
@@ -410,9 +573,13 @@ def test_a_tensor_of_the_right_type_needs_no_fallback():
 
 # --- what is refused ------------------------------------------------------------------------------------------------
 
+
 def test_requantizing_needs_permission():
-    tensors = [tensor("output.weight", 4, 256, type="Q4_K"), tensor("blk.0.attn_q.weight", 4, 256, type="Q6_K"),
-               tensor("blk.0.attn_k.weight", 4, 256, type="Q8_0")]
+    tensors = [
+        tensor("output.weight", 4, 256, type="Q4_K"),
+        tensor("blk.0.attn_q.weight", 4, 256, type="Q6_K"),
+        tensor("blk.0.attn_k.weight", 4, 256, type="Q8_0"),
+    ]
     out = quantize(tensors, "Q8_0")
     assert [(type(b), b.object, b.found) for b in out.blockers] == [(BadPlan, "output.weight", "Q4_K")]
     assert "1 more tensor" in out.blockers[0].problem
@@ -432,9 +599,14 @@ def test_types_that_need_an_importance_matrix(type):
 
 # --- overrides ------------------------------------------------------------------------------------------------------
 
-MODEL = [tensor("token_embd.weight", 8, 64), tensor("blk.0.attn_q.weight", 64, 64),
-         tensor("blk.0.attn_norm.weight", 64, type="F32"), tensor("blk.0.ffn_gate_inp.weight", 4, 64, type="F32"),
-         tensor("blk.0.ffn_up_exps.weight", 4, 64, 64), tensor("output.weight", 8, 64)]
+MODEL = [
+    tensor("token_embd.weight", 8, 64),
+    tensor("blk.0.attn_q.weight", 64, 64),
+    tensor("blk.0.attn_norm.weight", 64, type="F32"),
+    tensor("blk.0.ffn_gate_inp.weight", 4, 64, type="F32"),
+    tensor("blk.0.ffn_up_exps.weight", 4, 64, 64),
+    tensor("output.weight", 8, 64),
+]
 
 
 @pytest.mark.parametrize("base", ["MXFP4_MOE", "Q8_0", "F16", "BF16", "F32", "COPY"])
@@ -473,8 +645,11 @@ def test_overrides_fall_back_too():
 
 
 def test_overrides_are_parsed_at_once():
-    assert parse_overrides([("a", "q4_k"), ["b", "COPY"], ("c", gguf.GGMLQuantizationType.Q8_0)]) == \
-        (("a", "Q4_K"), ("b", "copy"), ("c", "Q8_0"))
+    assert parse_overrides([("a", "q4_k"), ["b", "COPY"], ("c", gguf.GGMLQuantizationType.Q8_0)]) == (
+        ("a", "Q4_K"),
+        ("b", "copy"),
+        ("c", "Q8_0"),
+    )
     for bad in [("(", "Q8_0"), (5, "Q8_0"), ("a", 5), ("a",), "abc", 5]:
         with pytest.raises(BadPlan):
             parse_overrides([bad])

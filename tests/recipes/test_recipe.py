@@ -1,4 +1,5 @@
 """Recipes as TOML files: what is read, what is refused and how, and what the shipped ones do to which tensors."""
+
 import re
 
 import gguf
@@ -39,13 +40,21 @@ def write(folder, text, name="my.toml"):
 
 # --- what is read ----------------------------------------------------------------------------------------------------
 
+
 def test_all_keys(tmp_path):
     path = str(write(tmp_path, FULL))
     assert load(path) == Recipe(
-        name=path, description="all keys", type="Q4_K_M", pure=False,
+        name=path,
+        description="all keys",
+        type="Q4_K_M",
+        pure=False,
         overrides=(Override(r"attn_\w", "copy", "few", True), Override("ffn", "MXFP4", "", False)),
-        output_type="Q6_K", token_embedding_type="Q8_0", leave_output=True, allow_requantize=True,
-        max_bytes=110_000_000_000)
+        output_type="Q6_K",
+        token_embedding_type="Q8_0",
+        leave_output=True,
+        allow_requantize=True,
+        max_bytes=110_000_000_000,
+    )
 
 
 def test_no_keys(tmp_path):
@@ -71,42 +80,59 @@ def test_a_plain_type(tmp_path):
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, message", [
-    ("typ = 'Q8_0'", "typ: unknown key (expected description, type, pure, output_type, token_embedding_type, "),
-    ("[[override]]\npattern = 'a'\ntype = 'Q8_0'\nwhy = ''", "override 1: why: unknown key (expected pattern, type, reason, optional)"),
-    ("pure = 1", "pure: not true or false (found a whole number)"),
-    ("type = 4", "type: not text (found a whole number)"),
-    ("description = ['a']", "description: not text (found a list)"),
-    ("override = 'attn=copy'", "override: not a list (found text); [[override]]"),
-    ("override = ['attn=copy']", "override 1: not a table (found text); [[override]]"),
-    ("[override]\npattern = 'a'", "override: not a list (found a table); [[override]]"),
-    ("[[override]]\npattern = 'a'", "override 1: type: missing key"),
-    ("[[override]]\npattern = 'a'\ntype = 'copy'\n[[override]]\ntype = 'copy'", "override 2: pattern: missing key"),
-    ("[[override]]\npattern = 'a('\ntype = 'copy'",
-     "override 1: pattern: not a regular expression: missing ), unterminated subpattern at position 1 (found a()"),
-    ("[[override]]\npattern = 'a'\ntype = 'Q4_K_M'",
-     "override 1: type: unknown type (found Q4_K_M); nearest: Q4_K, Q6_K, Q5_K"),
-    ("[[override]]\npattern = 'a'\ntype = 'Q8_K'",
-     "override 1: type: ggml does not quantize to this type (found Q8_K); nearest: Q8_0, Q6_K, Q5_K"),
-    ("output_type = 'copy'", "output_type: unknown type (found copy); nearest: "),
-    ("output_type = ''", "output_type: unknown type (found ); nearest: "),
-    ("token_embedding_type = 'Q9_0'", "token_embedding_type: unknown type (found Q9_0); nearest: "),
-    ("type = 'Q4_K_X'", "type: unknown file type (found Q4_K_X); nearest: "),
-    ("type = 'MXFP4'", "type: a ggml type, not a file type (found MXFP4); pure=True (--pure) gives it, "),
-    ("max_size = '9 gallons'", "max_size: not a size (found 9 gallons, expected bytes, or text such as 512MiB or 2GB)"),
-    ("max_size = 110", "max_size: not text (found a whole number)"),
-    ("max_size = '0GB'", "max_size: no file is that small (found 0GB)"),
-    ("type = 'Q8_0'\npure = \n", "line 2: not TOML: Invalid value (at line 2, "),
-    ("type = 'Q8_0'\ntype = 'Q8_0'\n", "line 2: not TOML: Cannot overwrite a value (at line 2, "),
-    ("type = 'Q8_0", "not TOML: "),  # at the end of the document
-    (b"type = '\xff'", "not UTF-8 (at byte 8)"),
-])
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("typ = 'Q8_0'", "typ: unknown key (expected description, type, pure, output_type, token_embedding_type, "),
+        (
+            "[[override]]\npattern = 'a'\ntype = 'Q8_0'\nwhy = ''",
+            "override 1: why: unknown key (expected pattern, type, reason, optional)",
+        ),
+        ("pure = 1", "pure: not true or false (found a whole number)"),
+        ("type = 4", "type: not text (found a whole number)"),
+        ("description = ['a']", "description: not text (found a list)"),
+        ("override = 'attn=copy'", "override: not a list (found text); [[override]]"),
+        ("override = ['attn=copy']", "override 1: not a table (found text); [[override]]"),
+        ("[override]\npattern = 'a'", "override: not a list (found a table); [[override]]"),
+        ("[[override]]\npattern = 'a'", "override 1: type: missing key"),
+        ("[[override]]\npattern = 'a'\ntype = 'copy'\n[[override]]\ntype = 'copy'", "override 2: pattern: missing key"),
+        (
+            "[[override]]\npattern = 'a('\ntype = 'copy'",
+            "override 1: pattern: not a regular expression: missing ), unterminated subpattern at position 1 "
+            "(found a()",
+        ),
+        (
+            "[[override]]\npattern = 'a'\ntype = 'Q4_K_M'",
+            "override 1: type: unknown type (found Q4_K_M); nearest: Q4_K, Q6_K, Q5_K",
+        ),
+        (
+            "[[override]]\npattern = 'a'\ntype = 'Q8_K'",
+            "override 1: type: ggml does not quantize to this type (found Q8_K); nearest: Q8_0, Q6_K, Q5_K",
+        ),
+        ("output_type = 'copy'", "output_type: unknown type (found copy); nearest: "),
+        ("output_type = ''", "output_type: unknown type (found ); nearest: "),
+        ("token_embedding_type = 'Q9_0'", "token_embedding_type: unknown type (found Q9_0); nearest: "),
+        ("type = 'Q4_K_X'", "type: unknown file type (found Q4_K_X); nearest: "),
+        ("type = 'MXFP4'", "type: a ggml type, not a file type (found MXFP4); pure=True (--pure) gives it, "),
+        (
+            "max_size = '9 gallons'",
+            "max_size: not a size (found 9 gallons, expected bytes, or text such as 512MiB or 2GB)",
+        ),
+        ("max_size = 110", "max_size: not text (found a whole number)"),
+        ("max_size = '0GB'", "max_size: no file is that small (found 0GB)"),
+        ("type = 'Q8_0'\npure = \n", "line 2: not TOML: Invalid value (at line 2, "),
+        ("type = 'Q8_0'\ntype = 'Q8_0'\n", "line 2: not TOML: Cannot overwrite a value (at line 2, "),
+        ("type = 'Q8_0", "not TOML: "),  # at the end of the document
+        (b"type = '\xff'", "not UTF-8 (at byte 8)"),
+    ],
+)
 def test_exact_messages(tmp_path, text, message):
     path = write(tmp_path, text)
     with pytest.raises(BadPlan) as error:
         load(path)
     start = f"{path}: {message}"
-    assert str(error.value)[:len(start)] == start and (str(error.value) == start or message.endswith((": ", ", ")))
+    assert str(error.value)[: len(start)] == start and (str(error.value) == start or message.endswith((": ", ", ")))
     assert error.value.path == str(path)
 
 
@@ -119,16 +145,22 @@ def test_nested_too_deep(tmp_path):
 def test_an_unknown_name():
     with pytest.raises(BadPlan) as error:
         load("mxfp4_moe")
-    assert str(error.value) == ("mxfp4_moe: no such recipe (expected attention-bf16, mxfp4-moe, spark-128g); a file is "
-                                "named by a path with a / in it or that ends in .toml")
+    assert str(error.value) == (
+        "mxfp4_moe: no such recipe (expected attention-bf16, mxfp4-moe, spark-128g); a file is "
+        "named by a path with a / in it or that ends in .toml"
+    )
 
 
 # --- in a plan -------------------------------------------------------------------------------------------------------
 
+
 def test_a_plan_from_a_recipe(tmp_path):
     with pgs.open(moe_models.qwen3moe(tmp_path / "m.gguf")) as model:
-        path = write(tmp_path, "type = 'Q8_0'\n[[override]]\npattern = 'attn_q'\ntype = 'copy'\n"
-                               "[[override]]\npattern = 'nothing'\ntype = 'copy'\noptional = true")
+        path = write(
+            tmp_path,
+            "type = 'Q8_0'\n[[override]]\npattern = 'attn_q'\ntype = 'copy'\n"
+            "[[override]]\npattern = 'nothing'\ntype = 'copy'\noptional = true",
+        )
         plan = Plan(model).recipe(path, overrides=[("attn_k", "F32")])
         assert plan == Plan(model).quantize("Q8_0", overrides=[("attn_k", "F32"), ("attn_q", "copy")])
         assert Plan(model).recipe(path, type="MXFP4_MOE").data.edits[0].type == "MXFP4_MOE"
@@ -139,12 +171,13 @@ def test_a_plan_from_a_recipe(tmp_path):
 def test_max_size_is_a_blocker(tmp_path):
     with pgs.open(moe_models.qwen3moe(tmp_path / "m.gguf")) as model:
         path = write(tmp_path, "type = 'Q8_0'\nmax_size = '10kB'")
-        blocker, = Plan(model).recipe(path).check().blockers
+        (blocker,) = Plan(model).recipe(path).check().blockers
         assert blocker.object == "max_size" and blocker.expected == "at most 9.77 KiB"
         assert not Plan(model).recipe(write(tmp_path, "type = 'Q8_0'\nmax_size = '1GB'")).check().blockers
 
 
 # --- the shipped ones ------------------------------------------------------------------------------------------------
+
 
 def test_shipped():
     assert shipped() == ["attention-bf16", "mxfp4-moe", "spark-128g"]
@@ -220,8 +253,14 @@ def test_mxfp4_moe_is_llama_quantizes_but_for_mla(tmp_path):
             assert bool(different) == (build is qm.deepseek2)
 
 
-@pytest.mark.parametrize("text", ["type = " + "9" * 5000, "[[override]]\ntype = 'copy'\npattern = '" + "(" * 3000 + "'",
-                                  "[[override]]\ntype = 'copy'\npattern = 'a{99999999999}'"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "type = " + "9" * 5000,
+        "[[override]]\ntype = 'copy'\npattern = '" + "(" * 3000 + "'",
+        "[[override]]\ntype = 'copy'\npattern = 'a{99999999999}'",
+    ],
+)
 def test_numbers_and_patterns_too_large_for_python(tmp_path, text):
     path = write(tmp_path, text)
     with pytest.raises(BadPlan) as caught:

@@ -1,4 +1,5 @@
 """compare: the four numbers against numpy in one go, on cut and re-encoded models."""
+
 import gguf
 import numpy as np
 import pytest
@@ -11,8 +12,20 @@ from pygguf_surgery.cli.commands.demo_model import DemoShape, write_demo_model
 from pygguf_surgery.reports import origin as room
 from pygguf_surgery.reports.comparison import Sums, compare
 
-SMALL = DemoShape(layers=4, embedding=64, experts=8, used=2, feed_forward=32, heads=2, heads_kv=1, head=32, state=32,
-                  key_heads=1, value_heads=2, vocabulary=300)
+SMALL = DemoShape(
+    layers=4,
+    embedding=64,
+    experts=8,
+    used=2,
+    feed_forward=32,
+    heads=2,
+    heads_kv=1,
+    head=32,
+    state=32,
+    key_heads=1,
+    value_heads=2,
+    vocabulary=300,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +39,21 @@ def pair(tmp_path_factory):
 
 
 def values(path):
-    return {t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float64)
-            for t in gguf.GGUFReader(str(path)).tensors}
+    return {
+        t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float64)
+        for t in gguf.GGUFReader(str(path)).tensors
+    }
 
 
 def expected(x, y):
     """The formulas, written once more."""
     d, xx = ((x - y) ** 2).sum(), (x * x).sum()
-    return {"cosine": (x * y).sum() / np.sqrt(xx * (y * y).sum()), "snr_db": 10 * np.log10(xx / d) if d else None,
-            "relative_error": np.sqrt(d / xx), "max_error": np.abs(x - y).max()}
+    return {
+        "cosine": (x * y).sum() / np.sqrt(xx * (y * y).sum()),
+        "snr_db": 10 * np.log10(xx / d) if d else None,
+        "relative_error": np.sqrt(d / xx),
+        "max_error": np.abs(x - y).max(),
+    }
 
 
 def same(entry, numbers):
@@ -76,8 +95,11 @@ def test_kept_can_be_given(pair, tmp_path):
     with pgs.open(result_path) as model:
         keys = [key for key in model.metadata if key.startswith("pgs.")]
         pgs.Plan(model).remove_metadata(*keys).write(tmp_path / "anonymous.gguf")
-    with (pgs.open(source_path) as source, pgs.open(tmp_path / "anonymous.gguf") as result,
-          pgs.open(result_path) as named):
+    with (
+        pgs.open(source_path) as source,
+        pgs.open(tmp_path / "anonymous.gguf") as result,
+        pgs.open(result_path) as named,
+    ):
         with pytest.raises(pgs.BadPlan) as error:
             compare(source, result)
         assert error.value.object == "blk.0.ffn_gate_inp.weight"

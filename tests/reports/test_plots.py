@@ -1,4 +1,5 @@
 """The picture of a choice of experts."""
+
 import sys
 
 import numpy as np
@@ -32,8 +33,11 @@ def test_scores_below_zero_and_many_layers(tmp_path):
     from pygguf_surgery.experts import Keep
 
     rng = np.random.default_rng(0)
-    keep = Keep({layer: tuple(range(0, 512, 2)) for layer in range(94)}, "aimer",
-                scores={layer: -rng.random(512) for layer in range(94)})
+    keep = Keep(
+        {layer: tuple(range(0, 512, 2)) for layer in range(94)},
+        "aimer",
+        scores={layer: -rng.random(512) for layer in range(94)},
+    )
     assert pixels(importance(keep)).shape[0] > 1000
 
 

@@ -1,4 +1,5 @@
 """verify: a good file has no problem; each fault put into one is named, with the tensor or key it is in."""
+
 import json
 
 import numpy as np
@@ -11,8 +12,20 @@ from pygguf_surgery.files.gguf import write_gguf
 from pygguf_surgery.reports.verification import verify
 from support import moe_models
 
-SMALL = DemoShape(layers=4, embedding=64, experts=8, used=2, feed_forward=32, heads=2, heads_kv=1, head=32, state=32,
-                  key_heads=1, value_heads=2, vocabulary=300)
+SMALL = DemoShape(
+    layers=4,
+    embedding=64,
+    experts=8,
+    used=2,
+    feed_forward=32,
+    heads=2,
+    heads_kv=1,
+    head=32,
+    state=32,
+    key_heads=1,
+    value_heads=2,
+    vocabulary=300,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +54,7 @@ def patch(path, out, tensor, at, data):
     with pgs.open(path) as model:
         offset = model.tensors[tensor].offset
     raw = bytearray(path.read_bytes())
-    raw[offset + at:offset + at + len(data)] = data
+    raw[offset + at : offset + at + len(data)] = data
     out.write_bytes(raw)
     return out
 
@@ -52,6 +65,7 @@ def only_problem(report):
 
 
 # --- good files ----------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ["source", "cut", "encoded"])
 def test_a_good_file_is_good(files, name):
@@ -85,6 +99,7 @@ def test_an_edit_of_a_cut_file_is_equal_to_it(files, tmp_path):
 
 # --- the bytes of the file -----------------------------------------------------------------------------------------
 
+
 def test_a_file_that_is_no_gguf_is_a_problem(tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"nonsense")
     assert isinstance(only_problem(verify(tmp_path / "bad.gguf")), pgs.BadFile)
@@ -112,9 +127,13 @@ def test_a_gap_between_tensors(tmp_path):
     from support.gguf_bytes import F32, gguf, info, kv
 
     data = np.zeros(32, "<f4").tobytes()
-    (tmp_path / "gap.gguf").write_bytes(gguf(
-        [kv("general.architecture", "str", "x")], [info("a", (32,), F32, 0), info("b", (32,), F32, 160)],
-        data + bytes(32) + data))
+    (tmp_path / "gap.gguf").write_bytes(
+        gguf(
+            [kv("general.architecture", "str", "x")],
+            [info("a", (32,), F32, 0), info("b", (32,), F32, 160)],
+            data + bytes(32) + data,
+        )
+    )
     found = {(p.object, p.found, p.expected) for p in verify(tmp_path / "gap.gguf").problems}
     with pgs.open(tmp_path / "gap.gguf") as model:
         offset = model.tensors["b"].offset
@@ -123,12 +142,16 @@ def test_a_gap_between_tensors(tmp_path):
 
 # --- the numbers ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, tensor, at, data, words", [
-    ("source", "blk.1.attn_norm.weight", 4 * 7, np.float32(np.nan).tobytes(), "element 7"),
-    ("source", "blk.1.ffn_up_exps.weight", 2 * 5000, b"\x80\x7f", "element 5000"),          # BF16 infinity
-    ("encoded", "blk.1.ffn_up_exps.weight", 17 * 11, b"\xff", "block 11"),                    # MXFP4 exponent
-    ("encoded", "output.weight", 34 * 3, b"\x00\x7c", "block 3"),                             # Q8_0 scale, infinity
-])
+
+@pytest.mark.parametrize(
+    "name, tensor, at, data, words",
+    [
+        ("source", "blk.1.attn_norm.weight", 4 * 7, np.float32(np.nan).tobytes(), "element 7"),
+        ("source", "blk.1.ffn_up_exps.weight", 2 * 5000, b"\x80\x7f", "element 5000"),  # BF16 infinity
+        ("encoded", "blk.1.ffn_up_exps.weight", 17 * 11, b"\xff", "block 11"),  # MXFP4 exponent
+        ("encoded", "output.weight", 34 * 3, b"\x00\x7c", "block 3"),  # Q8_0 scale, infinity
+    ],
+)
 def test_numbers_that_are_none(files, tmp_path, name, tensor, at, data, words):
     bad = patch(files[name], tmp_path / "bad.gguf", tensor, at, data)
     problem = only_problem(verify(bad))
@@ -138,38 +161,60 @@ def test_numbers_that_are_none(files, tmp_path, name, tensor, at, data, words):
 
 # --- what llama.cpp's loader asks ------------------------------------------------------------------------------------
 
+
 def u32(n):
     return pgs.Value(n, "u32")
 
 
-@pytest.mark.parametrize("metadata, object", [
-    ({"qwen3next.expert_count": u32(7)}, "blk.0.ffn_up_exps.weight"),
-    ({"qwen3next.expert_count": pgs.Value(8, "i32")}, "qwen3next.expert_count"),
-    ({"qwen3next.expert_count": u32(1025)}, "qwen3next.expert_count"),
-    ({"qwen3next.expert_used_count": u32(9)}, "qwen3next.expert_used_count"),
-    ({"qwen3next.expert_used_count": u32(0)}, "qwen3next.expert_used_count"),
-    ({"qwen3next.expert_group_count": u32(3)}, "qwen3next.expert_group_count"),
-    ({"qwen3next.expert_group_count": u32(8), "qwen3next.expert_group_used_count": u32(2)},
-     "qwen3next.expert_group_count"),
-    ({"qwen3next.expert_group_count": u32(4), "qwen3next.expert_group_used_count": u32(4)},
-     "qwen3next.expert_group_used_count"),
-    ({"qwen3next.expert_group_count": u32(4), "qwen3next.expert_group_used_count": u32(1),
-      "qwen3next.expert_used_count": u32(3)}, "qwen3next.expert_group_used_count"),
-    ({"qwen3next.block_count": u32(3)}, "qwen3next.block_count"),
-    ({"qwen3next.block_count": u32(5)}, "qwen3next.block_count"),
-    ({"qwen3next.block_count": u32(0)}, "qwen3next.block_count"),
-    ({"qwen3next.nextn_predict_layers": u32(5)}, "qwen3next.nextn_predict_layers"),
-    ({"qwen3next.attention.head_count": pgs.Value([2, 2, 2], "u32[]")}, "qwen3next.attention.head_count"),
-    ({"qwen3next.embedding_length": u32(63)}, "qwen3next.embedding_length"),
-    ({"tokenizer.ggml.tokens": pgs.Value(["a", "b"], "str[]")}, "tokenizer.ggml.tokens"),
-])
+@pytest.mark.parametrize(
+    "metadata, object",
+    [
+        ({"qwen3next.expert_count": u32(7)}, "blk.0.ffn_up_exps.weight"),
+        ({"qwen3next.expert_count": pgs.Value(8, "i32")}, "qwen3next.expert_count"),
+        ({"qwen3next.expert_count": u32(1025)}, "qwen3next.expert_count"),
+        ({"qwen3next.expert_used_count": u32(9)}, "qwen3next.expert_used_count"),
+        ({"qwen3next.expert_used_count": u32(0)}, "qwen3next.expert_used_count"),
+        ({"qwen3next.expert_group_count": u32(3)}, "qwen3next.expert_group_count"),
+        (
+            {"qwen3next.expert_group_count": u32(8), "qwen3next.expert_group_used_count": u32(2)},
+            "qwen3next.expert_group_count",
+        ),
+        (
+            {"qwen3next.expert_group_count": u32(4), "qwen3next.expert_group_used_count": u32(4)},
+            "qwen3next.expert_group_used_count",
+        ),
+        (
+            {
+                "qwen3next.expert_group_count": u32(4),
+                "qwen3next.expert_group_used_count": u32(1),
+                "qwen3next.expert_used_count": u32(3),
+            },
+            "qwen3next.expert_group_used_count",
+        ),
+        ({"qwen3next.block_count": u32(3)}, "qwen3next.block_count"),
+        ({"qwen3next.block_count": u32(5)}, "qwen3next.block_count"),
+        ({"qwen3next.block_count": u32(0)}, "qwen3next.block_count"),
+        ({"qwen3next.nextn_predict_layers": u32(5)}, "qwen3next.nextn_predict_layers"),
+        ({"qwen3next.attention.head_count": pgs.Value([2, 2, 2], "u32[]")}, "qwen3next.attention.head_count"),
+        ({"qwen3next.embedding_length": u32(63)}, "qwen3next.embedding_length"),
+        ({"tokenizer.ggml.tokens": pgs.Value(["a", "b"], "str[]")}, "tokenizer.ggml.tokens"),
+    ],
+)
 def test_metadata_that_llama_cpp_refuses(files, tmp_path, metadata, object):
     report = verify(rewrite(files["source"], tmp_path / "bad.gguf", metadata=metadata))
     assert object in {p.object for p in report.problems}
 
 
-@pytest.mark.parametrize("key", ["qwen3next.block_count", "qwen3next.context_length", "qwen3next.embedding_length",
-                                 "qwen3next.expert_count", "general.architecture"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "qwen3next.block_count",
+        "qwen3next.context_length",
+        "qwen3next.embedding_length",
+        "qwen3next.expert_count",
+        "general.architecture",
+    ],
+)
 def test_missing_keys(files, tmp_path, key):
     report = verify(rewrite(files["source"], tmp_path / "bad.gguf", remove=[key]))
     assert key in {p.object for p in report.problems}
@@ -179,18 +224,21 @@ def zeros(*shape):
     return np.zeros(shape, np.float32), "F32", shape
 
 
-@pytest.mark.parametrize("tensors, object", [
-    ({"blk.1.ffn_gate_inp.weight": None}, "blk.1.ffn_gate_inp.weight"),
-    ({"blk.1.ffn_gate_inp.weight": zeros(4, 64)}, "blk.1.ffn_gate_inp.weight"),
-    ({"blk.1.ffn_gate_inp.weight": zeros(8, 32)}, "blk.1.ffn_gate_inp.weight"),
-    ({"blk.1.ffn_up_exps.weight": None}, "blk.1.ffn_up_exps.weight"),
-    ({"blk.1.ffn_up_exps.weight": zeros(7, 32, 64)}, "blk.1.ffn_up_exps.weight"),
-    ({"blk.1.ffn_gate_exps.weight": zeros(8, 16, 64)}, "blk.1.ffn_gate_exps.weight"),
-    ({"blk.1.ffn_down_exps.weight": None}, "blk.1.ffn_gate_exps.weight"),
-    ({"blk.1.exp_probs_b.bias": zeros(16)}, "blk.1.exp_probs_b.bias"),
-    ({"blk.1.ffn_up.3.weight": zeros(32, 64)}, "blk.1.ffn_up.3.weight"),
-    ({"blk.9.attn_norm.weight": zeros(64)}, "qwen3next.block_count"),
-])
+@pytest.mark.parametrize(
+    "tensors, object",
+    [
+        ({"blk.1.ffn_gate_inp.weight": None}, "blk.1.ffn_gate_inp.weight"),
+        ({"blk.1.ffn_gate_inp.weight": zeros(4, 64)}, "blk.1.ffn_gate_inp.weight"),
+        ({"blk.1.ffn_gate_inp.weight": zeros(8, 32)}, "blk.1.ffn_gate_inp.weight"),
+        ({"blk.1.ffn_up_exps.weight": None}, "blk.1.ffn_up_exps.weight"),
+        ({"blk.1.ffn_up_exps.weight": zeros(7, 32, 64)}, "blk.1.ffn_up_exps.weight"),
+        ({"blk.1.ffn_gate_exps.weight": zeros(8, 16, 64)}, "blk.1.ffn_gate_exps.weight"),
+        ({"blk.1.ffn_down_exps.weight": None}, "blk.1.ffn_gate_exps.weight"),
+        ({"blk.1.exp_probs_b.bias": zeros(16)}, "blk.1.exp_probs_b.bias"),
+        ({"blk.1.ffn_up.3.weight": zeros(32, 64)}, "blk.1.ffn_up.3.weight"),
+        ({"blk.9.attn_norm.weight": zeros(64)}, "qwen3next.block_count"),
+    ],
+)
 def test_tensors_that_llama_cpp_refuses(files, tmp_path, tensors, object):
     report = verify(rewrite(files["source"], tmp_path / "bad.gguf", tensors=tensors))
     assert object in {p.object for p in report.problems}
@@ -215,16 +263,27 @@ def test_experts_of_a_prediction_block_must_be_cut_too(tmp_path):
     """The block after the last is MTP; llama.cpp checks its shapes even when it skips it."""
     shape = DemoShape(layers=4, embedding=64, experts=8, used=2, feed_forward=32, vocabulary=300)
     write_demo_model(tmp_path / "a.gguf", shape=shape)
-    bad = rewrite(tmp_path / "a.gguf", tmp_path / "bad.gguf",
-                  metadata={"qwen3next.nextn_predict_layers": u32(1), "qwen3next.expert_count": u32(4)},
-                  tensors={f"blk.{i}.{t}.weight": (np.zeros((4, *dims), np.float32), "F32", (4, *dims))
-                           for i in range(3) for t, dims in (("ffn_gate_inp", (64,)), ("ffn_gate_exps", (32, 64)),
-                                                             ("ffn_up_exps", (32, 64)), ("ffn_down_exps", (64, 32)))})
+    bad = rewrite(
+        tmp_path / "a.gguf",
+        tmp_path / "bad.gguf",
+        metadata={"qwen3next.nextn_predict_layers": u32(1), "qwen3next.expert_count": u32(4)},
+        tensors={
+            f"blk.{i}.{t}.weight": (np.zeros((4, *dims), np.float32), "F32", (4, *dims))
+            for i in range(3)
+            for t, dims in (
+                ("ffn_gate_inp", (64,)),
+                ("ffn_gate_exps", (32, 64)),
+                ("ffn_up_exps", (32, 64)),
+                ("ffn_down_exps", (64, 32)),
+            )
+        },
+    )
     objects = {p.object for p in verify(bad).problems}
     assert objects == {f"blk.3.ffn_{t}.weight" for t in ("gate_inp", "gate_exps", "up_exps", "down_exps")}
 
 
 # --- against the source --------------------------------------------------------------------------------------------
+
 
 def test_one_wrong_bit_in_one_expert_is_found_and_named(files, tmp_path):
     with pgs.open(files["cut"]) as model:
@@ -246,8 +305,9 @@ def test_experts_in_another_order_than_claimed(files, tmp_path):
     kept = pgs.Value([0, 2, 6, 3], "u32[]")
     bad = rewrite(files["cut"], tmp_path / "bad.gguf", metadata={"pgs.experts.1.kept": kept})
     problems = verify(bad, files["source"]).problems
-    assert {p.object for p in problems} == {f"blk.1.ffn_{t}.weight" for t in
-                                            ("gate_inp", "gate_exps", "up_exps", "down_exps")}
+    assert {p.object for p in problems} == {
+        f"blk.1.ffn_{t}.weight" for t in ("gate_inp", "gate_exps", "up_exps", "down_exps")
+    }
 
 
 def test_a_wrong_expert_among_encoded_ones(files, tmp_path):
@@ -275,8 +335,10 @@ def test_ids_out_of_range(files, tmp_path):
 
 def test_another_source(files, tmp_path):
     write_demo_model(tmp_path / "other.gguf", shape=SMALL, seed=1)
-    report = verify(files["cut"], rewrite(tmp_path / "other.gguf", tmp_path / "named.gguf",
-                                          metadata={"general.name": pgs.Value("other", "str")}))
+    report = verify(
+        files["cut"],
+        rewrite(tmp_path / "other.gguf", tmp_path / "named.gguf", metadata={"general.name": pgs.Value("other", "str")}),
+    )
     objects = {p.object for p in report.problems}
     assert "pgs.source.header_sha256" in objects and "blk.0.ffn_up_exps.weight" in objects
 
@@ -299,12 +361,15 @@ def test_dropped_prediction_blocks_are_no_loss(tmp_path):
     assert set(report.removed) == blocks
 
 
-@pytest.mark.parametrize("table, good", [
-    ([[0, 1], [2, 3]], True),     # 0 2 / 3 6 of the source, as they are now called
-    ([[0, 0], [2, 3]], False),    # an expert twice
-    ([[1, 0], [2, 3]], False),    # a kept one misnamed
-    ([[0, 1], [2, 4]], False),    # out of range
-])
+@pytest.mark.parametrize(
+    "table, good",
+    [
+        ([[0, 1], [2, 3]], True),  # 0 2 / 3 6 of the source, as they are now called
+        ([[0, 0], [2, 3]], False),  # an expert twice
+        ([[1, 0], [2, 3]], False),  # a kept one misnamed
+        ([[0, 1], [2, 4]], False),  # out of range
+    ],
+)
 def test_a_table_of_expert_ids(files, tmp_path, table, good):
     def table_of(ids):
         ids = np.array(ids, np.int32)
@@ -313,13 +378,15 @@ def test_a_table_of_expert_ids(files, tmp_path, table, good):
     source = rewrite(files["source"], tmp_path / "source.gguf", tensors=table_of([[0, 2], [3, 6]]))
     with pgs.open(source) as model:
         sha = pgs.Value(model.header_sha256, "str")
-    cut = rewrite(files["cut"], tmp_path / "cut.gguf", tensors=table_of(table),
-                  metadata={"pgs.source.header_sha256": sha})
+    cut = rewrite(
+        files["cut"], tmp_path / "cut.gguf", tensors=table_of(table), metadata={"pgs.source.header_sha256": sha}
+    )
     report = verify(cut, source)
     assert report.good == good, [str(p) for p in report.problems]
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
+
 
 def test_command(files, tmp_path, capsys):
     assert main(["verify", str(files["cut"]), "--against", str(files["source"])]) == 0

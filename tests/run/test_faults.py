@@ -1,4 +1,5 @@
 """Whatever happens to a run, the output path holds the old file or the new one, whole, and nothing is beside it."""
+
 import os
 import random
 import re
@@ -27,9 +28,15 @@ def make_model(path, rows):
     rng = np.random.default_rng(0)
     keys = dict(block_count=1, context_length=64, embedding_length=256, feed_forward_length=256)
     keys["attention.head_count"] = 1
-    return make_gguf(path, "llama", {f"llama.{key}": (value, U32) for key, value in keys.items()},
-                     {f"blk.0.ffn_{name}.weight": rng.standard_normal((rows, 256), dtype=np.float32)
-                      for name in ("up", "gate", "down")})
+    return make_gguf(
+        path,
+        "llama",
+        {f"llama.{key}": (value, U32) for key, value in keys.items()},
+        {
+            f"blk.0.ffn_{name}.weight": rng.standard_normal((rows, 256), dtype=np.float32)
+            for name in ("up", "gate", "down")
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +81,18 @@ def python(*args, **options):
 
 # --- the process dies ------------------------------------------------------------------------------------------------
 
+
 def kill_at_random(place, times, nameless, *, until_it_lands=False):
     """until_it_lands: more times if need be, until a run was killed that had begun to write."""
     rng = random.Random(times)
     done = landed = 0
-    with subprocess.Popen([sys.executable, CHILD, "loop", place.source, place.path], stdin=subprocess.PIPE, text=True,
-                          stdout=subprocess.PIPE, env={**os.environ, "PGS_TMPFILE": nameless}) as server:
+    with subprocess.Popen(
+        [sys.executable, CHILD, "loop", place.source, place.path],
+        stdin=subprocess.PIPE,
+        text=True,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PGS_TMPFILE": nameless},
+    ) as server:
         while done < times or (until_it_lands and not landed and done < 100 * times):
             done += 1
             print("go", file=server.stdin, flush=True)
@@ -122,7 +135,10 @@ def traced(place, *options, **environment):
     log = place.folder.parent / "strace.log"
     result = subprocess.run(
         ["strace", "-f", "-qq", "-o", log, *options, sys.executable, CHILD, "once", place.source, place.path],
-        capture_output=True, text=True, env={**os.environ, **environment})
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
     if "ptrace" in result.stderr and "not permitted" in result.stderr:
         pytest.skip("strace may not trace here")
     return result.stdout.strip(), log.read_text()
@@ -146,12 +162,30 @@ def test_a_failing_system_call(place, call, when, errno):
 
 @needs_strace
 @pytest.mark.parametrize("nameless", ["1", "0"])
-@pytest.mark.parametrize("io, call", [("pread", "pwritev2"), ("pread", "sync_file_range"), ("pread", "preadv2"),
-                                      ("direct", "pwritev2"), ("direct", "pread64"), ("direct", "renameat")])
+@pytest.mark.parametrize(
+    "io, call",
+    [
+        ("pread", "pwritev2"),
+        ("pread", "sync_file_range"),
+        ("pread", "preadv2"),
+        ("direct", "pwritev2"),
+        ("direct", "pread64"),
+        ("direct", "renameat"),
+    ],
+)
 def test_an_io_error_without_dontcache(place, io, call, nameless):
     only = ["-P", place.source] if call == "pread64" else []  # the program loader uses it too
-    said, trace = traced(place, *only, "-e", f"trace={call}", "-e", f"inject={call}:error=EIO:when=1",
-                         PGS_DONTCACHE="0", PGS_TMPFILE=nameless, TEST_IO=io)
+    said, trace = traced(
+        place,
+        *only,
+        "-e",
+        f"trace={call}",
+        "-e",
+        f"inject={call}:error=EIO:when=1",
+        PGS_DONTCACHE="0",
+        PGS_TMPFILE=nameless,
+        TEST_IO=io,
+    )
     assert "INJECTED" in trace
     assert said == "OSError" and place.holds("old")
 
@@ -165,21 +199,38 @@ def test_the_order_of_system_calls(place, nameless, exists):
         place.path.unlink()
     said, trace = traced(place, "-e", "trace=pwritev2,fsync,linkat,renameat,renameat2", PGS_TMPFILE=nameless)
     assert said == "ok"
-    calls = [re.match(r"\d+ +(\w+)\((\w+)", line).groups() for line in trace.splitlines()
-             if "resumed" not in line and "+++" not in line]
+    calls = [
+        re.match(r"\d+ +(\w+)\((\w+)", line).groups()
+        for line in trace.splitlines()
+        if "resumed" not in line and "+++" not in line
+    ]
     names = [name for name, _ in calls]
     written = len(names) - names[::-1].index("pwritev2")
     assert set(names[:written]) == {"pwritev2"}
-    place_it = {(True, "1"): ["linkat", "renameat"], (True, "0"): ["renameat"], (False, "1"): ["linkat"],
-                (False, "0"): ["renameat2"]}[exists, nameless]
+    place_it = {
+        (True, "1"): ["linkat", "renameat"],
+        (True, "0"): ["renameat"],
+        (False, "1"): ["linkat"],
+        (False, "0"): ["renameat2"],
+    }[exists, nameless]
     assert names[written:] == ["fsync", *place_it, "fsync"]
     file, folder = calls[written][1], calls[-1][1]
     assert {fd for _, fd in calls[:written]} == {file} != {folder}
 
 
 # Calls that only the core makes, and calls that Python makes too: of these, the ones on the output and its folder.
-OURS = ["fallocate", "flock", "fchown", "fchmod", "preadv2", "pwritev2", "sync_file_range", "fsync", "linkat",
-        "renameat"]
+OURS = [
+    "fallocate",
+    "flock",
+    "fchown",
+    "fchmod",
+    "preadv2",
+    "pwritev2",
+    "sync_file_range",
+    "fsync",
+    "linkat",
+    "renameat",
+]
 SHARED = ["openat", "newfstatat", "fcntl", "unlinkat", "close", "fstatfs", "faccessat2"]
 
 
@@ -192,8 +243,9 @@ def test_every_system_call(place, call, fault, nameless):
     """The n-th call, for every n."""
     only = ["-P", place.folder, "-P", place.path] if call in SHARED else []
     for when in range(1, 1000):
-        _, trace = traced(place, *only, "-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={when}",
-                             PGS_TMPFILE=nameless)
+        _, trace = traced(
+            place, *only, "-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={when}", PGS_TMPFILE=nameless
+        )
         assert place.path.read_bytes() in place.contents.values()
         if "KILL" in fault:
             assert len(place.strays()) <= 1
@@ -290,6 +342,7 @@ def test_a_storm_of_signals(place):
 
 # --- no space, no permission -----------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def tiny_disk(tmp_path):
     """A file system of 12 MB."""
@@ -319,6 +372,7 @@ def test_a_full_disk_of_12_mb(tiny_disk, large):
 
 def test_a_disk_that_others_fill_meanwhile(tiny_disk, large):
     """The space is ours from the start."""
+
     def fill(*_):
         with open(tiny_disk / "other", "wb", buffering=0) as file, pytest.raises(OSError):
             while True:
@@ -333,8 +387,10 @@ def test_a_disk_that_others_fill_meanwhile(tiny_disk, large):
 
 def test_rlimit_fsize(place):
     limit = len(place.contents["old"]) - 1
+
     def restrict():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
     assert python(CHILD, "once", place.source, place.path, preexec_fn=restrict).stdout == "OutOfSpace\n"
     assert place.holds("old")
 
@@ -374,6 +430,7 @@ def test_no_permission(place, protected, mode):
 
 
 # --- the input -------------------------------------------------------------------------------------------------------
+
 
 def old_copy(path, target):
     """A change shows in the time of the last one only if the clock of the file system ticked in between."""
@@ -468,11 +525,13 @@ def test_the_output_is_the_input(tmp_path, small, way):
 
 # --- the caller stops it ---------------------------------------------------------------------------------------------
 
+
 def test_ctrl_c(tmp_path, large):
     output = tmp_path / "out.gguf"
     output.write_bytes(b"old")
-    with subprocess.Popen([sys.executable, CHILD, "slow", large, output], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        [sys.executable, CHILD, "slow", large, output], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
         assert child.stdout.readline()
         child.send_signal(signal.SIGINT)
         seen, errors = child.communicate(timeout=60)

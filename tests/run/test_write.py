@@ -1,4 +1,5 @@
 """Writing. Law 1: an untouched plan changes nothing; law 3: threads, memory, I/O change no byte; progress, Receipt."""
+
 import io
 import json
 import os
@@ -35,6 +36,7 @@ def model(folder):
 
 # --- law 1 ----------------------------------------------------------------------------------------------------------
 
+
 @st.composite
 def files(draw):
     """(metadata, tensors, alignment) for make_gguf."""
@@ -48,9 +50,11 @@ def files(draw):
             x = (gguf.quants.quantize(x, type), type)
         tensors[f"blk.{i}.x.weight"] = x
     metadata = {
-        "general.name": (draw(st.text()), T.STRING), "a.i32": (draw(st.integers(-2**31, 2**31 - 1)), T.INT32),
+        "general.name": (draw(st.text()), T.STRING),
+        "a.i32": (draw(st.integers(-(2**31), 2**31 - 1)), T.INT32),
         "a.u8s": (draw(st.lists(st.integers(0, 255), min_size=1)), T.ARRAY, T.UINT8),
-        "a.strings": (draw(st.lists(st.text(), min_size=1)), T.ARRAY, T.STRING)}
+        "a.strings": (draw(st.lists(st.text(), min_size=1)), T.ARRAY, T.STRING),
+    }
     return metadata, tensors, draw(st.sampled_from([None, 32, 64, 256]))
 
 
@@ -75,9 +79,11 @@ def odd_file(path, alignment=None):
     step = alignment or 32
     gap = step + -256 % step
     data = bytes(step) + b.tobytes() + bytes(gap) + a.tobytes() + b"tail"
-    path.write_bytes(hand_made(items, [info("a", (32,), 0, step + 256 + gap), info("b", (64,), 0, step)], data,
-                               version=2,
-                               alignment=step))
+    path.write_bytes(
+        hand_made(
+            items, [info("a", (32,), 0, step + 256 + gap), info("b", (64,), 0, step)], data, version=2, alignment=step
+        )
+    )
     return {"a": a, "b": b}
 
 
@@ -127,11 +133,15 @@ def test_a_file_without_tensors(tmp_path):
 
 # --- law 3 ----------------------------------------------------------------------------------------------------------
 
+
 def plans(model):
     keep = {i: tuple(range(i % 2, 32, 2)) for i in range(4)}
-    return {"copy": Plan(model), "cut": Plan(model).keep_experts(keep),
-            "cut and quantize": Plan(model).keep_experts(keep).quantize("MXFP4_MOE"),
-            "quantize": Plan(model).quantize("Q4_0", pure=True)}
+    return {
+        "copy": Plan(model),
+        "cut": Plan(model).keep_experts(keep),
+        "cut and quantize": Plan(model).keep_experts(keep).quantize("MXFP4_MOE"),
+        "quantize": Plan(model).quantize("Q4_0", pure=True),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +153,12 @@ def expected(model, folder):
     return result
 
 
-@given(st.sampled_from(["copy", "cut", "cut and quantize", "quantize"]), st.integers(1, 5),
-       st.sampled_from(["64MiB", "100MB", "512MiB", "4GiB"]), st.sampled_from(["auto", "mmap", "pread", "direct"]))
+@given(
+    st.sampled_from(["copy", "cut", "cut and quantize", "quantize"]),
+    st.integers(1, 5),
+    st.sampled_from(["64MiB", "100MB", "512MiB", "4GiB"]),
+    st.sampled_from(["auto", "mmap", "pread", "direct"]),
+)
 def test_law_3_threads_memory_and_io_change_no_byte(model, folder, expected, name, threads, memory, io):
     receipt = plans(model)[name].write(folder / "law3.gguf", overwrite=True, threads=threads, memory=memory, io=io)
     assert (folder / "law3.gguf").read_bytes() == expected[name]
@@ -173,6 +187,7 @@ def test_options_that_are_refused(model, tmp_path, io, memory):
 
 
 # --- the output file ------------------------------------------------------------------------------------------------
+
 
 def test_an_existing_file_needs_overwrite(model, tmp_path):
     out = tmp_path / "out.gguf"
@@ -228,6 +243,7 @@ def test_an_output_in_bytes_and_one_that_is_no_utf_8(model, tmp_path):
 
 
 # --- progress -------------------------------------------------------------------------------------------------------
+
 
 def test_a_callable_gets_done_and_total(model, tmp_path):
     calls = []
@@ -299,7 +315,7 @@ def test_the_bar_never_wraps(monkeypatch, columns, label):
         bar(part * 2**30, 4 * 2**30)
     lines = stream.getvalue().split("\r")[1:]
     assert len(lines) == 4 and all(len(line) < columns for line in lines)
-    assert all("GiB of 4.00 GiB"[:columns - 6] in line for line in lines)
+    assert all("GiB of 4.00 GiB"[: columns - 6] in line for line in lines)
 
 
 def test_a_line_per_ten_seconds_elsewhere(monkeypatch):

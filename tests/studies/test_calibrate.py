@@ -1,4 +1,5 @@
 """Calibration: what is recorded against an independent forward pass in numpy; stops, resumes, errors."""
+
 import hashlib
 import importlib
 import json
@@ -24,6 +25,7 @@ SUMS = ("count", "gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "max_a
 
 # --- fold, against loops ---------------------------------------------------------------------------------------------
 
+
 def loops(ids, gates, outputs, logits, experts):
     s = LayerStats.empty(experts)
     s.gated_sum = np.zeros((experts, outputs.shape[2]))
@@ -48,8 +50,12 @@ def loops(ids, gates, outputs, logits, experts):
 def batch(seed, tokens, experts, used, width):
     rng = np.random.default_rng(seed)
     ids = np.stack([rng.permutation(experts)[:used] for _ in range(tokens)]).astype(np.int32)
-    return (ids, rng.random((tokens, used), np.float32), rng.standard_normal((tokens, used, width), np.float32),
-            rng.standard_normal((tokens, experts), np.float32))
+    return (
+        ids,
+        rng.random((tokens, used), np.float32),
+        rng.standard_normal((tokens, used, width), np.float32),
+        rng.standard_normal((tokens, experts), np.float32),
+    )
 
 
 @pytest.mark.parametrize("tokens, experts, used, width", [(1, 4, 1, 3), (1, 4, 4, 3), (7, 5, 2, 1), (40, 16, 4, 9)])
@@ -57,7 +63,7 @@ def test_fold_is_the_sum_over_tokens(tokens, experts, used, width):
     parts = batch(0, tokens, experts, used, width)
     found, expected = LayerStats.empty(experts), loops(*parts, experts)
     half = tokens // 2
-    for piece in ([slice(0, half), slice(half, None)] if half else [slice(None)]):
+    for piece in [slice(0, half), slice(half, None)] if half else [slice(None)]:
         calibration.fold(found, *(p[piece] for p in parts), merge_stats=True)
     assert found.tokens == tokens
     for name, array in expected.arrays().items():
@@ -82,9 +88,20 @@ def test_activations_that_are_not_finite_are_an_error(where):
 
 # --- the file --------------------------------------------------------------------------------------------------------
 
+
 def some_stats(seed=0, *, text="a", experts=6, layers=(1, 3), merge_stats=True):
-    stats = stats_file.Stats("00" * 32, "test", "Test", experts, 8, {}, [
-        stats_file.Text(hashlib.sha256(text.encode()).hexdigest(), 100, 5, 5)], 12.5, 30.25, 20)
+    stats = stats_file.Stats(
+        "00" * 32,
+        "test",
+        "Test",
+        experts,
+        8,
+        {},
+        [stats_file.Text(hashlib.sha256(text.encode()).hexdigest(), 100, 5, 5)],
+        12.5,
+        30.25,
+        20,
+    )
     for layer in layers:
         stats.layers[layer] = LayerStats.empty(experts)
         calibration.fold(stats.layers[layer], *batch(seed + layer, 40, experts, 2, 5), merge_stats=merge_stats)
@@ -117,14 +134,17 @@ def test_merging_adds_texts():
     both = a.merge(b)
     assert both.tokens == a.tokens + b.tokens == 80 and len(both.texts) == 2 and both.predictions == 40
     np.testing.assert_array_equal(both.layers[1].count, a.layers[1].count + b.layers[1].count)
-    np.testing.assert_array_equal(both.layers[3].max_activation,
-                                  np.maximum(a.layers[3].max_activation, b.layers[3].max_activation))
+    np.testing.assert_array_equal(
+        both.layers[3].max_activation, np.maximum(a.layers[3].max_activation, b.layers[3].max_activation)
+    )
     same(a.merge(), a)
     assert both.perplexity()[0] == pytest.approx(np.exp(25 / 40))
 
 
-@pytest.mark.parametrize("other, object", [
-    (dict(text="a"), "texts"), (dict(text="b", experts=7), "experts"), (dict(text="b", layers=(1, 2)), None)])
+@pytest.mark.parametrize(
+    "other, object",
+    [(dict(text="a"), "texts"), (dict(text="b", experts=7), "experts"), (dict(text="b", layers=(1, 2)), None)],
+)
 def test_what_does_not_belong_together_is_not_merged(other, object):
     with pytest.raises(pgs.BadPlan) as error:
         some_stats().merge(some_stats(**other))
@@ -147,9 +167,17 @@ def test_another_file_is_no_statistics(tmp_path):
         pgs.experts.open_stats(tmp_path / "nan.gguf")
 
 
-@pytest.mark.parametrize("key, value", [("layers", pgs.Value(["1", "3"], "str[]")), ("tokens", pgs.Value([1.5, 2.0], "f32[]")),
-                                        ("text.done", pgs.Value([True], "bool[]")), ("text.sha256", pgs.Value([1], "u32[]")),
-                                        ("layers", pgs.Value([1], "u32[]")), ("experts", pgs.Value("6", "str"))])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("layers", pgs.Value(["1", "3"], "str[]")),
+        ("tokens", pgs.Value([1.5, 2.0], "f32[]")),
+        ("text.done", pgs.Value([True], "bool[]")),
+        ("text.sha256", pgs.Value([1], "u32[]")),
+        ("layers", pgs.Value([1], "u32[]")),
+        ("experts", pgs.Value("6", "str")),
+    ],
+)
 def test_statistics_with_keys_of_another_type(tmp_path, key, value):
     some_stats().write(tmp_path / "stats.gguf")
     metadata, tensors = read_gguf(tmp_path / "stats.gguf")
@@ -194,18 +222,25 @@ def test_no_input_is_ever_replaced(tmp_path, capsys):
     model, text = str(moe_models.qwen3moe(tmp_path / "model.gguf")), str(tmp_path / "text")
     (tmp_path / "text").write_bytes(b"text")
     before = (tmp_path / "model.gguf").read_bytes()
-    for command in (["calibrate", model, text, "-o", model], ["calibrate", model, text, "-o", text],
-                    ["repair", model, text, "-o", model, "--keep", "8"], ["repair", model, text, "-o", text, "--keep", "8"],
-                    ["repair", model, text, "-o", str(tmp_path / "r"), "--keep", "8", "--run", str(tmp_path / "r")],
-                    ["plan", model, "--keep", "8", "--report", model], ["plan", model, "--keep", "8", "--plot", model]):
+    for command in (
+        ["calibrate", model, text, "-o", model],
+        ["calibrate", model, text, "-o", text],
+        ["repair", model, text, "-o", model, "--keep", "8"],
+        ["repair", model, text, "-o", text, "--keep", "8"],
+        ["repair", model, text, "-o", str(tmp_path / "r"), "--keep", "8", "--run", str(tmp_path / "r")],
+        ["plan", model, "--keep", "8", "--report", model],
+        ["plan", model, "--keep", "8", "--plot", model],
+    ):
         (tmp_path / "r").write_bytes(before)
         assert main([*command, "--force"]) == 4 and "one of the inputs" in capsys.readouterr().err, command
     assert (tmp_path / "model.gguf").read_bytes() == before == (tmp_path / "r").read_bytes()
     assert (tmp_path / "text").read_bytes() == b"text"
 
 
-@pytest.mark.parametrize("out, texts, error", [("no/such/folder.gguf", [b"text"], FileNotFoundError),
-                                               ("out.gguf", ["no such text"], FileNotFoundError)])
+@pytest.mark.parametrize(
+    "out, texts, error",
+    [("no/such/folder.gguf", [b"text"], FileNotFoundError), ("out.gguf", ["no such text"], FileNotFoundError)],
+)
 def test_what_would_fail_at_the_end_fails_at_the_start(tmp_path, out, texts, error):
     with pytest.raises(error):
         pgs.experts.calibrate(tmp_path / "no model.gguf", texts, tmp_path / out)
@@ -216,8 +251,10 @@ def test_what_would_fail_at_the_end_fails_at_the_start(tmp_path, out, texts, err
 
 def forward(model, layer, inputs, ids, gates, logits):
     """The layer's statistics in numpy, float64, from dequantized weights, what goes into its experts, ids and gates."""
-    part = {p: model.tensors[f"blk.{layer}.ffn_{p}_exps.weight"].dequantize().astype(np.float64)
-            for p in ("gate", "up", "down")}
+    part = {
+        p: model.tensors[f"blk.{layer}.ffn_{p}_exps.weight"].dequantize().astype(np.float64)
+        for p in ("gate", "up", "down")
+    }
     experts = len(part["up"])
     outputs = np.zeros((*ids.shape, inputs.shape[1]))
     for e in range(experts):
@@ -247,9 +284,17 @@ def compare(path, tokens, n_ctx, **options):
     stats = pgs.experts.calibrate(path, [tokens], n_ctx=n_ctx, **options)
     out = {}
     with pgs.open(path) as model:
-        names = [f"{kind}-{layer}" for layer in stats.layers for kind in
-                 (INPUT[model.architecture], "ffn_moe_topk", "ffn_moe_logits", "ffn_moe_weights_norm",
-                  "ffn_moe_weights_scaled")]
+        names = [
+            f"{kind}-{layer}"
+            for layer in stats.layers
+            for kind in (
+                INPUT[model.architecture],
+                "ffn_moe_topk",
+                "ffn_moe_logits",
+                "ffn_moe_weights_norm",
+                "ffn_moe_weights_scaled",
+            )
+        ]
         tap = Tap(path, names, tokens, n_ctx)
         for layer, found in stats.layers.items():
             ids = tap[f"ffn_moe_topk-{layer}"].astype(np.int64)
@@ -269,7 +314,11 @@ def compare(path, tokens, n_ctx, **options):
                 worst[seen] = np.maximum(worst[seen], np.abs(a[seen] / b[seen] - 1) / (2 if "sq" in name else 1))
             few = found.count < 8
             own = router_gates(model, layer, logits, ids)
-            out[layer] = (worst[~few].max(), worst[few & (found.count > 0)].max(initial=0), np.abs(gates / own - 1).max())
+            out[layer] = (
+                worst[~few].max(),
+                worst[few & (found.count > 0)].max(initial=0),
+                np.abs(gates / own - 1).max(),
+            )
     return out
 
 
@@ -296,8 +345,10 @@ def test_reap_of_a_trained_model(tmp_path, type, limit, capsys):
     found = compare(path, text, 256, chunks=40)
     with capsys.disabled():
         for layer, (many, few, gates) in found.items():
-            print(f"\n{type} layer {layer}: REAP {many:.2e}, experts of fewer than 8 tokens {few:.2e}, gates {gates:.2e}",
-                  end="")
+            print(
+                f"\n{type} layer {layer}: REAP {many:.2e}, experts of fewer than 8 tokens {few:.2e}, gates {gates:.2e}",
+                end="",
+            )
     assert list(found) == [0, 1, 2, 3]
     for layer, (many, _, gates) in found.items():
         assert many <= limit and gates <= 1e-4, layer
@@ -374,10 +425,17 @@ def test_windows_longer_than_a_batch_give_the_same_sums(model, monkeypatch):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("texts, options, error, match", [
-    ([TOKENS[:39]], {}, pgs.BadPlan, "too short"), ([TOKENS, TOKENS], {}, pgs.BadPlan, "twice"),
-    ([np.array([0, 48])], {}, pgs.BadPlan, "not token ids"), ([], {}, pgs.BadPlan, "no text"),
-    ([TOKENS], {"chunks": 0}, pgs.BadPlan, "chunks"), ([TOKENS], {"n_ctx": 2}, pgs.BadPlan, "n_ctx")])
+@pytest.mark.parametrize(
+    "texts, options, error, match",
+    [
+        ([TOKENS[:39]], {}, pgs.BadPlan, "too short"),
+        ([TOKENS, TOKENS], {}, pgs.BadPlan, "twice"),
+        ([np.array([0, 48])], {}, pgs.BadPlan, "not token ids"),
+        ([], {}, pgs.BadPlan, "no text"),
+        ([TOKENS], {"chunks": 0}, pgs.BadPlan, "chunks"),
+        ([TOKENS], {"n_ctx": 2}, pgs.BadPlan, "n_ctx"),
+    ],
+)
 def test_what_cannot_be_run_is_refused(model, texts, options, error, match):
     with pytest.raises(error, match=match):
         pgs.experts.calibrate(model, texts, **{"n_ctx": 40, **options})
@@ -423,7 +481,9 @@ def test_from_the_shell(tmp_path, capsys):
     from pygguf_surgery.cli import main
 
     text = (TRAINED.parent / "calib.txt").read_bytes()
-    paths = {name: str(tmp_path / name) for name in ("a.txt", "b.txt", "a.gguf", "b.gguf", "all.gguf", "out.gguf", "r.json")}
+    paths = {
+        name: str(tmp_path / name) for name in ("a.txt", "b.txt", "a.gguf", "b.gguf", "all.gguf", "out.gguf", "r.json")
+    }
     for name, part in (("a", text[:9000]), ("b", text[9000:18000])):
         (tmp_path / f"{name}.txt").write_bytes(part)
         assert main(["calibrate", str(TRAINED), paths[f"{name}.txt"], "-o", paths[f"{name}.gguf"], "--ctx", "128"]) == 0
@@ -434,7 +494,8 @@ def test_from_the_shell(tmp_path, capsys):
     capsys.readouterr()
     assert main(["stats", "show", "--json", paths["all.gguf"]]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == sum(
-        pgs.experts.open_stats(paths[name]).tokens for name in ("a.gguf", "b.gguf"))
+        pgs.experts.open_stats(paths[name]).tokens for name in ("a.gguf", "b.gguf")
+    )
     prune = ["prune", str(TRAINED), paths["out.gguf"], "--by", "reap-sum", "--stats", paths["all.gguf"], "--keep", "16"]
     assert main([*prune, "--report", paths["r.json"]]) == 0
     assert "experts kept by reap-sum" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """fit: types for a size. Its laws are the bound, the least error within it, the same choice everywhere, and overrides
 that reproduce the choice."""
+
 import itertools
 import re
 
@@ -37,8 +38,14 @@ def small(cls=Uneven, experts=6, rows=8):
     m.__class__ = cls
     for i in range(2):
         m.add(i, attn_norm=(256,), attn_q=(rows, 256), attn_k=(rows, 256), attn_v=(rows, 256), attn_output=(rows, 256))
-        m.add(i, ffn_norm=(256,), ffn_gate_inp=(experts, 256), ffn_gate_exps=(experts, rows, 256),
-              ffn_up_exps=(experts, rows, 256), ffn_down_exps=(experts, rows, 96))
+        m.add(
+            i,
+            ffn_norm=(256,),
+            ffn_gate_inp=(experts, 256),
+            ffn_gate_exps=(experts, rows, 256),
+            ffn_up_exps=(experts, rows, 256),
+            ffn_down_exps=(experts, rows, 96),
+        )
     return m
 
 
@@ -73,6 +80,7 @@ def types_of(plan):
 
 
 # --- the laws --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("type, family", FAMILIES)
 def test_the_size_holds_and_more_room_never_means_more_error(model, imatrix, type, family):
@@ -135,7 +143,10 @@ def test_climb_is_monotone_and_one_step_from_the_best(tensors, room, more):
     costs, errors = [c for c, _ in tensors], [e for _, e in tensors]
 
     def outcome(chosen):
-        return (sum(c[i] - c[0] for c, i in zip(costs, chosen, strict=True)), sum(e[i] for e, i in zip(errors, chosen, strict=True)))
+        return (
+            sum(c[i] - c[0] for c, i in zip(costs, chosen, strict=True)),
+            sum(e[i] for e, i in zip(errors, chosen, strict=True)),
+        )
 
     used, error = outcome(module.climb(costs, errors, room))
     assert used <= room
@@ -174,6 +185,7 @@ def test_the_sample_has_no_period():
 
 # --- what is measured ------------------------------------------------------------------------------------------------
 
+
 def test_errors_are_relative_and_weighted(folder, model, imatrix):
     """Against gguf-py: quantize, dequantize, sum."""
     plan = Plan(model).quantize("Q4_0", imatrix=imatrix, overrides=[("ffn|output|token", "copy")])
@@ -188,7 +200,7 @@ def test_errors_are_relative_and_weighted(folder, model, imatrix):
         x = gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind).astype(np.float64)
         y = gguf.quants.dequantize(gguf.quants.quantize(x.astype(np.float32), Q.Q8_0), Q.Q8_0)
         w = weights[name]
-        assert choices[name].error == pytest.approx(((x - y) ** 2 * w).sum() / (x ** 2 * w).sum(), rel=1e-9)
+        assert choices[name].error == pytest.approx(((x - y) ** 2 * w).sum() / (x**2 * w).sum(), rel=1e-9)
 
 
 def test_experts_are_measured_after_the_cut(folder):
@@ -235,6 +247,7 @@ def test_types_that_need_importance_only_where_there_is_some(model, imatrix):
 
 
 # --- which tensors ---------------------------------------------------------------------------------------------------
+
 
 def test_what_the_caller_decides_stays_decided(model):
     given = [("attn_k", "Q5_1"), (r"blk\.1\.ffn_up", "copy")]
@@ -301,11 +314,20 @@ def test_the_largest_types(model):
 # --- the overrides ---------------------------------------------------------------------------------------------------
 
 # The part of a pattern that both Python's re and C++'s std::regex read alike.
-PATTERN = re.compile(r"\^(blk\\\.([0-9]+|\([0-9]+(\|[0-9]+)+\)|\[0-9\]\+)\\\.)?"
-                     r"([^\\^$.*+?()\[\]{}|]|\\[\\^$.*+?()\[\]{}|])+\$")
+PATTERN = re.compile(
+    r"\^(blk\\\.([0-9]+|\([0-9]+(\|[0-9]+)+\)|\[0-9\]\+)\\\.)?"
+    r"([^\\^$.*+?()\[\]{}|]|\\[\\^$.*+?()\[\]{}|])+\$"
+)
 LOCALS = ["attn_q.weight", "ffn_up_exps.weight", "ffn_up.weight", "a+b|c.weight", "output.weight"]
-names = st.lists(st.builds(lambda layer, local: local if layer is None else f"blk.{layer}.{local}",
-                           st.none() | st.integers(0, 12), st.sampled_from(LOCALS)), unique=True, min_size=1)
+names = st.lists(
+    st.builds(
+        lambda layer, local: local if layer is None else f"blk.{layer}.{local}",
+        st.none() | st.integers(0, 12),
+        st.sampled_from(LOCALS),
+    ),
+    unique=True,
+    min_size=1,
+)
 
 
 @given(names, st.data())
@@ -315,8 +337,9 @@ def test_patterns_match_their_tensors_and_no_others(names, data):
     for pattern, _ in overrides:
         assert PATTERN.fullmatch(pattern)
     for name in names:
-        assert [type for pattern, type in overrides if re.search(pattern, name)] == \
-            ([types[name]] if name in types else [])
+        assert [type for pattern, type in overrides if re.search(pattern, name)] == (
+            [types[name]] if name in types else []
+        )
 
 
 def test_layers_share_a_pattern():
@@ -328,7 +351,8 @@ def test_layers_share_a_pattern():
         (r"^output\.weight$", "Q8_0"),
         (r"^blk\.[0-9]+\.ffn_up\.weight$", "Q4_K"),
         (r"^blk\.(0|1|3|4|5|6|7|8|9)\.ffn_down\.weight$", "Q4_K"),
-        (r"^blk\.(2|10|11)\.ffn_down\.weight$", "Q6_K")]
+        (r"^blk\.(2|10|11)\.ffn_down\.weight$", "Q6_K"),
+    ]
     del types["blk.5.ffn_up.weight"]  # somebody else's
     assert (r"^blk\.(0|1|2|3|4|6|7|8|9|10|11)\.ffn_up\.weight$", "Q4_K") in list(patterns(types, names))
 
@@ -352,25 +376,40 @@ def test_llama_quantize_takes_the_overrides(folder, model, imatrix, type, number
 
 # --- what cannot be done ---------------------------------------------------------------------------------------------
 
+
 def test_families():
-    for type, family in [*FAMILIES, ("Q2_K_S", "K"), ("Q6_K", "K"), ("iq1_s", "IQ"), ("IQ4_NL", "IQ"), ("Q5_1", "legacy"), ("Q8_0", "Q8_0"), ("MXFP4", "MXFP4")]:
+    for type, family in [
+        *FAMILIES,
+        ("Q2_K_S", "K"),
+        ("Q6_K", "K"),
+        ("iq1_s", "IQ"),
+        ("IQ4_NL", "IQ"),
+        ("Q5_1", "legacy"),
+        ("Q8_0", "Q8_0"),
+        ("MXFP4", "MXFP4"),
+    ]:
         assert ladder(type) == LADDERS[family]
     for type in ("F16", "BF16", "F32", "COPY", "TQ1_0", "Q1_0", "Q2_0"):
         with pytest.raises(BadPlan) as error:
             ladder(type)
-        assert str(error.value) == (f"{type}: no family of types to choose from (expected a file type such as Q4_K_M, "
-                                    "IQ3_M, Q4_0, MXFP4_MOE or Q8_0)")
+        assert str(error.value) == (
+            f"{type}: no family of types to choose from (expected a file type such as Q4_K_M, "
+            "IQ3_M, Q4_0, MXFP4_MOE or Q8_0)"
+        )
 
 
-@pytest.mark.parametrize("target, message", [
-    ({}, 'fit: give a size or bits per weight (found neither); size="22GB" or bpw=4.2'),
-    ({"size": 1, "bpw": 1}, 'fit: give a size or bits per weight (found both); size="22GB" or bpw=4.2'),
-    ({"size": "22 gallons"}, "22 gallons: not a size (expected bytes, or text such as 512MiB or 2GB)"),
-    ({"size": 0}, "size: not a size (found 0, expected above 0)"),
-    ({"bpw": 0}, "bpw: not a number of bits (found 0, expected such as 4.2)"),
-    ({"bpw": "4.2"}, "bpw: not a number of bits (found '4.2', expected such as 4.2)"),
-    ({"bpw": float("nan")}, "bpw: not a number of bits (found nan, expected such as 4.2)"),
-])
+@pytest.mark.parametrize(
+    "target, message",
+    [
+        ({}, 'fit: give a size or bits per weight (found neither); size="22GB" or bpw=4.2'),
+        ({"size": 1, "bpw": 1}, 'fit: give a size or bits per weight (found both); size="22GB" or bpw=4.2'),
+        ({"size": "22 gallons"}, "22 gallons: not a size (expected bytes, or text such as 512MiB or 2GB)"),
+        ({"size": 0}, "size: not a size (found 0, expected above 0)"),
+        ({"bpw": 0}, "bpw: not a number of bits (found 0, expected such as 4.2)"),
+        ({"bpw": "4.2"}, "bpw: not a number of bits (found '4.2', expected such as 4.2)"),
+        ({"bpw": float("nan")}, "bpw: not a number of bits (found nan, expected such as 4.2)"),
+    ],
+)
 def test_what_is_no_target(model, target, message):
     with pytest.raises(BadPlan) as error:
         Plan(model).quantize("Q4_K_M").fit(**target)
@@ -400,8 +439,9 @@ def test_too_small_names_the_types_that_need_an_importance_matrix(model, imatrix
     for use, more in ((None, "; IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS need an importance matrix"), (imatrix, "")):
         with pytest.raises(BadPlan) as error:
             Plan(model).quantize("IQ2_M", imatrix=use).fit(bpw=0.5)
-        assert error.value.hint == ("the family is IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ4_XS, Q5_K, Q6_K, "
-                                    f"Q8_0{more}")
+        assert error.value.hint == (
+            f"the family is IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ4_XS, Q5_K, Q6_K, Q8_0{more}"
+        )
 
 
 def test_a_plan_that_does_not_quantize(model):
@@ -432,6 +472,7 @@ def test_progress_counts_and_cancels(model):
 
 
 # --- on a trained model ----------------------------------------------------------------------------------------------
+
 
 def test_a_trained_model_gets_less_error_than_from_the_mixture(monkeypatch):
     """At the size of Q2_K, the sum that fit() minimises, for both. A smaller sample, to be quick."""

@@ -1,4 +1,5 @@
 """Scores from statistics and importance matrices, and what a choice says of itself."""
+
 import json
 
 import numpy as np
@@ -23,11 +24,18 @@ def qwen(tmp_path_factory):
         yield model
 
 
-@pytest.mark.parametrize("by, formula", [
-    ("reap", lambda s, i: s.gated_norm_sum[i] / s.count[i]), ("reap-sum", lambda s, i: s.gated_norm_sum[i]),
-    ("ean-sum", lambda s, i: s.norm_sum[i]), ("ean-mean", lambda s, i: s.norm_sum[i] / s.count[i]),
-    ("msan", lambda s, i: s.norm_sq_sum[i] / s.count[i]), ("weighted-frequency", lambda s, i: s.gate_sum[i]),
-    ("frequency", lambda s, i: s.count[i])])
+@pytest.mark.parametrize(
+    "by, formula",
+    [
+        ("reap", lambda s, i: s.gated_norm_sum[i] / s.count[i]),
+        ("reap-sum", lambda s, i: s.gated_norm_sum[i]),
+        ("ean-sum", lambda s, i: s.norm_sum[i]),
+        ("ean-mean", lambda s, i: s.norm_sum[i] / s.count[i]),
+        ("msan", lambda s, i: s.norm_sq_sum[i] / s.count[i]),
+        ("weighted-frequency", lambda s, i: s.gate_sum[i]),
+        ("frequency", lambda s, i: s.count[i]),
+    ],
+)
 def test_scores_from_statistics(qwen, tmp_path, by, formula):
     stats = stats_for(qwen, unseen=[3])
     stats.write(tmp_path / "stats.gguf")
@@ -35,7 +43,9 @@ def test_scores_from_statistics(qwen, tmp_path, by, formula):
     assert ranking.metric == by and list(ranking.scores) == [0, 1]
     for layer, scores in ranking.scores.items():
         s = stats.layers[layer]
-        assert scores[3] == 0 and [scores[i] for i in range(16) if i != 3] == [formula(s, i) for i in range(16) if i != 3]
+        assert scores[3] == 0 and [scores[i] for i in range(16) if i != 3] == [
+            formula(s, i) for i in range(16) if i != 3
+        ]
     assert ranking.seen.unseen == {0: (3,), 1: (3,)}
 
 
@@ -49,7 +59,7 @@ def test_imatrix_msan_is_the_sum_over_columns(qwen, tmp_path):
     for layer in range(2):
         down = qwen.tensors[f"blk.{layer}.ffn_down_exps.weight"].dequantize().astype(np.float64)
         mean = (sums.astype(np.float32) / np.maximum(counts, 1).astype(np.float32)[:, None]).astype(np.float64)
-        expected = ((down ** 2).sum(axis=1) * mean).sum(axis=1)
+        expected = ((down**2).sum(axis=1) * mean).sum(axis=1)
         expected[5] = 0
         np.testing.assert_allclose(by_msan.scores[layer], expected, rtol=1e-12)
     with pgs.imatrix.open(path) as opened:
@@ -63,12 +73,18 @@ def test_scales_of_the_down_projection_count(tmp_path):
         scores = pgs.experts.rank(model, "imatrix-msan", imatrix=path).scores[0]
         down = model.tensors["blk.0.ffn_down_exps.weight"].dequantize().astype(np.float64)
         scale = model.tensors["blk.0.ffn_down_exps.scale"].dequantize().astype(np.float64)
-    np.testing.assert_allclose(scores, (down ** 2).sum(axis=(1, 2)) * scale ** 2, rtol=1e-12)
+    np.testing.assert_allclose(scores, (down**2).sum(axis=(1, 2)) * scale**2, rtol=1e-12)
 
 
-@pytest.mark.parametrize("change, object", [
-    (dict(architecture="qwen2moe"), "architecture"), (dict(experts=8), "experts"), (dict(layers={}), "layers"),
-    (dict(texts=[stats_file.Text("00", 100, 5, 4)]), "stats")])
+@pytest.mark.parametrize(
+    "change, object",
+    [
+        (dict(architecture="qwen2moe"), "architecture"),
+        (dict(experts=8), "experts"),
+        (dict(layers={}), "layers"),
+        (dict(texts=[stats_file.Text("00", 100, 5, 4)]), "stats"),
+    ],
+)
 def test_statistics_of_another_model_are_refused(qwen, change, object):
     stats = stats_for(qwen)
     vars(stats).update(change)
@@ -83,18 +99,23 @@ def test_statistics_of_a_quantized_twin_are_taken_with_a_note(qwen):
     assert "another file" in pgs.experts.rank(qwen, "reap", stats=stats).keep(8).summary()
 
 
-@pytest.mark.parametrize("entries, match", [
-    ({"blk.0.ffn_down_exps.weight": (np.ones((16, 32)), np.ones(16))}, "nothing is known"),
-    ({f"blk.{i}.ffn_down_exps.weight": (np.ones((8, 32)), np.ones(8)) for i in range(2)}, "another model"),
-    ({f"blk.{i}.ffn_down_exps.weight": (np.ones((16, 16)), np.ones(16)) for i in range(2)}, "another size")])
+@pytest.mark.parametrize(
+    "entries, match",
+    [
+        ({"blk.0.ffn_down_exps.weight": (np.ones((16, 32)), np.ones(16))}, "nothing is known"),
+        ({f"blk.{i}.ffn_down_exps.weight": (np.ones((8, 32)), np.ones(8)) for i in range(2)}, "another model"),
+        ({f"blk.{i}.ffn_down_exps.weight": (np.ones((16, 16)), np.ones(16)) for i in range(2)}, "another size"),
+    ],
+)
 def test_an_importance_matrix_that_does_not_fit(qwen, tmp_path, entries, match):
     with pytest.raises(pgs.BadPlan, match=match):
         pgs.experts.rank(qwen, "imatrix-msan", imatrix=imatrix_of(tmp_path / "i.gguf", qwen, entries))
 
 
 def test_the_old_format_has_no_counts(qwen, tmp_path):
-    path = imatrix_of(tmp_path / "i.gguf", qwen, {f"blk.{i}.ffn_down_exps.weight": (np.ones((16, 32)), np.ones(16))
-                                                  for i in range(2)})
+    path = imatrix_of(
+        tmp_path / "i.gguf", qwen, {f"blk.{i}.ffn_down_exps.weight": (np.ones((16, 32)), np.ones(16)) for i in range(2)}
+    )
     pgs.imatrix.convert(path, tmp_path / "i.dat")
     with pytest.raises(pgs.Unsupported, match="lost the counts"):
         pgs.experts.rank(qwen, "frequency", imatrix=tmp_path / "i.dat")
@@ -114,10 +135,15 @@ def test_mtp_blocks_are_scored_by_aimer(tmp_path):
 
 # --- the choice ------------------------------------------------------------------------------------------------------
 
+
 def ranking(scores, *, groups=0, chunk=1, mtp=(), **kwargs):
     layers = tuple(range(len(scores)))
-    return Ranking("test", Layout(layers, mtp, len(scores[0]), groups, chunk),
-                   scores={i: np.array(s, np.float64) for i, s in enumerate(scores)}, **kwargs)
+    return Ranking(
+        "test",
+        Layout(layers, mtp, len(scores[0]), groups, chunk),
+        scores={i: np.array(s, np.float64) for i, s in enumerate(scores)},
+        **kwargs,
+    )
 
 
 def test_protected_experts_stay():
@@ -179,8 +205,11 @@ def test_a_global_budget_keeps_the_largest_shares():
         ranking([[5, 4, 3, 2]], groups=2).keep(2, budget="global")
 
 
-@given(scores=st.lists(st.lists(st.floats(0, 100), min_size=8, max_size=8), min_size=1, max_size=4), n=st.integers(1, 8),
-       used=st.integers(1, 8))
+@given(
+    scores=st.lists(st.lists(st.floats(0, 100), min_size=8, max_size=8), min_size=1, max_size=4),
+    n=st.integers(1, 8),
+    used=st.integers(1, 8),
+)
 def test_a_global_budget_spends_all_of_it(scores, n, used):
     keep = ranking(scores, used=used).keep(n, budget="global")
     sizes = [len(ids) for ids in keep.values()]
@@ -191,8 +220,11 @@ def test_a_decision_comes_back(qwen, tmp_path):
     keep = pgs.experts.rank(qwen, "reap", stats=stats_for(qwen)).keep(5)
     (tmp_path / "decision.json").write_text(keep.to_json())
     again = pgs.experts.rank(qwen, tmp_path / "decision.json").keep()
-    assert again == keep and again.metric == "reap" and again.summary().splitlines()[2].split()[:3] == ["0", "5/16",
-        f"{100 * keep.mass(0):.1f}%"]
+    assert (
+        again == keep
+        and again.metric == "reap"
+        and again.summary().splitlines()[2].split()[:3] == ["0", "5/16", f"{100 * keep.mass(0):.1f}%"]
+    )
     assert json.loads(again.to_json()) == json.loads(keep.to_json())
     with pytest.raises(pgs.BadPlan, match="named already"):
         pgs.experts.rank(qwen, tmp_path / "decision.json").keep(5, protect=[1])

@@ -1,4 +1,5 @@
 """Scores of experts and the choice they lead to."""
+
 import json
 import math
 import pickle
@@ -43,6 +44,7 @@ def handmade(tmp_path, router, *, gate=None, up=None, down=None, type="F32", sca
 
 # --- router-norm ----------------------------------------------------------------------------------------------------
 
+
 def test_router_norm_by_hand(tmp_path):
     with handmade(tmp_path, [[3, 4, 0], [0, 0, 1], [0, -13, 0], [0, 0, 0]]) as model:
         ranking = pgs.experts.rank(model)
@@ -67,8 +69,11 @@ def test_router_norm_is_computed_in_float64(tmp_path):
 @pytest.mark.parametrize("name", moe_models.ALL)
 def test_router_norm_of_every_architecture(files, name):
     _, tensors = read_gguf(files[name])
-    expected = {int(n.split(".")[1]): np.linalg.norm(data.astype(np.float64), axis=1)
-                for n, (_, data) in tensors.items() if n.endswith("ffn_gate_inp.weight")}
+    expected = {
+        int(n.split(".")[1]): np.linalg.norm(data.astype(np.float64), axis=1)
+        for n, (_, data) in tensors.items()
+        if n.endswith("ffn_gate_inp.weight")
+    }
     with pgs.open(files[name]) as model:
         scores = pgs.experts.rank(model).scores
     assert scores.keys() == expected.keys()
@@ -111,13 +116,14 @@ def test_mtp_blocks_are_ranked_too(tmp_path):
 
 # --- aimer ----------------------------------------------------------------------------------------------------------
 
+
 def test_aimer_by_hand(tmp_path):
     n = 3 * 2 * 32  # weights of one expert
     gate, up, down = (np.zeros((4, 2, 32), np.float32) for _ in range(3))
     for part in (gate, up, down):
-        part[0] = 0.5                     # constant magnitude: mean = rms, ratio 1
+        part[0] = 0.5  # constant magnitude: mean = rms, ratio 1
         part[1, 0, ::2], part[1, 1, 1::2] = 2, -2  # half of the weights: mean 1, rms sqrt(2)
-    down[2, 1, 7] = -3                    # one weight: mean 3/n, rms 3/sqrt(n)
+    down[2, 1, 7] = -3  # one weight: mean 3/n, rms 3/sqrt(n)
     with handmade(tmp_path, np.eye(4), gate=gate, up=up, down=down) as model:
         ranking = pgs.experts.rank(model, by="aimer")
     np.testing.assert_allclose(ranking.scores[0][:3], [-1, -1 / math.sqrt(2), -1 / math.sqrt(n)], rtol=1e-12)
@@ -142,8 +148,11 @@ def test_aimer_of_every_architecture(files, name):
     with pgs.open(files[name]) as model:
         scores = pgs.experts.rank(model, by="aimer").scores
     for layer in scores:
-        mine = [data * scales[n][:, None, None].astype(np.float64) if n in scales else data
-                for n, data in parts.items() if n.startswith(f"blk.{layer}.")]
+        mine = [
+            data * scales[n][:, None, None].astype(np.float64) if n in scales else data
+            for n, data in parts.items()
+            if n.startswith(f"blk.{layer}.")
+        ]
         np.testing.assert_allclose(scores[layer], aimer_oracle(mine), rtol=1e-6)
 
 
@@ -158,6 +167,7 @@ def test_quantized_weights_are_decoded(tmp_path):
 
 
 # --- what the weights and the caller can get wrong ------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_named(tmp_path, bad):
@@ -185,8 +195,10 @@ def test_a_metric_is_a_name(qwen, by):
         pgs.experts.rank(qwen, by=by)
 
 
-@pytest.mark.parametrize("by, what", [("reap", "stats="), ("ean-sum", "stats="), ("imatrix-msan", "imatrix="),
-                                      ("frequency", "imatrix=.*stats=")])
+@pytest.mark.parametrize(
+    "by, what",
+    [("reap", "stats="), ("ean-sum", "stats="), ("imatrix-msan", "imatrix="), ("frequency", "imatrix=.*stats=")],
+)
 def test_what_a_metric_needs_is_said(qwen, by, what):
     with pytest.raises(pgs.BadPlan, match=what) as error:
         pgs.experts.rank(qwen, by=by)
@@ -221,8 +233,10 @@ def test_progress_counts_bytes_and_can_stop_the_run(qwen):
         pgs.experts.rank(qwen, by="aimer", progress=stop)
 
 
-@pytest.mark.parametrize("options", [{"threads": 1}, {"threads": 3}, {"memory": "64MiB"}, {"memory": 64 << 20},
-                                     {"io": "mmap"}, {"io": "pread"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"threads": 1}, {"threads": 3}, {"memory": "64MiB"}, {"memory": 64 << 20}, {"io": "mmap"}, {"io": "pread"}],
+)
 def test_scores_do_not_depend_on_how_they_are_read(qwen, options):
     expected = pgs.experts.rank(qwen, by="aimer").scores
     scores = pgs.experts.rank(qwen, by="aimer", **options).scores
@@ -236,6 +250,7 @@ def test_memory_is_a_size(qwen, memory):
 
 
 # --- keep -----------------------------------------------------------------------------------------------------------
+
 
 def ranking(scores, *, groups=0, chunk=1, tables=()):
     scores = {layer: np.array(s, np.float64) for layer, s in scores.items()}
@@ -310,7 +325,7 @@ def test_each_group_is_a_ranking_of_its_own(groups, size, data):
     per_group = data.draw(st.integers(1, size))
     kept = ranking({0: scores}, groups=groups).keep(per_group * groups)[0]
     for g in range(groups):
-        part = ranking({0: scores[g * size:(g + 1) * size]}).keep(per_group)[0]
+        part = ranking({0: scores[g * size : (g + 1) * size]}).keep(per_group)[0]
         assert [e for e in kept if e // size == g] == [e + g * size for e in part]
 
 
@@ -330,6 +345,7 @@ def test_keep_pickles():
 
 
 # --- rankings of the user -------------------------------------------------------------------------------------------
+
 
 def test_scores_in_a_dict(qwen):
     up, down = list(range(16)), list(range(16, 0, -1))
@@ -370,19 +386,36 @@ def test_a_ranking_survives_its_json(qwen, tmp_path, by):
 S = [0.0] * 16
 
 
-@pytest.mark.parametrize("data, object", [
-    ({}, None), ({"kept": {}, "scores": {}}, "kept"), ({"kept": {}, "extra": 1}, None), ([], None),
-    ({"scores": {}}, "scores"), ({"scores": []}, "scores"), ({"scores": {"0": S}}, "scores"),
-    ({"scores": {"0": S, "1": S, "2": S}}, "scores"), ({"scores": {"0": S, "01": S}}, "scores"),
-    ({"scores": {"0": S, "x": S}}, "scores"), ({"scores": {"0": S, "-1": S}}, "scores"),
-    ({"scores": {"0": S, "1": S[:15]}}, "scores.1"), ({"scores": {"0": S, "1": [*S[:15], "a"]}}, "scores.1"),
-    ({"scores": {"0": S, "1": [*S[:15], None]}}, "scores.1"), ({"scores": {"0": S, "1": [*S[:15], True]}}, "scores.1"),
-    ({"scores": {"0": S, "1": [*S[:15], 10 ** 400]}}, "scores.1"), ({"scores": {"0": S, "1": "abc"}}, "scores.1"),
-    ({"scores": {"0": S, "1": 3}}, "scores.1"), ({"scores": {"0": S, "1": S}, "metric": 3}, "metric"),
-    ({"kept": {"0": [16], "1": [0]}}, "kept.0"), ({"kept": {"0": [-1], "1": [0]}}, "kept.0"),
-    ({"kept": {"0": [1, 1], "1": [0]}}, "kept.0"), ({"kept": {"0": [1.0], "1": [0]}}, "kept.0"),
-    ({"kept": {"0": [True], "1": [0]}}, "kept.0"), ({"kept": {"0": ["1"], "1": [0]}}, "kept.0"),
-])
+@pytest.mark.parametrize(
+    "data, object",
+    [
+        ({}, None),
+        ({"kept": {}, "scores": {}}, "kept"),
+        ({"kept": {}, "extra": 1}, None),
+        ([], None),
+        ({"scores": {}}, "scores"),
+        ({"scores": []}, "scores"),
+        ({"scores": {"0": S}}, "scores"),
+        ({"scores": {"0": S, "1": S, "2": S}}, "scores"),
+        ({"scores": {"0": S, "01": S}}, "scores"),
+        ({"scores": {"0": S, "x": S}}, "scores"),
+        ({"scores": {"0": S, "-1": S}}, "scores"),
+        ({"scores": {"0": S, "1": S[:15]}}, "scores.1"),
+        ({"scores": {"0": S, "1": [*S[:15], "a"]}}, "scores.1"),
+        ({"scores": {"0": S, "1": [*S[:15], None]}}, "scores.1"),
+        ({"scores": {"0": S, "1": [*S[:15], True]}}, "scores.1"),
+        ({"scores": {"0": S, "1": [*S[:15], 10**400]}}, "scores.1"),
+        ({"scores": {"0": S, "1": "abc"}}, "scores.1"),
+        ({"scores": {"0": S, "1": 3}}, "scores.1"),
+        ({"scores": {"0": S, "1": S}, "metric": 3}, "metric"),
+        ({"kept": {"0": [16], "1": [0]}}, "kept.0"),
+        ({"kept": {"0": [-1], "1": [0]}}, "kept.0"),
+        ({"kept": {"0": [1, 1], "1": [0]}}, "kept.0"),
+        ({"kept": {"0": [1.0], "1": [0]}}, "kept.0"),
+        ({"kept": {"0": [True], "1": [0]}}, "kept.0"),
+        ({"kept": {"0": ["1"], "1": [0]}}, "kept.0"),
+    ],
+)
 def test_anything_else_is_refused_precisely(qwen, tmp_path, data, object):
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(data))
@@ -391,9 +424,18 @@ def test_anything_else_is_refused_precisely(qwen, tmp_path, data, object):
     assert error.value.path == str(path) and error.value.object == object
 
 
-@pytest.mark.parametrize("text, object", [
-    ("", None), ("{", None), ('{"kept": {"0": [1], "0": [2]}}', "0"), ('{"scores": {"0": [NaN]}}', None),
-    ("[" * 100000, None), (b"\xff\xfe", None), ('{"kept": {"0": [' + "9" * 5000 + "]}}", None)])
+@pytest.mark.parametrize(
+    "text, object",
+    [
+        ("", None),
+        ("{", None),
+        ('{"kept": {"0": [1], "0": [2]}}', "0"),
+        ('{"scores": {"0": [NaN]}}', None),
+        ("[" * 100000, None),
+        (b"\xff\xfe", None),
+        ('{"kept": {"0": [' + "9" * 5000 + "]}}", None),
+    ],
+)
 def test_files_that_are_no_json(qwen, tmp_path, text, object):
     path = tmp_path / "bad.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())

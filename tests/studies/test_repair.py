@@ -1,4 +1,5 @@
 """Repair of a cut: the fit against numpy, what llama.cpp is asked, and how a plan takes the result."""
+
 import importlib
 import json
 import pickle
@@ -21,8 +22,11 @@ TRAINED = SHARED / "models" / "tiny-qwen3next-bf16.gguf"
 
 # --- the fit ---------------------------------------------------------------------------------------------------------
 
+
 def samples(ids, inputs, outputs):
-    s = repairing.Samples(len(ids), range(ids.max() + 1), int(ids.max()) + 1, gate_in_input=False, scales=None, biases=None)
+    s = repairing.Samples(
+        len(ids), range(ids.max() + 1), int(ids.max()) + 1, gate_in_input=False, scales=None, biases=None
+    )
     for part in np.array_split(np.arange(len(ids)), 3):
         s.add(ids[part], np.ones(ids[part].shape, np.float32), inputs[part], outputs[part])
     return s
@@ -35,7 +39,11 @@ def problem(seed, tokens=400, n=5, used=2, features=6, width=4, noise=0.0):
     inputs = rng.standard_normal((tokens, used, features), np.float32)
     truth = rng.standard_normal((n, width, features), np.float32)
     outputs = np.einsum("tuwf,tuf->tw", truth[ids], inputs) + noise * rng.standard_normal((tokens, width), np.float32)
-    return rng.standard_normal((n, width, features), np.float32), truth, samples(ids, inputs, outputs.astype(np.float32))
+    return (
+        rng.standard_normal((n, width, features), np.float32),
+        truth,
+        samples(ids, inputs, outputs.astype(np.float32)),
+    )
 
 
 def joint_ridge(old, s, train, ridge):
@@ -83,10 +91,15 @@ def test_an_expert_without_tokens_stays():
 def test_scales_and_biases_are_not_the_weights_to_explain():
     rng = np.random.default_rng(3)
     ids, gates = rng.integers(0, 4, (50, 1)).astype(np.int32), rng.random((50, 1), np.float32)
-    hidden, scales, biases = rng.random((50, 1, 6), np.float32), rng.random(4, np.float32), rng.random((4, 3), np.float32)
+    hidden, scales, biases = (
+        rng.random((50, 1, 6), np.float32),
+        rng.random(4, np.float32),
+        rng.random((4, 3), np.float32),
+    )
     truth = rng.standard_normal((4, 3, 6), np.float32)
-    outputs = np.stack([g[0] * (scales[e] * truth[e] @ h[0] + biases[e])
-                        for (e,), g, h in zip(ids, gates, hidden, strict=True)]).astype(np.float32)
+    outputs = np.stack(
+        [g[0] * (scales[e] * truth[e] @ h[0] + biases[e]) for (e,), g, h in zip(ids, gates, hidden, strict=True)]
+    ).astype(np.float32)
     s = repairing.Samples(50, range(4), 4, gate_in_input=False, scales=scales, biases=biases)
     s.add(ids, gates, hidden, outputs)
     _, (before, _) = repairing.fit(truth, s, 10)
@@ -95,13 +108,18 @@ def test_scales_and_biases_are_not_the_weights_to_explain():
 
 # --- the plan --------------------------------------------------------------------------------------------------------
 
+
 def write_repair(path, model, kept, *, type="F32", seed=0, **changes):
     """A repair of random numbers, in the format of experts.repair."""
     rng = np.random.default_rng(seed)
-    keys = {"general.type": Value("expert_repair", "str"), "pgs.repair.format": Value(1, "u32"),
-            "pgs.repair.model.header_sha256": Value(model.header_sha256, "str"), "pgs.repair.metric": Value("best", "str"),
-            "pgs.repair.layers": Value(list(kept), "u32[]"),
-            **{f"pgs.repair.{layer}.kept": Value(list(ids), "u32[]") for layer, ids in kept.items()}}
+    keys = {
+        "general.type": Value("expert_repair", "str"),
+        "pgs.repair.format": Value(1, "u32"),
+        "pgs.repair.model.header_sha256": Value(model.header_sha256, "str"),
+        "pgs.repair.metric": Value("best", "str"),
+        "pgs.repair.layers": Value(list(kept), "u32[]"),
+        **{f"pgs.repair.{layer}.kept": Value(list(ids), "u32[]") for layer, ids in kept.items()},
+    }
     keys |= {key: value for key, value in changes.items() if "." in key}
     tensors = {}
     for layer, ids in kept.items():
@@ -165,8 +183,9 @@ def test_a_quantized_source_gets_its_own_type_again(tmp_path):
         pgs.Plan(model).keep_experts(KEPT, repair=repair).write(tmp_path / "out.gguf")
         with pgs.open(tmp_path / "out.gguf") as out:
             assert out.tensors[DOWN].type == "Q8_0"
-            np.testing.assert_array_equal(out.tensors[DOWN].bytes(),
-                                          pgs.quantize(read_gguf(repair)[1][DOWN][1], "Q8_0").ravel())
+            np.testing.assert_array_equal(
+                out.tensors[DOWN].bytes(), pgs.quantize(read_gguf(repair)[1][DOWN][1], "Q8_0").ravel()
+            )
 
 
 def test_a_second_cut_takes_from_the_repaired(qwen, tmp_path):
@@ -178,12 +197,19 @@ def test_a_second_cut_takes_from_the_repaired(qwen, tmp_path):
     more = {0: range(8), 1: range(8)}
     repair = write_repair(tmp_path / "r8.gguf", qwen, {k: tuple(v) for k, v in more.items()})
     pgs.Plan(qwen).keep_experts(more, repair=repair).keep_experts({0: [1, 3, 5, 7], 1: [0, 2, 4, 6]}).write(
-        tmp_path / "less.gguf")
+        tmp_path / "less.gguf"
+    )
     values = read_gguf(repair)[1][DOWN][1][[0, 2, 4, 6]]
     np.testing.assert_array_equal(read_gguf(tmp_path / "less.gguf")[1][DOWN][1], values.astype(np.float16))
     first = pgs.Plan(qwen).keep_experts(more)
-    assert "first cut" in str(first.keep_experts({k: range(4) for k in KEPT}, repair=write_repair(
-        tmp_path / "late.gguf", qwen, {k: tuple(range(4)) for k in KEPT})).check().blockers[0])
+    assert "first cut" in str(
+        first.keep_experts(
+            {k: range(4) for k in KEPT},
+            repair=write_repair(tmp_path / "late.gguf", qwen, {k: tuple(range(4)) for k in KEPT}),
+        )
+        .check()
+        .blockers[0]
+    )
 
 
 def test_a_plan_with_a_repair_is_data(qwen, tmp_path):
@@ -212,9 +238,15 @@ def test_a_repair_that_does_not_fit_is_refused(qwen, tmp_path):
         pgs.Plan(qwen).keep_experts(KEPT, repair=qwen.path)
 
 
-@pytest.mark.parametrize("key, value", [
-    ("pgs.repair.layers", Value(["0", "1"], "str[]")), ("pgs.repair.layers", Value(2, "u32")),
-    ("pgs.repair.0.kept", Value(["a"], "str[]")), ("pgs.repair.1.kept", Value([], "u32[]"))])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("pgs.repair.layers", Value(["0", "1"], "str[]")),
+        ("pgs.repair.layers", Value(2, "u32")),
+        ("pgs.repair.0.kept", Value(["a"], "str[]")),
+        ("pgs.repair.1.kept", Value([], "u32[]")),
+    ],
+)
 def test_a_repair_that_contradicts_itself(qwen, tmp_path, key, value):
     repair = write_repair(tmp_path / "r.gguf", qwen, KEPT, **{key: value})
     with pytest.raises(pgs.BadFile) as error:
@@ -289,8 +321,16 @@ def test_layers_in_several_passes_give_the_same(tmp_path):
         both = pgs.experts.repair(model, HALF, [TOKENS], tmp_path / "a.gguf", n_ctx=40, threads=1)
         one = 480 * 4 * (4 * (32 + 1) + 32) + 4 * 480 * 32 + 3 * 4 * 8 * 32 * 32
         calls = []
-        each = pgs.experts.repair(model, HALF, [TOKENS], tmp_path / "b.gguf", n_ctx=40, memory=one, threads=1,
-                                  progress=lambda done, total: calls.append((done, total)))
+        each = pgs.experts.repair(
+            model,
+            HALF,
+            [TOKENS],
+            tmp_path / "b.gguf",
+            n_ctx=40,
+            memory=one,
+            threads=1,
+            progress=lambda done, total: calls.append((done, total)),
+        )
         assert both == each and calls[-1] == (24, 24)
         assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
         with pytest.raises(pgs.BadPlan, match="do not fit"):
@@ -334,7 +374,9 @@ def test_a_repaired_cut_of_a_trained_model_is_far_better(tmp_path, capsys):
     with pgs.open(out) as cut:
         assert cut.metadata["pgs.experts.metric"] == "best"
     assert main(["prune", model, out, "--repair", repair, *choice, "--force"]) == 0  # the same experts by name
-    assert main(["prune", model, str(tmp_path / "plain.gguf"), "--keep", "16", "--by", "reap-sum", "--stats", stats]) == 0
+    assert (
+        main(["prune", model, str(tmp_path / "plain.gguf"), "--keep", "16", "--by", "reap-sum", "--stats", stats]) == 0
+    )
 
     def perplexity(path):
         return pgs.experts.calibrate(path, [evaluation], n_ctx=256, chunks=20).perplexity()[0]

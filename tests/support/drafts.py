@@ -1,4 +1,5 @@
 """One edit by itself, without a plan."""
+
 from __future__ import annotations
 
 from pygguf_surgery.edits.context import Context

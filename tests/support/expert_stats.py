@@ -1,4 +1,5 @@
 """Statistics of made-up numbers that fit a model."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -15,8 +16,9 @@ def stats_for(model, seed=0, *, unseen=()):
     """Statistics of made-up numbers that fit a model."""
     rng, experts = np.random.default_rng(seed), model.get("expert_count")
     found = [layer for layer in moe_layers(model) if f"blk.{layer}.nextn.eh_proj.weight" not in model.tensors]
-    stats = stats_file.Stats(model.header_sha256, model.architecture, "Test", experts, 8, {},
-                             [stats_file.Text("00", 100, 5, 5)], 1.0, 1.0, 4)
+    stats = stats_file.Stats(
+        model.header_sha256, model.architecture, "Test", experts, 8, {}, [stats_file.Text("00", 100, 5, 5)], 1.0, 1.0, 4
+    )
     for layer in found:
         s = LayerStats.empty(experts)
         for name in ("count", "gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "max_activation"):

@@ -1,12 +1,37 @@
 """GGUF files by hand, right and wrong ones: struct.pack and nothing of the package under test."""
+
 from __future__ import annotations
 
 import struct
 
-IDS = {"u8": 0, "i8": 1, "u16": 2, "i16": 3, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "str": 8, "array": 9,
-       "u64": 10, "i64": 11, "f64": 12}
-FORMATS = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f", "bool": "B",
-           "u64": "Q", "i64": "q", "f64": "d"}
+IDS = {
+    "u8": 0,
+    "i8": 1,
+    "u16": 2,
+    "i16": 3,
+    "u32": 4,
+    "i32": 5,
+    "f32": 6,
+    "bool": 7,
+    "str": 8,
+    "array": 9,
+    "u64": 10,
+    "i64": 11,
+    "f64": 12,
+}
+FORMATS = {
+    "u8": "B",
+    "i8": "b",
+    "u16": "H",
+    "i16": "h",
+    "u32": "I",
+    "i32": "i",
+    "f32": "f",
+    "bool": "B",
+    "u64": "Q",
+    "i64": "q",
+    "f64": "d",
+}
 F32, F16, Q4_0, Q8_0, I8, I64 = 0, 1, 2, 8, 24, 27
 
 

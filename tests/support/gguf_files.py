@@ -1,4 +1,5 @@
 """Small files for tests, written by gguf-py: an independent writer."""
+
 from __future__ import annotations
 
 import gguf

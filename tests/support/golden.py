@@ -1,8 +1,9 @@
 """The sha256 of what ggml compiled by gcc gives on x86-64, by case: kernel_golden.txt, and how its cases are made.
 
-On x86-64 and with a build by gcc, `cd tests && python -m support.golden > support/kernel_golden.txt` writes it anew, with
-the linked ggml; it changes only with ggml or with kernel_data.
+On x86-64 and with a build by gcc, `cd tests && python -m support.golden > support/kernel_golden.txt` writes it anew,
+with the linked ggml; it changes only with ggml or with kernel_data.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -61,8 +62,10 @@ def sha256(data):
 
 def of_encoder(name, weighted, kernels=None):
     """Lines of the golden file: hash by case."""
-    return {f"{name} {'imatrix' if weighted else '-'} {kind}": sha256(encoded(name, weighted, kind).tobytes())
-            for kind in kinds(name, kernels)}
+    return {
+        f"{name} {'imatrix' if weighted else '-'} {kind}": sha256(encoded(name, weighted, kind).tobytes())
+        for kind in kinds(name, kernels)
+    }
 
 
 def of_decoder(name):

@@ -1,4 +1,5 @@
 """Importance matrices of both formats: by hand, as llama-imatrix writes them, and read by gguf-py."""
+
 from __future__ import annotations
 
 import struct
@@ -17,8 +18,12 @@ REAL = SHARED / "models" / "imatrix.gguf"
 LEGACY = SHARED / "models" / "imatrix.dat"
 real = pytest.mark.skipif(not REAL.exists(), reason=f"needs {REAL}")
 UP = "blk.0.ffn_up_exps.weight"
-METADATA = [kv("general.type", "str", "imatrix"), kv("imatrix.datasets", "str[]", ["a.txt"]),
-            kv("imatrix.chunk_count", "u32", 3), kv("imatrix.chunk_size", "u32", 64)]
+METADATA = [
+    kv("general.type", "str", "imatrix"),
+    kv("imatrix.datasets", "str[]", ["a.txt"]),
+    kv("imatrix.chunk_count", "u32", 3),
+    kv("imatrix.chunk_size", "u32", 64),
+]
 
 
 def legacy(entries, trailer=b""):
@@ -69,8 +74,16 @@ def imatrix_of(path, model, entries):
     for name, (sums, counts) in entries.items():
         tensors[name + ".in_sum2"] = np.asarray(sums, np.float32)
         tensors[name + ".counts"] = np.asarray(counts, np.float32).reshape(-1, 1)
-    write_gguf(path, {"general.type": Value("imatrix", "str"), "imatrix.datasets": Value(["text"], "str[]"),
-                      "imatrix.chunk_count": Value(5, "u32"), "imatrix.chunk_size": Value(8, "u32")}, tensors)
+    write_gguf(
+        path,
+        {
+            "general.type": Value("imatrix", "str"),
+            "imatrix.datasets": Value(["text"], "str[]"),
+            "imatrix.chunk_count": Value(5, "u32"),
+            "imatrix.chunk_size": Value(8, "u32"),
+        },
+        tensors,
+    )
     return path
 
 

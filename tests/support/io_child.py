@@ -1,10 +1,11 @@
 """A writer in a process of its own, to be killed, traced and starved by test_faults.
 
-    io_child.py once SOURCE OUTPUT      writes plan "new" over OUTPUT, prints "ok" or the name of the error's class
-    io_child.py loop SOURCE OUTPUT      for each line on stdin: forks a child, which prints its pid and overwrites
-                                        OUTPUT with plans "old" and "new" in turn until it is killed; prints its status
-    io_child.py slow SOURCE OUTPUT      as once, with one thread and an encoding that takes seconds; prints progress
+io_child.py once SOURCE OUTPUT      writes plan "new" over OUTPUT, prints "ok" or the name of the error's class
+io_child.py loop SOURCE OUTPUT      for each line on stdin: forks a child, which prints its pid and overwrites
+                                    OUTPUT with plans "old" and "new" in turn until it is killed; prints its status
+io_child.py slow SOURCE OUTPUT      as once, with one thread and an encoding that takes seconds; prints progress
 """
+
 import os
 import sys
 
@@ -47,8 +48,8 @@ def main(how, source, output):
     elif how == "slow":
         os.environ["PGS_KERNELS"] = "ggml"
         pgs.Plan(model).quantize("IQ3_S", pure=True).write(
-            output, overwrite=True, threads=1,
-            progress=lambda done, total: print(f"{100 * done // total}%", flush=True))
+            output, overwrite=True, threads=1, progress=lambda done, total: print(f"{100 * done // total}%", flush=True)
+        )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "schema"
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 SCALARS = {str: "string", int: "integer", float: "number", bool: "boolean"}
 VALUE_TYPES = "^([ui](8|16|32|64)|f32|f64|bool|str)(\\[\\])?$"
+# fmt: off
 SPECIAL = {
     bytes: {"type": "string", "contentEncoding": "base64", "pattern": "^[A-Za-z0-9+/]*={0,2}$"},
     Value: {
@@ -33,6 +34,7 @@ SPECIAL = {
         "unevaluatedProperties": False,
     },
 }
+# fmt: on
 
 
 class Schema:

@@ -1,4 +1,5 @@
 """Models to drop layers of: which of them, and what the metadata says then."""
+
 from __future__ import annotations
 
 import re
@@ -11,6 +12,7 @@ from support import moe_models
 from support.gguf_files import make_gguf
 
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+# fmt: off
 # What can be dropped of the models in moe_models, and the arrays that must follow. Most have their blocks twice here.
 CASES = {
     "qwen3moe": ([0, 3], {}), "deepseek2": ([0, 2], {}), "gpt_oss": ([0, 1], {}), "llama4": ([0, 1, 2, 3], {}),
@@ -20,6 +22,7 @@ CASES = {
     "qwen3next": ([0, 1, 2, 3], {}),
     "mtp": ([0, 2], {"attention.recurrent_layers": [True, False, False]}),
 }
+# fmt: on
 ONCE = ("deepseek2", "mtp")
 
 

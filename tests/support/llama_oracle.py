@@ -1,4 +1,5 @@
 """llama.cpp itself, through llama-cpp-python: its quantizer, and what it would do to each tensor."""
+
 from __future__ import annotations
 
 import ctypes
@@ -38,10 +39,12 @@ def quantize(llama, source, target, file_type, *, imatrix=None, overrides=(), **
         rows = {name: np.ascontiguousarray(values, np.float32).ravel() for name, values in imatrix.items()}
         floats = ctypes.POINTER(ctypes.c_float)
         p.imatrix = (llama.llama_model_imatrix_data * (len(rows) + 1))(  # the last one, of zeros, ends the list
-            *((name.encode(), row.ctypes.data_as(floats), row.size) for name, row in rows.items()))
+            *((name.encode(), row.ctypes.data_as(floats), row.size) for name, row in rows.items())
+        )
     if overrides:
         p.tt_overrides = (llama.llama_model_tensor_override * (len(overrides) + 1))(
-            *((pattern.encode(), gguf.GGMLQuantizationType[type]) for pattern, type in overrides))
+            *((pattern.encode(), gguf.GGMLQuantizationType[type]) for pattern, type in overrides)
+        )
     for key, value in params.items():
         setattr(p, key, gguf.GGMLQuantizationType[value] if key in TYPE_FIELDS else value)
     llama.said.clear()
@@ -49,8 +52,10 @@ def quantize(llama, source, target, file_type, *, imatrix=None, overrides=(), **
         raise RuntimeError("".join(llama.said)[-2000:])
 
 
-_LINE = re.compile(r"\[ *\d+/ *\d+\] (.+?) +- \[[^\]]*\], type = +(\w+), size = +[\d.]+ MiB"
-                   r"(?: -> +[\d.]+ MiB \((\w+)\))?\n")
+_LINE = re.compile(
+    r"\[ *\d+/ *\d+\] (.+?) +- \[[^\]]*\], type = +(\w+), size = +[\d.]+ MiB"
+    r"(?: -> +[\d.]+ MiB \((\w+)\))?\n"
+)
 
 
 def dry_run(llama, source, file_type, **params):
@@ -87,9 +92,9 @@ class Tap:
         self.names, self.found = set(names), {}
         with Session(str(path), n_ctx=n_ctx, threads=2, watch=self) as session:
             if isinstance(tokens, bytes):
-                tokens = session.tokenize(tokens)[:n_ctx * 40]
+                tokens = session.tokenize(tokens)[: n_ctx * 40]
             for i in range(len(tokens) // n_ctx):
-                session.run(tokens[i * n_ctx:(i + 1) * n_ctx])
+                session.run(tokens[i * n_ctx : (i + 1) * n_ctx])
 
     def wants(self, name):
         return name in self.names

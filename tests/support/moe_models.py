@@ -3,6 +3,7 @@
 Each function writes a GGUF file with gguf-py and returns its path. Weights are seeded noise, so a test can tell slices
 apart. llama.cpp loads those in LOADABLE; the others have only the tensors that a rule is about.
 """
+
 from __future__ import annotations
 
 import gguf
@@ -105,8 +106,14 @@ def qwen3next(path, *, experts=32, mtp=False, type="F16", **extra):
     shared expert and of others have 32 elements too. mtp: one more block, the MTP one."""
     b = Builder("qwen3next", blocks=5 if mtp else 4, experts=experts, used=4)
     b.key("expert_shared_feed_forward_length", FF, U32)
-    for key, value in (("ssm.conv_kernel", 4), ("ssm.inner_size", 32), ("ssm.state_size", 8),
-                       ("ssm.time_step_rank", 4), ("ssm.group_count", 2), ("full_attention_interval", 4)):
+    for key, value in (
+        ("ssm.conv_kernel", 4),
+        ("ssm.inner_size", 32),
+        ("ssm.state_size", 8),
+        ("ssm.time_step_rank", 4),
+        ("ssm.group_count", 2),
+        ("full_attention_interval", 4),
+    ):
         b.key(key, value, U32)
     if mtp:
         b.key("nextn_predict_layers", 1, U32)
@@ -145,16 +152,34 @@ def qwen3moe(path, *, experts=16, type="F16"):
 def deepseek2(path, *, experts=16, groups=4, group_used=2):
     """MLA, one leading dense block, sigmoid router with selection bias and groups."""
     b = Builder("deepseek2", blocks=3, experts=experts, used=4)
-    for key, value in (("leading_dense_block_count", 1), ("expert_shared_count", 1), ("expert_gating_func", 2),
-                       ("attention.q_lora_rank", 16), ("attention.kv_lora_rank", 16),
-                       ("attention.key_length", 20), ("attention.value_length", 16), ("rope.dimension_count", 4),
-                       ("attention.key_length_mla", 12), ("attention.value_length_mla", 8),
-                       ("expert_group_count", groups), ("expert_group_used_count", group_used)):
+    for key, value in (
+        ("leading_dense_block_count", 1),
+        ("expert_shared_count", 1),
+        ("expert_gating_func", 2),
+        ("attention.q_lora_rank", 16),
+        ("attention.kv_lora_rank", 16),
+        ("attention.key_length", 20),
+        ("attention.value_length", 16),
+        ("rope.dimension_count", 4),
+        ("attention.key_length_mla", 12),
+        ("attention.value_length_mla", 8),
+        ("expert_group_count", groups),
+        ("expert_group_used_count", group_used),
+    ):
         b.key(key, value, U32)
     for i in range(3):
-        for name, *shape in (("attn_norm", D), ("attn_q_a_norm", 16), ("attn_kv_a_norm", 16), ("attn_q_a", 16, D),
-                             ("attn_q_b", 48, 16), ("attn_kv_a_mqa", 20, D), ("attn_k_b", 4, 16, 8),
-                             ("attn_v_b", 4, 8, 16), ("attn_output", D, 32), ("ffn_norm", D)):
+        for name, *shape in (
+            ("attn_norm", D),
+            ("attn_q_a_norm", 16),
+            ("attn_kv_a_norm", 16),
+            ("attn_q_a", 16, D),
+            ("attn_q_b", 48, 16),
+            ("attn_kv_a_mqa", 20, D),
+            ("attn_k_b", 4, 16, 8),
+            ("attn_v_b", 4, 8, 16),
+            ("attn_output", D, 32),
+            ("ffn_norm", D),
+        ):
             b.add(f"blk.{i}.{name}.weight", *shape)
         if i == 0:
             b.dense(i)
@@ -169,8 +194,12 @@ def dots1(path, *, experts=16, groups=0):
     """Attention as in llama, one leading dense block, sigmoid router with a selection bias. It computes finite numbers,
     so that it can be run. groups: the router picks half of as many groups first."""
     b = Builder("dots1", blocks=3, experts=experts, used=4)
-    for key, value in (("leading_dense_block_count", 1), ("expert_shared_count", 1), ("expert_gating_func", 2),
-                       ("attention.head_count_kv", 4)):
+    for key, value in (
+        ("leading_dense_block_count", 1),
+        ("expert_shared_count", 1),
+        ("expert_gating_func", 2),
+        ("attention.head_count_kv", 4),
+    ):
         b.key(key, value, U32)
     if groups:
         b.key("expert_group_count", groups, U32)
@@ -228,8 +257,12 @@ def gemma4(path, *, experts=32):
     """Fused gate and up, a dense FFN beside the experts, router scale over n_embd (= E here), scale per expert."""
     b = Builder("gemma4", blocks=2, experts=experts, used=4)
     b.key("attention.sliding_window_pattern", [True, False], ARRAY, BOOL)
-    for key, value in (("attention.sliding_window", 128), ("attention.key_length_swa", 8),
-                       ("attention.value_length_swa", 8), ("embedding_length_per_layer_input", 0)):
+    for key, value in (
+        ("attention.sliding_window", 128),
+        ("attention.key_length_swa", 8),
+        ("attention.value_length_swa", 8),
+        ("embedding_length_per_layer_input", 0),
+    ):
         b.key(key, value, U32)
     b.add("rope_freqs.weight", 4)
     for i in range(2):
@@ -252,15 +285,28 @@ def granitehybrid(path, *, experts=8):
     b = Builder("granitehybrid", blocks=3, experts=experts, used=2)
     b.key("attention.head_count_kv", [0, 0, 2], ARRAY, U32)
     b.key("logit_scale", 1.0, F32)
-    for key, value in (("ssm.conv_kernel", 4), ("ssm.inner_size", 64), ("ssm.state_size", 8),
-                       ("ssm.time_step_rank", 8), ("ssm.group_count", 1), ("expert_shared_feed_forward_length", FF)):
+    for key, value in (
+        ("ssm.conv_kernel", 4),
+        ("ssm.inner_size", 64),
+        ("ssm.state_size", 8),
+        ("ssm.time_step_rank", 8),
+        ("ssm.group_count", 1),
+        ("expert_shared_feed_forward_length", FF),
+    ):
         b.key(key, value, U32)
     for i in range(3):
         if i < 2:
             b.add(f"blk.{i}.attn_norm.weight", D)
-            for name, *shape in (("ssm_in.weight", 152, D), ("ssm_conv1d.weight", 80, 4), ("ssm_conv1d.bias", 80),
-                                 ("ssm_dt.bias", 8), ("ssm_a", 8, 1), ("ssm_d", 8, 1), ("ssm_norm.weight", 1, 64),
-                                 ("ssm_out.weight", D, 64)):
+            for name, *shape in (
+                ("ssm_in.weight", 152, D),
+                ("ssm_conv1d.weight", 80, 4),
+                ("ssm_conv1d.bias", 80),
+                ("ssm_dt.bias", 8),
+                ("ssm_a", 8, 1),
+                ("ssm_d", 8, 1),
+                ("ssm_norm.weight", 1, 64),
+                ("ssm_out.weight", D, 64),
+            ):
                 b.add(f"blk.{i}.{name}", *shape)
         else:
             b.attention(i)
@@ -321,9 +367,16 @@ def nemotron(path, *, experts=16):
     b.key("attention.head_count_kv", [2, 0], ARRAY, U32)
     b.key("feed_forward_length", [0, FF], ARRAY, U32)
     b.key("attention.layer_norm_epsilon", 1e-6, F32)
-    for key, value in (("ssm.conv_kernel", 4), ("ssm.inner_size", 64), ("ssm.state_size", 8), ("ssm.group_count", 1),
-                       ("ssm.time_step_rank", 8), ("expert_shared_feed_forward_length", FF), ("expert_shared_count", 1),
-                       ("moe_latent_size", experts)):
+    for key, value in (
+        ("ssm.conv_kernel", 4),
+        ("ssm.inner_size", 64),
+        ("ssm.state_size", 8),
+        ("ssm.group_count", 1),
+        ("ssm.time_step_rank", 8),
+        ("expert_shared_feed_forward_length", FF),
+        ("expert_shared_count", 1),
+        ("moe_latent_size", experts),
+    ):
         b.key(key, value, U32)
     b.attention(0)
     b.add("blk.1.attn_norm.weight", D)
@@ -335,6 +388,21 @@ def nemotron(path, *, experts=16):
     return b.write(path)
 
 
-ALL = {f.__name__: f for f in (qwen3next, qwen3moe, deepseek2, dots1, gpt_oss, llama4, gemma4, granitehybrid, deepseek4,
-                               grovemoe, nvfp4_scales, nemotron)}
+ALL = {
+    f.__name__: f
+    for f in (
+        qwen3next,
+        qwen3moe,
+        deepseek2,
+        dots1,
+        gpt_oss,
+        llama4,
+        gemma4,
+        granitehybrid,
+        deepseek4,
+        grovemoe,
+        nvfp4_scales,
+        nemotron,
+    )
+}
 LOADABLE = [name for name in ALL if name != "deepseek4"]

@@ -1,4 +1,5 @@
 """What of a file is in the page cache, asked of the kernel."""
+
 import ctypes
 import mmap
 import os

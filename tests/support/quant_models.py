@@ -4,6 +4,7 @@ llama.cpp's quantizer reads the metadata of an architecture and checks no shapes
 model has thousands. Some are multiples of 32 only (96, 288), some not even that (40): those fall back. Source types are
 mixed. Each model comes with an importance matrix as llama-imatrix writes it.
 """
+
 from __future__ import annotations
 
 import zlib
@@ -74,8 +75,12 @@ class Model:
             yield name, sums, counts
 
     def write_imatrix(self, path):
-        metadata = {"general.type": ("imatrix", T.STRING), "imatrix.datasets": (["a.txt", "b.txt"], T.ARRAY, T.STRING),
-                    "imatrix.chunk_count": (7, T.UINT32), "imatrix.chunk_size": (512, T.UINT32)}
+        metadata = {
+            "general.type": ("imatrix", T.STRING),
+            "imatrix.datasets": (["a.txt", "b.txt"], T.ARRAY, T.STRING),
+            "imatrix.chunk_count": (7, T.UINT32),
+            "imatrix.chunk_size": (512, T.UINT32),
+        }
         tensors = {}
         for name, sums, counts in self.sums_and_counts():
             tensors[name + ".in_sum2"], tensors[name + ".counts"] = sums, counts
@@ -104,9 +109,18 @@ class Model:
 def model(architecture, *, blocks, heads=8, key_heads=2, experts=0, tied=False, row=D):
     m = Model(architecture)
     m.metadata["tokenizer.ggml.model"] = ("no_vocab", T.STRING)
-    m.count(block_count=blocks, context_length=256, embedding_length=row, feed_forward_length=D, vocab_size=4,
-            attention__head_count=heads, attention__head_count_kv=key_heads, attention__key_length=32,
-            attention__value_length=32, rope__dimension_count=32)
+    m.count(
+        block_count=blocks,
+        context_length=256,
+        embedding_length=row,
+        feed_forward_length=D,
+        vocab_size=4,
+        attention__head_count=heads,
+        attention__head_count_kv=key_heads,
+        attention__key_length=32,
+        attention__value_length=32,
+        rope__dimension_count=32,
+    )
     m.real(attention__layer_norm_rms_epsilon=1e-6)
     if experts:
         m.count(expert_count=experts, expert_used_count=2, expert_feed_forward_length=D)
@@ -126,8 +140,14 @@ def ffn(m, i, row=D):
 
 
 def moe(m, i, experts, row=D, down=D):
-    m.add(i, ffn_norm=(row,), ffn_gate_inp=(experts, row), ffn_gate_exps=(experts, 2, row),
-          ffn_up_exps=(experts, 2, row), ffn_down_exps=(experts, 2, down))
+    m.add(
+        i,
+        ffn_norm=(row,),
+        ffn_gate_inp=(experts, row),
+        ffn_gate_exps=(experts, 2, row),
+        ffn_up_exps=(experts, 2, row),
+        ffn_down_exps=(experts, 2, down),
+    )
 
 
 def llama():
@@ -160,8 +180,15 @@ def qwen3moe():
 def qwen3next():
     """Linear attention, every fourth block full attention, shared experts, one MTP block."""
     m = model("qwen3next", blocks=19, heads=16, key_heads=2, experts=6)
-    m.count(nextn_predict_layers=1, expert_shared_feed_forward_length=D, ssm__conv_kernel=4, ssm__inner_size=D,
-            ssm__state_size=32, ssm__time_step_rank=8, ssm__group_count=2)
+    m.count(
+        nextn_predict_layers=1,
+        expert_shared_feed_forward_length=D,
+        ssm__conv_kernel=4,
+        ssm__inner_size=D,
+        ssm__state_size=32,
+        ssm__time_step_rank=8,
+        ssm__group_count=2,
+    )
     m.metadata["qwen3next.attention.recurrent_layers"] = ([i % 4 != 3 and i < 18 for i in range(19)], T.ARRAY, T.BOOL)
     for i in range(19):
         if i % 4 == 3 or i == 18:
@@ -178,11 +205,26 @@ def qwen3next():
 def deepseek2():
     """MLA: attn_k_b and attn_v_b have three dimensions; the first blocks as in older files, with attn_kv_b."""
     m = model("deepseek2", blocks=18, heads=4, key_heads=1, experts=5)
-    m.count(leading_dense_block_count=2, expert_shared_count=1, expert_gating_func=2, attention__q_lora_rank=D,
-            attention__kv_lora_rank=D, attention__key_length_mla=96, attention__value_length_mla=32)
+    m.count(
+        leading_dense_block_count=2,
+        expert_shared_count=1,
+        expert_gating_func=2,
+        attention__q_lora_rank=D,
+        attention__kv_lora_rank=D,
+        attention__key_length_mla=96,
+        attention__value_length_mla=32,
+    )
     for i in range(18):
-        m.add(i, attn_norm=(D,), attn_q_a_norm=(D,), attn_kv_a_norm=(D,), attn_q_a=D, attn_q_b=D, attn_kv_a_mqa=D,
-              attn_output=D)
+        m.add(
+            i,
+            attn_norm=(D,),
+            attn_q_a_norm=(D,),
+            attn_kv_a_norm=(D,),
+            attn_q_a=D,
+            attn_q_b=D,
+            attn_kv_a_mqa=D,
+            attn_output=D,
+        )
         m.add(i, attn_kv_b=D) if i < 9 else m.add(i, attn_k_b=(4, 2, 96), attn_v_b=(4, 2, D))
         if i < 2:
             ffn(m, i)

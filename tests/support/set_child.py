@@ -1,8 +1,9 @@
 """A set of three shards written by the core alone: here, or in a process of its own, to be killed, traced and starved.
 
-    set_child.py once FOLDER OVERWRITE    writes set "new" to FOLDER, prints "ok" or the error
-    set_child.py starved FOLDER           as once, over an old set and with 100 more files, and may open only 50
+set_child.py once FOLDER OVERWRITE    writes set "new" to FOLDER, prints "ok" or the error
+set_child.py starved FOLDER           as once, over an old set and with 100 more files, and may open only 50
 """
+
 import errno
 import resource
 import sys
@@ -21,8 +22,18 @@ def write_set(folder, names, tag, **how):
     jobs, outputs, kind = [], [], next(t.id for t in _core.types() if t.name == "I8")
     for i, name in enumerate(names):
         data = content(tag, i)
-        jobs.append(_core.Job(f"t{i}", source_type=kind, target_type=kind, row_elements=len(data) - 5, rows=1,
-                              target_offset=5, literal=data[5:], file=i))
+        jobs.append(
+            _core.Job(
+                f"t{i}",
+                source_type=kind,
+                target_type=kind,
+                row_elements=len(data) - 5,
+                rows=1,
+                target_offset=5,
+                literal=data[5:],
+                file=i,
+            )
+        )
         outputs.append((f"{folder}/{name}", data[:5], len(data)))
     return _core.run([], outputs, jobs, **{**HOW, **how})
 

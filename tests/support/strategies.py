@@ -1,7 +1,9 @@
 """What hypothesis draws: values and headers of GGUF files, importance matrices, numbers to encode, choices of types.
 
-A law that holds only away from rounding, overflow or subnormal numbers has a strategy that stays away from them, and says so.
+A law that holds only away from rounding, overflow or subnormal numbers has a strategy that stays away from them, and
+says so.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -14,21 +16,29 @@ from pygguf_surgery._core import TensorInfo, Value, types
 
 # --- GGUF: metadata and tensors ---------------------------------------------------------------------------------------
 
-INTEGERS = {f"{sign}{bits}": (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if sign == "i" else (0, 2**bits - 1)
-            for sign in "ui" for bits in (8, 16, 32, 64)}
+INTEGERS = {
+    f"{sign}{bits}": (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if sign == "i" else (0, 2**bits - 1)
+    for sign in "ui"
+    for bits in (8, 16, 32, 64)
+}
 SCALAR_TYPES = sorted([*INTEGERS, "bool", "str", "f32", "f64"])
 UTF8 = st.text(st.characters(exclude_categories=["Cs"]))
 ANY_BYTES = st.text() | st.binary().map(lambda raw: raw.decode("utf-8", "surrogateescape"))  # as Python has file names
 KEYS = st.from_regex(r"[a-z0-9_]{1,12}(\.[a-z0-9_]{1,12}){0,3}", fullmatch=True).filter(
-    lambda key: key != "general.alignment")
+    lambda key: key != "general.alignment"
+)
 
 
 def scalars(kind, *, text=UTF8, nan=False):
     """What a value of this type may be in Python. nan: whether a float may be NaN, which equals nothing."""
     if kind in INTEGERS:
         return st.integers(*INTEGERS[kind])
-    return {"bool": st.booleans(), "str": text, "f32": st.floats(width=32, allow_nan=nan),
-            "f64": st.floats(allow_nan=nan)}[kind]
+    return {
+        "bool": st.booleans(),
+        "str": text,
+        "f32": st.floats(width=32, allow_nan=nan),
+        "f64": st.floats(allow_nan=nan),
+    }[kind]
 
 
 @st.composite
@@ -46,8 +56,15 @@ def values(*, nan=False, max_size=20):
 
 @st.composite
 def tensor_infos(draw):
-    names = draw(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
-                          .filter(lambda n: len(n.encode()) <= 63), unique=True, max_size=8))
+    names = draw(
+        st.lists(
+            st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(
+                lambda n: len(n.encode()) <= 63
+            ),
+            unique=True,
+            max_size=8,
+        )
+    )
     infos = []
     for name in names:
         fact = draw(st.sampled_from(sorted(types(), key=lambda f: f.id)))
@@ -78,7 +95,8 @@ DATASETS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_cha
 def sums(shape):
     size = int(np.prod(shape))
     return st.lists(st.floats(0, 2.0**100, width=32), min_size=size, max_size=size).map(
-        lambda x: np.array(x, np.float32).reshape(shape))
+        lambda x: np.array(x, np.float32).reshape(shape)
+    )
 
 
 @st.composite
@@ -93,11 +111,14 @@ ENTRIES = st.dictionaries(ENTRY_NAMES, entry(), min_size=1, max_size=5)
 
 # --- numbers to encode ------------------------------------------------------------------------------------------------
 
+# fmt: off
 NUMBERS = st.one_of(
     st.floats(width=32, allow_nan=False, allow_infinity=False),
     st.floats(-4, 4, width=32),
-    st.sampled_from([0.0, -0.0, 1.0, -6.0, 0.75, 2.0**-149, -(2.0**-126), 2.0**-15, 65504.0, 2.0**47, 2.0**48, 2.0**100]),
+    st.sampled_from([0.0, -0.0, 1.0, -6.0, 0.75, 2.0**-149, -(2.0**-126), 2.0**-15, 65504.0, 2.0**47, 2.0**48,
+                     2.0**100]),
     st.integers(-24, 24).map(lambda n: n / 4))
+# fmt: on
 WEIGHTS = st.one_of(st.floats(0, 100, width=32), st.sampled_from([0.0, 1.0, 1e-20, 2.0**-140, 2.0**47, 2.0**49]))
 
 
@@ -120,8 +141,8 @@ GAINS = st.lists(st.integers(1, 12), min_size=1, max_size=5).map(lambda gains: s
 
 @st.composite
 def ladders(draw):
-    """(costs, errors) of one tensor: convex, as after _hull. The first step costs something too. Whole numbers, so that all
-    sums are exact."""
+    """(costs, errors) of one tensor: convex, as after _hull. The first step costs something too. Whole numbers, so that
+    all sums are exact."""
     gains = draw(GAINS)  # per byte
     widths = draw(st.lists(st.integers(1, 9), min_size=len(gains), max_size=len(gains)))
     total = sum(g * w for g, w in zip(gains, widths, strict=True))

@@ -1,4 +1,5 @@
 """The engine by itself: hostile numbers, budgets, and results that depend on neither threads nor the host."""
+
 import ctypes
 import os
 import platform
@@ -30,8 +31,16 @@ def source_of(path, data):
 
 
 def job(source="F32", target="F32", *, row, rows, runs=(), at=0, name="t", **more):
-    return _core.Job(name, source_type=ID[source], target_type=ID[target], row_elements=row, rows=rows, target_offset=at,
-                     runs=[_core.Run(*run) for run in runs], **more)
+    return _core.Job(
+        name,
+        source_type=ID[source],
+        target_type=ID[target],
+        row_elements=row,
+        rows=rows,
+        target_offset=at,
+        runs=[_core.Run(*run) for run in runs],
+        **more,
+    )
 
 
 def held(rows, divisor=1):
@@ -43,6 +52,7 @@ def run(sources, path, jobs, nbytes, *, header=b"", progress=None, **how):
 
 
 # --- hostile numbers ------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("elements", [2**56 + 32, 2**62, 2**63])
 def test_a_row_whose_bytes_would_wrap(elements):
@@ -66,7 +76,9 @@ def test_a_file_longer_than_files_can_be(folder, at, nbytes):
     assert not (folder / "none").exists()
 
 
-@pytest.mark.parametrize("runs", [[[0, 0, 127]], [[0, 1, 128]], [[1, 0, 128]], [[0, 2**64 - 64, 128]], [[0, 0, 2**64 - 1]]])
+@pytest.mark.parametrize(
+    "runs", [[[0, 0, 127]], [[0, 1, 128]], [[1, 0, 128]], [[0, 2**64 - 64, 128]], [[0, 0, 2**64 - 1]]]
+)
 def test_runs_that_do_not_fit(folder, runs):
     source = source_of(folder / "in", bytes(128))
     with pytest.raises(BadPlan):
@@ -99,6 +111,7 @@ def test_the_list_of_jobs_may_be_emptied_meanwhile(folder):
 
 
 # --- budgets --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kind", ["F32", "F16"])
 def test_reduce_refuses_a_row_that_does_not_fit(folder, kind):
@@ -134,8 +147,14 @@ def test_padding_between_many_tensors_stays_within_memory(folder):
 
 # --- the same result in every run -----------------------------------------------------------------------------------
 
-@given(st.sampled_from(["F32", "BF16", "Q8_0"]), st.sampled_from([1, 3, 35, 105]), st.integers(1, 5),
-       st.sampled_from([5 << 20, 20 << 20, 512 << 20]), st.sampled_from([(105, 64), (105, 1024), (105, 20_000 // 32 * 32)]))
+
+@given(
+    st.sampled_from(["F32", "BF16", "Q8_0"]),
+    st.sampled_from([1, 3, 35, 105]),
+    st.integers(1, 5),
+    st.sampled_from([5 << 20, 20 << 20, 512 << 20]),
+    st.sampled_from([(105, 64), (105, 1024), (105, 20_000 // 32 * 32)]),
+)
 def test_sums_depend_on_neither_threads_nor_memory(folder, kind, rows_per_group, threads, memory, shape):
     rows, row = shape
     x = np.random.default_rng(row).standard_normal(shape, np.float32)
@@ -145,7 +164,11 @@ def test_sums_depend_on_neither_threads_nor_memory(folder, kind, rows_per_group,
     one = _core.reduce_rows([source], tensor, rows_per_group, memory=1 << 30, threads=1, io="auto")
     many = _core.reduce_rows([source], tensor, rows_per_group, memory=memory, threads=threads, io="auto")
     assert one.tobytes() == many.tobytes()
-    y = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).astype(np.float64).reshape(-1, rows_per_group * row)
+    y = (
+        gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+        .astype(np.float64)
+        .reshape(-1, rows_per_group * row)
+    )
     np.testing.assert_allclose(many, np.stack([abs(y).sum(1), (y * y).sum(1)], 1), rtol=1e-12)
 
 
@@ -164,13 +187,14 @@ def test_each_group_of_rows_has_its_own_importance(folder, groups):
 
 @given(st.data())
 def test_importance_rows_of_a_file_are_divided_and_used(folder, data):
-    """Sums at any byte, divided by counts in float32, beside rows in memory: for any threads, budget and way of reading."""
+    """Sums at any byte, divided by counts in float32, beside rows in memory: for any threads, budget and way of
+    reading."""
     groups, per_group = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 5))
     row = 256 * data.draw(st.sampled_from([1, 3, 33]))
     kind = data.draw(st.sampled_from(["Q4_K", "IQ4_NL", "Q4_0"]))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     x = rng.standard_normal((groups * per_group, row), np.float32)
-    sums = (rng.random((data.draw(st.integers(1, 4)), row), np.float32) * np.float32(1000) + np.float32(0.01))
+    sums = rng.random((data.draw(st.integers(1, 4)), row), np.float32) * np.float32(1000) + np.float32(0.01)
     inline = rng.random((data.draw(st.integers(0, 2)), row), np.float32) + np.float32(0.01)
     start = data.draw(st.integers(0, 5000))  # of the sums in their file
     rows, expected = [], []
@@ -184,11 +208,19 @@ def test_importance_rows_of_a_file_are_divided_and_used(folder, data):
             rows.append(_core.ImportanceRow(1, start + n * row * 4, divisor=divisor))
         expected.append((inline if in_memory else sums)[n] / divisor)
     encoded = job("F32", kind, row=row, rows=len(x), runs=[[0, 0, x.nbytes]], importance_rows=rows)
-    sources = [source_of(folder / "in", x.tobytes()),
-               source_of(folder / "imatrix", bytes(start) + sums.tobytes() + b"more")]
-    run(sources, str(folder / "out"), [encoded], encoded.target_bytes, threads=data.draw(st.integers(1, 3)),
+    sources = [
+        source_of(folder / "in", x.tobytes()),
+        source_of(folder / "imatrix", bytes(start) + sums.tobytes() + b"more"),
+    ]
+    run(
+        sources,
+        str(folder / "out"),
+        [encoded],
+        encoded.target_bytes,
+        threads=data.draw(st.integers(1, 3)),
         memory=data.draw(st.sampled_from([20, 64])) << 20,
-        io=data.draw(st.sampled_from(["auto", "pread", "direct", "mmap"])))
+        io=data.draw(st.sampled_from(["auto", "pread", "direct", "mmap"])),
+    )
     want = _core.quantize(x, ID[kind], np.array(expected, np.float32), 1)
     assert (folder / "out").read_bytes() == want.tobytes()
 
@@ -206,8 +238,9 @@ def test_importance_rows_of_experts_in_many_tiles(folder, monkeypatch, kernels, 
     jobs, at = [], 0
     for i in (0, 1):
         where = [_core.ImportanceRow(1, (i * experts + e) * row * 4, divisor=counts[i, e]) for e in range(experts)]
-        jobs.append(job("F32", "Q4_K", row=row, rows=len(x), runs=[[0, 0, x.nbytes]], at=at, name=str(i),
-                        importance_rows=where))
+        jobs.append(
+            job("F32", "Q4_K", row=row, rows=len(x), runs=[[0, 0, x.nbytes]], at=at, name=str(i), importance_rows=where)
+        )
         at += jobs[-1].target_bytes
     want = b"".join(_core.quantize(x, ID["Q4_K"], sums[i] / counts[i][:, None], 2).tobytes() for i in (0, 1))
     for threads in (1, 3):
@@ -218,7 +251,10 @@ def test_importance_rows_of_experts_in_many_tiles(folder, monkeypatch, kernels, 
 @pytest.fixture(scope="module")
 def two_sources(folder):
     x = np.ones((4, 256), np.float32)
-    return [source_of(folder / "four", x.tobytes()), source_of(folder / "sums", np.ones((2, 256), np.float32).tobytes())]
+    return [
+        source_of(folder / "four", x.tobytes()),
+        source_of(folder / "sums", np.ones((2, 256), np.float32).tobytes()),
+    ]
 
 
 ROW, ONES = _core.ImportanceRow, np.ones(256, np.float32)
@@ -229,16 +265,26 @@ def weighted(rows, *, name="blk.0", target="Q4_K", **more):
     return job("F32", target, row=256, rows=4, name=name, importance_rows=rows, **more)
 
 
-@pytest.mark.parametrize("rows, problem", [
-    ([ROW(1, 1025)], "beyond its source"), ([ROW(1, 2**64 - 4)], "beyond its source"),
-    ([ROW(2, 0)], "no such source"), ([ROW(2**32 - 1, 0)], "no such source"),
-    ([ROW(1, 0)] * 3, "does not fit the rows"), ([ROW(1, 0)] * 8, "does not fit the rows"),
-    ([ROW(1, 0), ROW(1, 0, divisor=0)], "divisor"), ([ROW(1, 0, divisor=-1), ROW(1, 0)], "divisor"),
-    ([ROW(1, 0, divisor=np.nan)], "divisor"), ([ROW(1, 0, divisor=np.inf)], "divisor"),
-    ([ROW.held(ONES, divisor=-0.0)], "divisor"),
-    ([ROW.sum(1, [])], "no parts"), ([ROW.sum(1, [(0, None), (1025, None)])], "beyond its source"),
-    ([ROW.sum(1, [(0, 0)])], "no such order"), ([ROW.sum(1, [(0, None), (4, None)])], "without a merge"),
-])
+@pytest.mark.parametrize(
+    "rows, problem",
+    [
+        ([ROW(1, 1025)], "beyond its source"),
+        ([ROW(1, 2**64 - 4)], "beyond its source"),
+        ([ROW(2, 0)], "no such source"),
+        ([ROW(2**32 - 1, 0)], "no such source"),
+        ([ROW(1, 0)] * 3, "does not fit the rows"),
+        ([ROW(1, 0)] * 8, "does not fit the rows"),
+        ([ROW(1, 0), ROW(1, 0, divisor=0)], "divisor"),
+        ([ROW(1, 0, divisor=-1), ROW(1, 0)], "divisor"),
+        ([ROW(1, 0, divisor=np.nan)], "divisor"),
+        ([ROW(1, 0, divisor=np.inf)], "divisor"),
+        ([ROW.held(ONES, divisor=-0.0)], "divisor"),
+        ([ROW.sum(1, [])], "no parts"),
+        ([ROW.sum(1, [(0, None), (1025, None)])], "beyond its source"),
+        ([ROW.sum(1, [(0, 0)])], "no such order"),
+        ([ROW.sum(1, [(0, None), (4, None)])], "without a merge"),
+    ],
+)
 def test_importance_rows_that_do_not_fit(folder, two_sources, rows, problem):
     encoded = weighted(rows)
     with pytest.raises(BadPlan, match=f"blk.0: .*{problem}"):
@@ -274,16 +320,28 @@ def test_runs_of_a_value(folder):
     fill = _core.Run.fill(-1e30, 7)
     assert (fill.source, fill.nbytes, fill.value) == (None, 7, np.float32(-1e30))
     assert (_core.Run(3, 5, 9).source, _core.Run(3, 5, 9).offset, _core.Run(3, 5, 9).nbytes) == (3, 5, 9)
-    copied = _core.Job("t", source_type=ID["I8"], target_type=ID["I8"], row_elements=17, rows=1, target_offset=0,
-                       runs=[_core.Run(0, 0, 10), fill])
+    copied = _core.Job(
+        "t",
+        source_type=ID["I8"],
+        target_type=ID["I8"],
+        row_elements=17,
+        rows=1,
+        target_offset=0,
+        runs=[_core.Run(0, 0, 10), fill],
+    )
     run([source], str(folder / "out"), [copied], 17)
     assert (folder / "out").read_bytes() == bytes(range(1, 11)) + np.full(2, -1e30, "<f4").tobytes()[:7]
 
 
-@pytest.mark.parametrize("value, divisor, problem", [
-    (np.nan, 1, "importance is not a finite number in row 2, column 7"),
-    (-1, 2, "importance is negative in row 2, column 7"),
-    (3e38, 1e-3, "importance is not a finite number in row 2, column 7"), (0, 5, "importance is all zero in row 2")])
+@pytest.mark.parametrize(
+    "value, divisor, problem",
+    [
+        (np.nan, 1, "importance is not a finite number in row 2, column 7"),
+        (-1, 2, "importance is negative in row 2, column 7"),
+        (3e38, 1e-3, "importance is not a finite number in row 2, column 7"),
+        (0, 5, "importance is all zero in row 2"),
+    ],
+)
 def test_importance_values_that_no_encoder_takes(folder, two_sources, value, divisor, problem):
     """The row is that of the tensor: the expert's number."""
     sums = np.ones((4, 256), np.float32)
@@ -303,8 +361,13 @@ def test_an_importance_file_that_changes_during_the_run(folder, two_sources):
     sources = [two_sources[0], source_of(path, np.ones((1, 256), np.float32).tobytes())]
     encoded = weighted([ROW(1, 0)])
     with pytest.raises(SourceChanged) as error:
-        run(sources, str(folder / "none"), [encoded], encoded.target_bytes,
-            progress=lambda *_: path.write_bytes(b"other"))
+        run(
+            sources,
+            str(folder / "none"),
+            [encoded],
+            encoded.target_bytes,
+            progress=lambda *_: path.write_bytes(b"other"),
+        )
     assert error.value.path == str(path) and not (folder / "none").exists()
 
 
@@ -374,8 +437,12 @@ def test_a_cancel_while_ggml_makes_a_grid():
     x[:, ::3] = -2
     expected = _core.quantize(x, ID["IQ1_M"], np.ones((1, 256), np.float32), 1).tobytes()
     for _ in range(5):
-        out = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r})\n" + code], check=True,
-                             capture_output=True, timeout=120).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r})\n" + code],
+            check=True,
+            capture_output=True,
+            timeout=120,
+        ).stdout
         said, data = out.split(b"\n", 1)
         assert data == expected
         if said == b"cancelled":

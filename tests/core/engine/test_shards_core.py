@@ -1,4 +1,5 @@
 """Several outputs of one run: the bytes of single runs, and never a set of names that mixes two sets."""
+
 import errno
 import fcntl
 import os
@@ -68,6 +69,7 @@ def temp_kind(request, monkeypatch):
 
 # --- the bytes -------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     x = np.random.default_rng(0).standard_normal((400, 256), np.float32)
@@ -89,17 +91,31 @@ def test_the_bytes_are_those_of_single_runs(tmp_path, weights, data):
         target = data.draw(st.sampled_from([F32, Q8_0]))
         at = ends[file] + data.draw(st.integers(0, 5000))
         at += -at % 8 if target == Q8_0 else 0
-        make = dict(source_type=F32, target_type=target, row_elements=256, rows=rows, target_offset=at,
-                    runs=[_core.Run(0, first * 1024, rows * 1024)])
+        make = dict(
+            source_type=F32,
+            target_type=target,
+            row_elements=256,
+            rows=rows,
+            target_offset=at,
+            runs=[_core.Run(0, first * 1024, rows * 1024)],
+        )
         jobs.append(_core.Job(f"t{i}", **make, file=file))
         alone[file].append(_core.Job(f"t{i}", **make))
         ends[file] = at + jobs[-1].target_bytes
     jobs = data.draw(st.permutations(jobs))
-    how = HOW | {"threads": data.draw(st.integers(1, 4)), "memory": data.draw(st.sampled_from([20, 64])) << 20,
-                 "io": data.draw(st.sampled_from(["auto", "pread", "direct"])), "overwrite": True}
+    how = HOW | {
+        "threads": data.draw(st.integers(1, 4)),
+        "memory": data.draw(st.sampled_from([20, 64])) << 20,
+        "io": data.draw(st.sampled_from(["auto", "pread", "direct"])),
+        "overwrite": True,
+    }
     seen = []
-    stats = _core.run([source], [(str(tmp_path / f"set{i}"), header, ends[i]) for i, header in enumerate(outputs)], jobs,
-                      **how | {"progress": lambda done, total: seen.append((done, total))})
+    stats = _core.run(
+        [source],
+        [(str(tmp_path / f"set{i}"), header, ends[i]) for i, header in enumerate(outputs)],
+        jobs,
+        **how | {"progress": lambda done, total: seen.append((done, total))},
+    )
     assert seen[-1] == (sum(ends), sum(ends)) and stats["bytes_written"] == sum(ends)
     for i, header in enumerate(outputs):
         _core.run([source], [(str(tmp_path / "one"), header, ends[i])], alone[i], **HOW | {"overwrite": True})
@@ -119,29 +135,48 @@ def test_hundreds_of_shards(folder):
 
 # --- what is wrong is found before the first byte --------------------------------------------------------------------
 
+
 def outputs_of(folder, *sizes):
     return [(str(folder / name), b"head", size) for name, size in zip(NAMES, sizes, strict=False)]
 
 
 def literal(file, at, nbytes=8):
-    return _core.Job(f"t{file}", source_type=I8, target_type=I8, row_elements=nbytes, rows=1, target_offset=at,
-                     literal=bytes(nbytes), file=file)
+    return _core.Job(
+        f"t{file}",
+        source_type=I8,
+        target_type=I8,
+        row_elements=nbytes,
+        rows=1,
+        target_offset=at,
+        literal=bytes(nbytes),
+        file=file,
+    )
 
 
-@pytest.mark.parametrize("jobs, sizes, problem", [
-    ([literal(2, 8)], (20, 20), "no such output file"),
-    ([literal(2**32 - 1, 8)], (20, 20), "no such output file"),
-    ([literal(1, 8), literal(1, 15)], (20, 40), "overlaps"),
-    ([literal(1, 3)], (20, 20), "overlaps"),  # its header
-    ([literal(0, 8), literal(1, 13)], (20, 20), "beyond the file"),
-    ([literal(1, 2**64 - 9)], (20, 20), "beyond the file"),
-    ([], (20, 3), "header reaches beyond"),
-    ([_core.Job("t", source_type=Q8_0, target_type=F32, row_elements=32, rows=1, target_offset=12, literal=bytes(34))],
-     (140,), "not aligned"),
-    ([], (2**63 - 1, 20), "overflows"),
-    ([], (2**64 - 1, 20), "overflows"),
-    ([], (), "no output file"),
-])
+@pytest.mark.parametrize(
+    "jobs, sizes, problem",
+    [
+        ([literal(2, 8)], (20, 20), "no such output file"),
+        ([literal(2**32 - 1, 8)], (20, 20), "no such output file"),
+        ([literal(1, 8), literal(1, 15)], (20, 40), "overlaps"),
+        ([literal(1, 3)], (20, 20), "overlaps"),  # its header
+        ([literal(0, 8), literal(1, 13)], (20, 20), "beyond the file"),
+        ([literal(1, 2**64 - 9)], (20, 20), "beyond the file"),
+        ([], (20, 3), "header reaches beyond"),
+        (
+            [
+                _core.Job(
+                    "t", source_type=Q8_0, target_type=F32, row_elements=32, rows=1, target_offset=12, literal=bytes(34)
+                )
+            ],
+            (140,),
+            "not aligned",
+        ),
+        ([], (2**63 - 1, 20), "overflows"),
+        ([], (2**64 - 1, 20), "overflows"),
+        ([], (), "no output file"),
+    ],
+)
 def test_a_plan_that_contradicts_itself(folder, jobs, sizes, problem):
     with pytest.raises(BadPlan, match=problem):
         _core.run([], outputs_of(folder, *sizes), jobs, **HOW)
@@ -184,8 +219,12 @@ def test_two_outputs_that_are_one_file(folder, way):
 def test_no_output_is_an_input(old, which, overwrite):
     source = _core.Source(str(old / NAMES[which]))
     with pytest.raises(BadPlan, match="one of the inputs"):
-        _core.run([source], outputs_of(old, 4, 4, 4)[which:] + outputs_of(old, 4, 4, 4)[:which], [],
-                  **HOW | {"overwrite": overwrite})
+        _core.run(
+            [source],
+            outputs_of(old, 4, 4, 4)[which:] + outputs_of(old, 4, 4, 4)[:which],
+            [],
+            **HOW | {"overwrite": overwrite},
+        )
     assert state(old) == "old" and not strays(old)
 
 
@@ -226,6 +265,7 @@ def test_a_small_disk(tmp_path):
             with open(disk / "other", "wb", buffering=0) as file, pytest.raises(OSError):
                 while True:
                     file.write(bytes(1 << 20))
+
         _core.run([], outputs_of(disk, 4 << 20, 4 << 20, 3 << 20), [], **HOW | {"progress": fill})
         assert sorted(os.listdir(disk)) == [*NAMES, "other"]
     finally:
@@ -233,13 +273,18 @@ def test_a_small_disk(tmp_path):
 
 
 def test_too_many_open_files(old):
-    said = subprocess.run([sys.executable, set_child.__file__, "starved", old], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": PACKAGE}).stdout
+    said = subprocess.run(
+        [sys.executable, set_child.__file__, "starved", old],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": PACKAGE},
+    ).stdout
     assert said.startswith("True ") and "larger shards" in said
     assert state(old) == "old" and not strays(old)
 
 
 # --- the run stops ---------------------------------------------------------------------------------------------------
+
 
 def test_an_exception_from_progress_leaves_the_old_set(old, temp_kind):
     def stop(done, total):
@@ -255,15 +300,28 @@ def test_a_source_that_changes(old, tmp_path, weights):
     shutil.copy(weights[0].path, path)
     source = _core.Source(str(path))
     nbytes = path.stat().st_size
-    job = _core.Job("t", source_type=F32, target_type=F32, row_elements=256, rows=400, target_offset=4, file=2,
-                    runs=[_core.Run(0, 0, nbytes)])
+    job = _core.Job(
+        "t",
+        source_type=F32,
+        target_type=F32,
+        row_elements=256,
+        rows=400,
+        target_offset=4,
+        file=2,
+        runs=[_core.Run(0, 0, nbytes)],
+    )
     with pytest.raises(SourceChanged):
-        _core.run([source], outputs_of(old, 4, 4, 4 + nbytes), [job],
-                  **HOW | {"overwrite": True, "progress": lambda *_: os.truncate(path, nbytes + 1)})
+        _core.run(
+            [source],
+            outputs_of(old, 4, 4, 4 + nbytes),
+            [job],
+            **HOW | {"overwrite": True, "progress": lambda *_: os.truncate(path, nbytes + 1)},
+        )
     assert state(old) == "old" and not strays(old)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("there", [(), (0,), (1, 2), (0, 1, 2)])
 def test_overwriting_what_is_there(folder, temp_kind, there):
@@ -322,6 +380,7 @@ def test_a_run_without_overwrite_removes_nothing(folder):
 
 def test_of_sets_at_one_place_each_is_whole(folder):
     """Two writers at once: the names hold the set of one of them."""
+
     def work(tag):
         for _ in range(15):
             write(folder, tag, overwrite=True)
@@ -364,8 +423,24 @@ def traced(folder, overwrite, *options, **environment):
     """Writes "new" under strace: (what the child printed, the trace)."""
     log = folder.parent / "strace.log"
     result = subprocess.run(
-        ["strace", "-f", "-qq", "-o", log, *options, sys.executable, "-S", set_child.__file__, "once", folder, str(overwrite)],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PACKAGE, **environment})
+        [
+            "strace",
+            "-f",
+            "-qq",
+            "-o",
+            log,
+            *options,
+            sys.executable,
+            "-S",
+            set_child.__file__,
+            "once",
+            folder,
+            str(overwrite),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": PACKAGE, **environment},
+    )
     if "ptrace" in result.stderr and "not permitted" in result.stderr:
         pytest.skip("strace may not trace here")
     return result.stdout.strip(), log.read_text()
@@ -385,8 +460,9 @@ def start(folder, overwrite):
 def test_the_order_of_system_calls(folder, overwrite, nameless):
     """All data on the disk, the old first file away, the others, the new first file last; the folder synced between."""
     start(folder, overwrite)
-    said, trace = traced(folder, overwrite, "-e", "trace=pwritev2,linkat,renameat,renameat2,unlinkat,fsync",
-                         PGS_TMPFILE=nameless)
+    said, trace = traced(
+        folder, overwrite, "-e", "trace=pwritev2,linkat,renameat,renameat2,unlinkat,fsync", PGS_TMPFILE=nameless
+    )
     assert said == "ok"
     calls = []
     for line in trace.splitlines():
@@ -403,9 +479,19 @@ def test_the_order_of_system_calls(folder, overwrite, nameless):
     sync = ("fsync", None)
     expected = [sync, ("place", 2), ("place", 1), sync, ("place", 0), sync]
     if overwrite:
-        expected = [("aside", 0), sync, ("aside", 2), ("place", 2), ("aside", 1), ("place", 1), sync, ("place", 0),
-                    sync, *3 * [("drop", None)]]
-    assert calls[max(written, data_synced) + 1:] == expected
+        expected = [
+            ("aside", 0),
+            sync,
+            ("aside", 2),
+            ("place", 2),
+            ("aside", 1),
+            ("place", 1),
+            sync,
+            ("place", 0),
+            sync,
+            *3 * [("drop", None)],
+        ]
+    assert calls[max(written, data_synced) + 1 :] == expected
 
 
 @needs_strace
@@ -415,7 +501,9 @@ def test_a_kill_between_the_names(folder, overwrite, nameless):
     for call in NAMING:
         for when in range(1, 30):
             start(folder, overwrite)
-            _, trace = traced(folder, overwrite, *inject(call, f"signal=KILL:when={when}", folder), PGS_TMPFILE=nameless)
+            _, trace = traced(
+                folder, overwrite, *inject(call, f"signal=KILL:when={when}", folder), PGS_TMPFILE=nameless
+            )
             if "killed by" not in trace:
                 break
             killed += 1
@@ -441,9 +529,21 @@ def check_killed(folder, overwrite):
 # The n-th link gives shard 3, 2, 1 its name; renames move the old shards 1, 3, 2 aside.
 @needs_strace
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("call, when", [
-    ("linkat", 1), ("linkat", 2), ("linkat", 3), ("renameat", 1), ("renameat", 2), ("renameat", 3), ("fsync", 1),
-    ("fsync", 3), ("fsync of the folder", 1), ("flock", 1)])
+@pytest.mark.parametrize(
+    "call, when",
+    [
+        ("linkat", 1),
+        ("linkat", 2),
+        ("linkat", 3),
+        ("renameat", 1),
+        ("renameat", 2),
+        ("renameat", 3),
+        ("fsync", 1),
+        ("fsync", 3),
+        ("fsync of the folder", 1),
+        ("flock", 1),
+    ],
+)
 def test_an_error_takes_everything_back(folder, overwrite, call, when):
     start(folder, overwrite)
     said, trace = traced(folder, overwrite, *inject(call, f"error=EIO:when={when}", folder))
@@ -459,8 +559,9 @@ def test_an_error_takes_everything_back(folder, overwrite, call, when):
 @needs_strace
 def test_what_is_taken_back_is_on_the_disk_before_the_first_file_returns(old):
     """Else a power cut could leave the old first file with new others."""
-    said, trace = traced(old, True, "-e", "trace=linkat,renameat,renameat2,unlinkat,fsync",
-                         "-e", "inject=linkat:error=EIO:when=2")
+    said, trace = traced(
+        old, True, "-e", "trace=linkat,renameat,renameat2,unlinkat,fsync", "-e", "inject=linkat:error=EIO:when=2"
+    )
     assert said.startswith("OSError") and state(old) == "old"
     calls = [line for line in trace.splitlines() if re.search(r"fsync|m-0000", line)]
     assert "renameat2" in calls[-1] and NAMES[0] in calls[-1] and "fsync" in calls[-2]
@@ -498,8 +599,16 @@ def test_a_failed_sync_after_the_last_name_keeps_the_old_files(old):
 @pytest.mark.parametrize("fails", ["renameat2", "unlinkat"])
 def test_what_cannot_be_undone_is_named(old, fails):
     """The second shard cannot be placed, and then the third not be put back: the first stays away."""
-    said, trace = traced(old, True, "-e", f"trace=linkat,{fails}", "-e", "inject=linkat:error=EIO:when=2",
-                         "-e", f"inject={fails}:error=EIO")
+    said, trace = traced(
+        old,
+        True,
+        "-e",
+        f"trace=linkat,{fails}",
+        "-e",
+        "inject=linkat:error=EIO:when=2",
+        "-e",
+        f"inject={fails}:error=EIO",
+    )
     assert trace.count("INJECTED") >= 2 and said.startswith("OSError")
     assert state(old) is None and not (old / NAMES[0]).exists()
     hidden = [name for name in strays(old) if ".pgs-old-" in name]
@@ -528,8 +637,9 @@ def test_a_kill_at_every_system_call(folder, call, overwrite, nameless):
     """The n-th call, for every n."""
     for when in range(1, 1000):
         start(folder, overwrite)
-        _, trace = traced(folder, overwrite, *inject_anywhere(call, f"signal=KILL:when={when}", folder),
-                          PGS_TMPFILE=nameless)
+        _, trace = traced(
+            folder, overwrite, *inject_anywhere(call, f"signal=KILL:when={when}", folder), PGS_TMPFILE=nameless
+        )
         if "killed by" not in trace:
             break
         check_killed(folder, overwrite)
@@ -544,8 +654,9 @@ def test_a_kill_at_every_system_call(folder, call, overwrite, nameless):
 def test_an_error_of_every_system_call(folder, call, fault, overwrite, nameless):
     for when in range(1, 1000):
         start(folder, overwrite)
-        said, trace = traced(folder, overwrite, *inject_anywhere(call, f"{fault}:when={when}", folder),
-                             PGS_TMPFILE=nameless)
+        said, trace = traced(
+            folder, overwrite, *inject_anywhere(call, f"{fault}:when={when}", folder), PGS_TMPFILE=nameless
+        )
         if "INJECTED" not in trace:
             break
         found = state(folder)

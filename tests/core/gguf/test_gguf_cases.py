@@ -1,4 +1,5 @@
 """What the reader refuses (R), accepts (A), and accepts with a warning (W), case by case, on bytes made by hand."""
+
 import os
 import stat
 import struct
@@ -42,12 +43,25 @@ REFUSED = {
     "version 2^32-1": (gguf(version=2**32 - 1), "unknown GGUF version", "version", 4),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian", "version", 4),
     # counts
-    **{f"{field} {text}": (gguf([A], **{field: n}), "too short for this count", field, at)
-       for field, at in (("n_tensors", 8), ("n_kv", 16))
-       for text, n in (("-1", -1), ("2^63-1", 2**63 - 1), ("2^63", 2**63), ("2^64/14+1", 2**64 // 14 + 1),
-                       ("2^64/24+1", 2**64 // 24 + 1), ("10^6", 10**6), ("10^9", 10**9))},
-    "counts that fit only one at a time": (header([kv("k", "str", "x" * 200)], n_tensors=8, n_kv=15),
-                                           "too short for its keys and tensors", None, 8),
+    **{
+        f"{field} {text}": (gguf([A], **{field: n}), "too short for this count", field, at)
+        for field, at in (("n_tensors", 8), ("n_kv", 16))
+        for text, n in (
+            ("-1", -1),
+            ("2^63-1", 2**63 - 1),
+            ("2^63", 2**63),
+            ("2^64/14+1", 2**64 // 14 + 1),
+            ("2^64/24+1", 2**64 // 24 + 1),
+            ("10^6", 10**6),
+            ("10^9", 10**9),
+        )
+    },
+    "counts that fit only one at a time": (
+        header([kv("k", "str", "x" * 200)], n_tensors=8, n_kv=15),
+        "too short for its keys and tensors",
+        None,
+        8,
+    ),
     "n_kv one too many": (gguf([A], n_kv=2), "is empty", None, None),
     # keys
     "key length -1": (gguf([u64(-1) + bytes(40)]), "key runs past the end", "key 0", 24),
@@ -73,20 +87,39 @@ REFUSED = {
     "array of u8, n = -1": (gguf([raw_kv(u32(9) + u32(0) + u64(-1))]), "array runs past", "k", 41),
     "array of strings, n = 2^61": (gguf([raw_kv(u32(9) + u32(8) + u64(2**61))]), "array runs past", "k", 41),
     "array one byte short": (header([kv("k", "u32[]", [1, 2, 3])])[:-1], "array runs past", "k", 41),
-    "array of strings, last one beyond the end": (header([kv("k", "str[]", ["a", "bc"])])[:-1],
-                                                  "string runs past", "k", 58),
+    "array of strings, last one beyond the end": (
+        header([kv("k", "str[]", ["a", "bc"])])[:-1],
+        "string runs past",
+        "k",
+        58,
+    ),
     "array of arrays": (gguf([raw_kv(u32(9) + u32(9) + u64(1) + u32(0) + u64(0))]), "array of arrays", "k", 37),
     "array of arrays, empty": (gguf([raw_kv(u32(9) + u32(9) + u64(0))]), "array of arrays", "k", 37),
     "arrays nested 100 000 deep": (gguf([raw_kv(u32(9) + (u32(9) + u64(1)) * 100_000)]), "array of arrays", "k", 37),
     "unknown element type": (gguf([raw_kv(u32(9) + u32(13) + u64(1) + bytes(8))]), "unknown value type", "k", 37),
     "unknown element type, n = 0": (gguf([raw_kv(u32(9) + u32(99) + u64(0))]), "unknown value type", "k", 37),
     # alignment
-    **{f"alignment {n}": (gguf([kv("general.alignment", "u32", n)]), "unusable alignment", "general.alignment", 53)
-       for n in (0, 3, 13, 48, 2**20 + 1, 2**21, 2**31, 2**32 - 1)},
-    **{f"alignment as {kind}": (gguf([kv("general.alignment", kind, value)]), "wrong value type",
-                                "general.alignment", 49)
-       for kind, value in (("i32", 32), ("u64", 32), ("u16", 32), ("f32", 32.0), ("str", "32"), ("bool", 1),
-                           ("u32[]", [32]))},
+    **{
+        f"alignment {n}": (gguf([kv("general.alignment", "u32", n)]), "unusable alignment", "general.alignment", 53)
+        for n in (0, 3, 13, 48, 2**20 + 1, 2**21, 2**31, 2**32 - 1)
+    },
+    **{
+        f"alignment as {kind}": (
+            gguf([kv("general.alignment", kind, value)]),
+            "wrong value type",
+            "general.alignment",
+            49,
+        )
+        for kind, value in (
+            ("i32", 32),
+            ("u64", 32),
+            ("u16", 32),
+            ("f32", 32.0),
+            ("str", "32"),
+            ("bool", 1),
+            ("u32[]", [32]),
+        )
+    },
     # tensor names and shapes
     "tensor name length -1": (gguf((), [u64(-1) + bytes(40)]), "tensor name runs past", "tensor 0", 24),
     "duplicate tensor": (gguf((), [T, info("t", offset=128)], bytes(256)), "duplicate tensor name", "t", None),
@@ -103,13 +136,27 @@ REFUSED = {
     "bytes overflow": (gguf((), one((2**62, 1)), DATA), "overflow", "t", 33),
     "bytes overflow with a zero": (gguf((), one((2**62, 0)), DATA), "overflow", "t", 33),
     "padding overflows": (gguf((), one((4, 2**30 - 1, 2**30 + 1)), DATA), "overflow", "t", None),
-    "sum of sizes overflows": (gguf((), [info(f"t{i}", (2**63 - 64,), I8, (2**63 - 64) * (i % 2)) for i in range(3)],
-                                    DATA), "overflow", "t1", None),
+    "sum of sizes overflows": (
+        gguf((), [info(f"t{i}", (2**63 - 64,), I8, (2**63 - 64) * (i % 2)) for i in range(3)], DATA),
+        "overflow",
+        "t1",
+        None,
+    ),
     # types
     **{f"type {n}": (gguf((), one((32,), n), DATA), "unknown tensor type", "t", 45) for n in (-1, 43, 999, 2**31 - 1)},
-    **{f"removed type {n} {name}": (gguf((), one((32,), n), DATA), f"{name} was removed", "t", 45)
-       for n, name in ((4, "Q4_2"), (5, "Q4_3"), (31, "Q4_0_4_4"), (32, "Q4_0_4_8"), (33, "Q4_0_8_8"),
-                       (36, "IQ4_NL_4_4"), (37, "IQ4_NL_4_8"), (38, "IQ4_NL_8_8"))},
+    **{
+        f"removed type {n} {name}": (gguf((), one((32,), n), DATA), f"{name} was removed", "t", 45)
+        for n, name in (
+            (4, "Q4_2"),
+            (5, "Q4_3"),
+            (31, "Q4_0_4_4"),
+            (32, "Q4_0_4_8"),
+            (33, "Q4_0_8_8"),
+            (36, "IQ4_NL_4_4"),
+            (37, "IQ4_NL_4_8"),
+            (38, "IQ4_NL_8_8"),
+        )
+    },
     "row no multiple of the block": (gguf((), one((33,), Q4_0), DATA), "multiple of the block", "t", 33),
     "row of 1, block of 32": (gguf((), one((1, 32), Q4_0), DATA), "multiple of the block", "t", 33),
     "scalar of a type with blocks": (gguf((), one((), Q4_0), DATA), "multiple of the block", "t", 33),
@@ -149,16 +196,26 @@ ACCEPTED = {
     "no keys, no tensors": gguf(),
     "no keys, no tensors, no padding": header(),
     "version 2": gguf([A], [T], DATA, version=2),
-    "one of everything": gguf([A, *(kv(f"k.{kind}", kind, 1) for kind in b.FORMATS if kind != "bool"),
-                               kv("k.bool", "bool", 1), kv("k.str", "str", "é")], [T], DATA),
+    "one of everything": gguf(
+        [
+            A,
+            *(kv(f"k.{kind}", kind, 1) for kind in b.FORMATS if kind != "bool"),
+            kv("k.bool", "bool", 1),
+            kv("k.str", "str", "é"),
+        ],
+        [T],
+        DATA,
+    ),
     "string with NUL": gguf([kv("k", "str", "a\0b")]),
     "string empty": gguf([kv("k", "str", "")]),
     "array of strings with NUL": gguf([kv("k", "str[]", ["\0", "a\0"])]),
     "200 000 short strings": gguf([kv("k", "str[]", ["ab"] * 200_000)]),
     "array of long strings": gguf([kv("k", "str[]", ["é" * 200, "x" * 127, "x" * 128])]),
     **{f"empty array of {kind}": gguf([kv("k", f"{kind}[]", [])]) for kind in b.FORMATS | {"str": ""}},
-    **{f"alignment {n}": gguf([kv("general.alignment", "u32", n)], [T], pad(DATA, n), alignment=n)
-       for n in (1, 4, 32, 64, 4096, 2**20)},
+    **{
+        f"alignment {n}": gguf([kv("general.alignment", "u32", n)], [T], pad(DATA, n), alignment=n)
+        for n in (1, 4, 32, 64, 4096, 2**20)
+    },
     "scalar": gguf((), one(()), bytes(32)),
     "four dimensions": gguf((), one((2, 2, 2, 2)), bytes(64)),
     "a zero dimension": gguf((), one((4, 0)), b""),
@@ -169,10 +226,12 @@ ACCEPTED = {
     "two of 0 bytes at one offset": gguf((), [info("y", (0,)), info("z", (0,))]),
     "a type with blocks": gguf((), one((64,), Q4_0), bytes(64)),
     "name of 63 bytes": gguf((), [info("n" * 63)], DATA),
-    "key with the hyphen of its architecture": gguf([kv("general.architecture", "str", "gpt-oss"),
-                                                     kv("gpt-oss.block_count", "u32", 1)]),
-    "the same, before general.architecture": gguf([kv("gpt-oss.block_count", "u32", 1),
-                                                   kv("general.architecture", "str", "gpt-oss")]),
+    "key with the hyphen of its architecture": gguf(
+        [kv("general.architecture", "str", "gpt-oss"), kv("gpt-oss.block_count", "u32", 1)]
+    ),
+    "the same, before general.architecture": gguf(
+        [kv("gpt-oss.block_count", "u32", 1), kv("general.architecture", "str", "gpt-oss")]
+    ),
 }
 
 
@@ -186,11 +245,16 @@ def test_accepted(tmp_path, case):
 WARNED = {
     # name: (bytes, part of the warning, offset in strict mode)
     "key longer than 65 535 bytes": (gguf([kv("k" * 65536, "u8", 1)]), "longer than 65535", 24),
-    **{f"key {key!r}": (gguf([kv(key, "u8", 1)]), "lower_snake.dot", 24)
-       for key in ("Key", "a b", "a..b", ".a", "a.", "é", "a-b", "general.a-b", "a/b")},
+    **{
+        f"key {key!r}": (gguf([kv(key, "u8", 1)]), "lower_snake.dot", 24)
+        for key in ("Key", "a b", "a..b", ".a", "a.", "é", "a-b", "general.a-b", "a/b")
+    },
     "value not UTF-8": (gguf([kv("k", "str", b"a\xff")]), "not UTF-8", 37),
-    "array with a string that is not UTF-8": (gguf([kv("k", "str[]", ["a", b"\xff", b"\xc3"])]),
-                                              "2 strings that are not UTF-8", 58),
+    "array with a string that is not UTF-8": (
+        gguf([kv("k", "str[]", ["a", b"\xff", b"\xc3"])]),
+        "2 strings that are not UTF-8",
+        58,
+    ),
     "UTF-8 cut in two by a string's end": (gguf([kv("k", "str[]", [b"\xc3", b"\xa9"])]), "2 strings", 49),
     "UTF-8 joined by a length": (gguf([kv("k", "str[]", [b"\xc3", b"\x80" * 128])]), "2 strings", 49),
     "bool 2": (gguf([kv("k", "bool", 2)]), "neither 0 nor 1", 37),
@@ -203,10 +267,16 @@ WARNED = {
     "bytes after the last tensor": (gguf((), [T], DATA + b"\0"), "1 bytes after", 192),
     "bytes after a header without tensors": (gguf((), (), b"\0" * 7), "7 bytes after", 32),
     "non-zero padding of the header": (header((), [T]) + bytes(6) + b"\1" + DATA, "header padding", 63),
-    "non-zero padding of a tensor": (gguf((), [info("t", (1,)), info("u", (8,), offset=32)],
-                                          bytes(31) + b"\1" + bytes(32)), "padding is not zero", 127),
-    "non-zero padding of the last tensor": (gguf((), [info("t", (1,))], bytes(4) + b"\1" + bytes(27)),
-                                            "padding is not zero", 68),
+    "non-zero padding of a tensor": (
+        gguf((), [info("t", (1,)), info("u", (8,), offset=32)], bytes(31) + b"\1" + bytes(32)),
+        "padding is not zero",
+        127,
+    ),
+    "non-zero padding of the last tensor": (
+        gguf((), [info("t", (1,))], bytes(4) + b"\1" + bytes(27)),
+        "padding is not zero",
+        68,
+    ),
     "last padding missing": (gguf((), [info("t", (1,))], bytes(4)), "lacks the padding", 68),
     "last padding cut": (gguf((), [info("t", (1,))], bytes(8)), "lacks the padding", 72),
     "padding of the header missing, 0 bytes of data": (header((), one((0,))), "lacks the padding", 57),
@@ -226,8 +296,18 @@ def test_warned(tmp_path, case):
 
 
 def test_unusual_bytes_are_kept(tmp_path):
-    header = read(tmp_path, gguf([kv("s", "str", b"a\xff"), kv("b", "bool", 2), kv("a", "bool[]", [1, 0, 255]),
-                                  kv("l", "str[]", [b"\xfe", "x"]), kv("e", "i16[]", [])]))
+    header = read(
+        tmp_path,
+        gguf(
+            [
+                kv("s", "str", b"a\xff"),
+                kv("b", "bool", 2),
+                kv("a", "bool[]", [1, 0, 255]),
+                kv("l", "str[]", [b"\xfe", "x"]),
+                kv("e", "i16[]", []),
+            ]
+        ),
+    )
     values = dict(header.metadata)
     assert values["s"].raw == b"a\xff" and values["s"].value == "a\udcff"
     assert values["b"].raw == b"\2" and values["b"].value is True
@@ -237,10 +317,26 @@ def test_unusual_bytes_are_kept(tmp_path):
 
 
 def test_values_have_their_types(tmp_path):
-    extremes = {"u8": 255, "i8": -128, "u16": 65535, "i16": -32768, "u32": 2**32 - 1, "i32": -2**31, "f32": 0.5,
-                "u64": 2**64 - 1, "i64": -2**63, "f64": 0.1, "str": "é"}
-    header = read(tmp_path, gguf([kv(kind, kind, value) for kind, value in extremes.items()]
-                                 + [kv(f"a.{kind}", f"{kind}[]", [value] * 3) for kind, value in extremes.items()]))
+    extremes = {
+        "u8": 255,
+        "i8": -128,
+        "u16": 65535,
+        "i16": -32768,
+        "u32": 2**32 - 1,
+        "i32": -(2**31),
+        "f32": 0.5,
+        "u64": 2**64 - 1,
+        "i64": -(2**63),
+        "f64": 0.1,
+        "str": "é",
+    }
+    header = read(
+        tmp_path,
+        gguf(
+            [kv(kind, kind, value) for kind, value in extremes.items()]
+            + [kv(f"a.{kind}", f"{kind}[]", [value] * 3) for kind, value in extremes.items()]
+        ),
+    )
     values = dict(header.metadata)
     for kind, value in extremes.items():
         assert (values[kind].type, values[kind].value) == (kind, value)
@@ -278,15 +374,17 @@ def test_version_1_says_what_to_do(tmp_path):
     assert caught.value.hint == "convert the model again"
 
 
-@pytest.mark.parametrize("data", [gguf((), [T]), header((), [T]), gguf((), [T], DATA[:-1])],
-                         ids=["no data", "no padding", "cut data"])
+@pytest.mark.parametrize(
+    "data", [gguf((), [T]), header((), [T]), gguf((), [T], DATA[:-1])], ids=["no data", "no padding", "cut data"]
+)
 def test_metadata_only_accepts_a_file_without_its_data(tmp_path, data):
     header = read(tmp_path, data, metadata_only=True, strict=True)
     assert [(t.name, t.ne, t.type, t.nbytes) for t in header.tensors] == [("t", (32,), F32, 128)]
 
 
-@pytest.mark.parametrize("case", ["overlap", "offset not aligned", "offset 2^64-32", "product overflows",
-                                  "duplicate key"])
+@pytest.mark.parametrize(
+    "case", ["overlap", "offset not aligned", "offset 2^64-32", "product overflows", "duplicate key"]
+)
 def test_metadata_only_checks_the_header_all_the_same(tmp_path, case):
     with pytest.raises(BadFile):
         read(tmp_path, REFUSED[case][0], metadata_only=True)

@@ -1,4 +1,5 @@
 """Laws of reader and writer: inverse of each other, agreement with gguf-py, safe on any bytes, bounded memory."""
+
 import random
 import struct
 import subprocess
@@ -32,6 +33,7 @@ def read_bytes(path, data, **options):
 
 
 # --- inverse --------------------------------------------------------------------------------------------------------
+
 
 @given(canonical_headers())
 def test_what_is_written_is_read(path, case):
@@ -69,12 +71,26 @@ def test_gguf_py_reads_what_we_write(path, case):
         assert tuple(their.shape) == tensor.ne and their.data_offset == offset and their.n_bytes == tensor.nbytes
 
 
-SCALAR_TYPES = {"u8": "UINT8", "i8": "INT8", "u16": "UINT16", "i16": "INT16", "u32": "UINT32", "i32": "INT32",
-                "f32": "FLOAT32", "bool": "BOOL", "str": "STRING", "u64": "UINT64", "i64": "INT64", "f64": "FLOAT64"}
+SCALAR_TYPES = {
+    "u8": "UINT8",
+    "i8": "INT8",
+    "u16": "UINT16",
+    "i16": "INT16",
+    "u32": "UINT32",
+    "i32": "INT32",
+    "f32": "FLOAT32",
+    "bool": "BOOL",
+    "str": "STRING",
+    "u64": "UINT64",
+    "i64": "INT64",
+    "f64": "FLOAT64",
+}
 
 
-@given(st.dictionaries(KEYS.filter(lambda k: k != "general.architecture"), values(), max_size=8),
-       st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), max_size=5))
+@given(
+    st.dictionaries(KEYS.filter(lambda k: k != "general.architecture"), values(), max_size=8),
+    st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), max_size=5),
+)
 def test_we_read_what_gguf_py_writes(path, metadata, shapes):
     def their(value):
         kind = gguf.GGUFValueType[SCALAR_TYPES[value.type.removesuffix("[]")]]
@@ -97,6 +113,7 @@ def test_we_read_what_gguf_py_writes(path, metadata, shapes):
 
 # --- any bytes ------------------------------------------------------------------------------------------------------
 
+
 def read_or_refuse(path, data):
     """Reads in every mode. What is accepted keeps the promises that the rest of the package builds on."""
     try:
@@ -118,9 +135,18 @@ def read_or_refuse(path, data):
     return header
 
 
-SMALL = b.gguf([b.kv("general.architecture", "str", "test"), b.kv("a.u8", "u8", 1), b.kv("a.bools", "bool[]", [1, 0]),
-                b.kv("a.words", "str[]", ["one", "", "zwölf"]), b.kv("a.f64", "f64", 0.5), b.kv("a.i16", "i16[]", [])],
-               [b.info("t", (32, 2)), b.info("q", (64,), b.Q4_0, 256), b.info("s", (), b.F16, 320)], bytes(352))
+SMALL = b.gguf(
+    [
+        b.kv("general.architecture", "str", "test"),
+        b.kv("a.u8", "u8", 1),
+        b.kv("a.bools", "bool[]", [1, 0]),
+        b.kv("a.words", "str[]", ["one", "", "zwölf"]),
+        b.kv("a.f64", "f64", 0.5),
+        b.kv("a.i16", "i16[]", []),
+    ],
+    [b.info("t", (32, 2)), b.info("q", (64,), b.Q4_0, 256), b.info("s", (), b.F16, 320)],
+    bytes(352),
+)
 
 
 @given(st.binary(max_size=300))
@@ -148,8 +174,27 @@ def test_flipped_bits(path, flips):
     read_or_refuse(path, bytes(data))
 
 
-EXTREMES = [0, 1, 7, 2**16, 2**20, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**60, 2**61, 2**62, 2**63 - 64,
-            2**63 - 1, 2**63, 2**64 - 64, 2**64 - 32, 2**64 - 1]
+EXTREMES = [
+    0,
+    1,
+    7,
+    2**16,
+    2**20,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**40,
+    2**60,
+    2**61,
+    2**62,
+    2**63 - 64,
+    2**63 - 1,
+    2**63,
+    2**64 - 64,
+    2**64 - 32,
+    2**64 - 1,
+]
 
 
 @pytest.mark.parametrize("extreme", EXTREMES)
@@ -157,13 +202,16 @@ def test_every_word_replaced_by_an_extreme(path, extreme):
     """At every byte of the header, as a u64 and as a u32."""
     end = read_bytes(path, SMALL).data_offset
     for at in range(4, end - 8):
-        read_or_refuse(path, SMALL[:at] + b.u64(extreme) + SMALL[at + 8:])
+        read_or_refuse(path, SMALL[:at] + b.u64(extreme) + SMALL[at + 8 :])
         if extreme < 2**32:
-            read_or_refuse(path, SMALL[:at] + b.u32(extreme) + SMALL[at + 4:])
+            read_or_refuse(path, SMALL[:at] + b.u32(extreme) + SMALL[at + 4 :])
 
 
-@given(st.lists(st.one_of(st.sampled_from(EXTREMES), st.integers(0, 2**64 - 1)), max_size=4),
-       st.integers(-1, 45), st.one_of(st.sampled_from(EXTREMES), st.integers(0, 600)))
+@given(
+    st.lists(st.one_of(st.sampled_from(EXTREMES), st.integers(0, 2**64 - 1)), max_size=4),
+    st.integers(-1, 45),
+    st.one_of(st.sampled_from(EXTREMES), st.integers(0, 600)),
+)
 @example([4, 0, 2**62, 2**62], 0, 0)  # ggml aborts
 @example([4, 2**30 - 1, 2**30 + 1], 0, 0)  # the padding of 2^64 - 16 bytes wraps to 0
 @example([2**63 - 64], 24, 0)
@@ -193,8 +241,10 @@ def test_string_arrays_are_utf8_exactly_when_python_says_so(path, strings):
     assert [text.encode("utf-8", "surrogateescape") for text in header.metadata[0][1].value] == strings
 
 
-@given(st.binary(min_size=1, max_size=24) | st.text(min_size=1, max_size=12).map(
-    lambda text: text.encode("utf-8", "surrogatepass")))
+@given(
+    st.binary(min_size=1, max_size=24)
+    | st.text(min_size=1, max_size=12).map(lambda text: text.encode("utf-8", "surrogatepass"))
+)
 def test_keys_are_utf8_exactly_when_python_says_so(path, raw):
     try:
         valid = "\0" not in raw.decode()
@@ -232,15 +282,28 @@ BOMBS = {
     "10^9 tensors in a sparse file": (b.header(n_tensors=10**9), 2**36, "refused"),
     "10^9 keys in a sparse file": (b.header(n_kv=10**9), 2**36, "refused"),
     "u8 array of 10^9": (bomb_array(), None, "refused"),
-    "u8 array of 2^40 in a sparse file": (b.header([b.string("k") + b.u32(9) + b.u32(0) + b.u64(2**40)]), 2**41,
-                                          "refused"),
-    "string array of 2^36 in a sparse file": (b.header([b.string("k") + b.u32(9) + b.u32(8) + b.u64(2**36)]), 2**41,
-                                              "refused"),
+    "u8 array of 2^40 in a sparse file": (
+        b.header([b.string("k") + b.u32(9) + b.u32(0) + b.u64(2**40)]),
+        2**41,
+        "refused",
+    ),
+    "string array of 2^36 in a sparse file": (
+        b.header([b.string("k") + b.u32(9) + b.u32(8) + b.u64(2**36)]),
+        2**41,
+        "refused",
+    ),
     "string of 2^35 bytes in a sparse file": (b.header([b.string("k") + b.u32(8) + b.u64(2**35)]), 2**36, "refused"),
     "key of 2^35 bytes in a sparse file": (b.header([b.u64(2**35)], n_kv=1), 2**36, "refused"),
-    "long padding": (b.gguf([b.kv("general.alignment", "u32", 2**20)],
-                            [b.info(f"t{i}", (1,), offset=i * 2**20) for i in range(64)], bytes(2**26),
-                            alignment=2**20), None, "accepted"),
+    "long padding": (
+        b.gguf(
+            [b.kv("general.alignment", "u32", 2**20)],
+            [b.info(f"t{i}", (1,), offset=i * 2**20) for i in range(64)],
+            bytes(2**26),
+            alignment=2**20,
+        ),
+        None,
+        "accepted",
+    ),
     "200 000 strings": (b.gguf([b.kv("k", "str[]", ["word"] * 200_000)]), None, "accepted"),
     "8 MiB of string": (b.gguf([b.kv("k", "str", "x" * 2**23)]), None, "accepted"),
     "1 TiB of data": (b.gguf((), [b.info("t", (2**28,))]), 2**40, "accepted"),
@@ -260,8 +323,14 @@ def test_memory_is_bounded_by_the_header(tmp_path, case):
             except OSError:
                 pytest.skip("the file system has no sparse file of this size")
     header_bytes = min(len(data), 2**23 + 100)
-    done = subprocess.run([sys.executable, "-c", PEAK, str(plain), str(bomb)], capture_output=True, text=True,
-                          check=True, timeout=120, cwd=tmp_path)  # the checkout has the package without its core
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(plain), str(bomb)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        cwd=tmp_path,
+    )  # the checkout has the package without its core
     outcome, grown = done.stdout.split()
     assert outcome == result
     assert int(grown) <= 16 * 2**20 + 8 * header_bytes
@@ -272,9 +341,14 @@ def test_a_large_header_is_read_whole(path):
     rng = random.Random(5)
     words = [rng.randbytes(rng.randrange(60)) for _ in range(100_000)]
     numbers = [rng.randrange(2**32) for _ in range(300_000)]
-    data = b.gguf([b.kv("words", "str[]", words), b.kv("text", "str", "é" * 1_500_000),
-                   b.string("numbers") + b.u32(9) + b.u32(4) + b.u64(len(numbers)) + struct.pack("<300000I", *numbers)],
-                  [b.info(f"blk.{i}.weight", (0,)) for i in range(5_000)])
+    data = b.gguf(
+        [
+            b.kv("words", "str[]", words),
+            b.kv("text", "str", "é" * 1_500_000),
+            b.string("numbers") + b.u32(9) + b.u32(4) + b.u64(len(numbers)) + struct.pack("<300000I", *numbers),
+        ],
+        [b.info(f"blk.{i}.weight", (0,)) for i in range(5_000)],
+    )
     header = read_bytes(path, data)
     values = dict(header.metadata)
     assert values["words"].raw == b"".join(map(b.string, words))

@@ -4,6 +4,7 @@ Two rules are ours and differ (see the two marks `ours` below): a tensor name ov
 because other programs write and read such files and a rename repairs them; and a file that lacks only the padding after
 its last tensor is a warning, because nothing of a tensor is missing.
 """
+
 import random
 
 import gguf
@@ -83,8 +84,14 @@ class Crafted:
         self.bytes = out
 
     def declares_alignment(self):
-        return self.case in ("KV_BAD_ALIGN", "KV_WRONG_TYPE_ALIGN", "TENSORS_BAD_ALIGN", "TENSORS_CUSTOM_ALIGN",
-                             "DATA_BAD_ALIGN", "DATA_CUSTOM_ALIGN")
+        return self.case in (
+            "KV_BAD_ALIGN",
+            "KV_WRONG_TYPE_ALIGN",
+            "TENSORS_BAD_ALIGN",
+            "TENSORS_CUSTOM_ALIGN",
+            "DATA_BAD_ALIGN",
+            "DATA_CUSTOM_ALIGN",
+        )
 
     def tensor_configs(self, rng):
         if self.case == "DATA_MEM_SIZE_OVERFLOW":
@@ -174,7 +181,7 @@ class Crafted:
             written = info(name, dims, written_type, -1 if self.case == "TENSORS_BAD_OFFSET" else offset)
             if self.case == "TENSORS_BAD_N_DIMS":
                 at = len(string(name))
-                written = written[:at] + u32(5) + written[at + 4:]
+                written = written[:at] + u32(5) + written[at + 4 :]
             out += written
             self.offsets.append(offset)
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]

@@ -1,4 +1,5 @@
 """Sink: the output path holds the old file or the new one, whole, and nothing else appears in its folder."""
+
 import fcntl
 import itertools
 import os
@@ -39,6 +40,7 @@ def write(path, content, **options):
 
 # --- the bytes -------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("io", MODES)
 @settings(max_examples=15)
 @given(data=st.data())
@@ -61,17 +63,19 @@ def test_memory_of_any_alignment(tmp_path, dontcache, io, shift):
     size = (2 << 20) + 100
     memory = np.random.default_rng(1).integers(0, 256, size + 2 * PAGE, dtype=np.uint8)
     start = -memory.ctypes.data % PAGE + shift
-    write(tmp_path / "out", memory[start:start + size], io=io)
-    assert (tmp_path / "out").read_bytes() == memory[start:start + size].tobytes()
+    write(tmp_path / "out", memory[start : start + size], io=io)
+    assert (tmp_path / "out").read_bytes() == memory[start : start + size].tobytes()
 
 
 def test_threads_may_write_at_once(tmp_path, dontcache):
     size, step = 4_000_037, 7_919
     content = random.Random(0).randbytes(size)
     with Sink(str(tmp_path / "out"), size) as sink:
+
         def work(first):
             for offset in range(first * step, size, 4 * step):
-                sink.write_at(offset, content[offset:offset + step])
+                sink.write_at(offset, content[offset : offset + step])
+
         threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
         for thread in threads:
             thread.start()
@@ -124,6 +128,7 @@ def test_data_must_be_contiguous_bytes(tmp_path):
 
 
 # --- life ------------------------------------------------------------------------------------------------------------
+
 
 def test_nothing_is_visible_before_commit(tmp_path):
     sink = Sink(str(tmp_path / "out"), 3)
@@ -190,6 +195,7 @@ def test_of_two_writers_with_overwrite_the_last_commit_wins(tmp_path, temp_kind)
 
 
 # --- the target ------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_a_new_file_has_the_mode_of_any_new_file(tmp_path, temp_kind, mask):
@@ -302,6 +308,7 @@ def test_a_name_that_is_too_long_fails_at_once(tmp_path):
 
 # --- what killed runs leave ------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", ["out", "x" * 255])
 def test_stale_temps_are_removed_and_nothing_else_is(tmp_path, temp_kind, name):
     # The name that a killed run would have left, seen in a live one.
@@ -311,9 +318,14 @@ def test_stale_temps_are_removed_and_nothing_else_is(tmp_path, temp_kind, name):
     [temp] = os.listdir(tmp_path)
     assert temp.startswith(".") and ".pgs-tmp-" in temp and len(os.fsencode(temp)) <= 255
     stale = temp[:-16] + "0123456789abcdef"
-    keep = [f".{name[:100]}.pgs-tmp-1-0123456789abcdef.pgs-tmp-1-0123456789abcdef", ".other.pgs-tmp-1-0123456789abcdef",
-            ".out.pgs-tmp-", ".out.pgs-tmp-x-0123456789abcdef", ".out.pgs-tmp-1-0123456789abcde",
-            "out.pgs-tmp-1-0123456789abcdef"]
+    keep = [
+        f".{name[:100]}.pgs-tmp-1-0123456789abcdef.pgs-tmp-1-0123456789abcdef",
+        ".other.pgs-tmp-1-0123456789abcdef",
+        ".out.pgs-tmp-",
+        ".out.pgs-tmp-x-0123456789abcdef",
+        ".out.pgs-tmp-1-0123456789abcde",
+        "out.pgs-tmp-1-0123456789abcdef",
+    ]
     for file in (stale, *keep):
         (tmp_path / file).write_bytes(b"")
     write(tmp_path / "other2", b"")
@@ -346,6 +358,7 @@ def test_a_stale_temp_that_is_a_link_or_a_folder_is_left_alone(tmp_path):
 
 
 # --- space -----------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("size", [1 << 60, 2**63 - 1, 2**63, 2**64 - 1])
 def test_more_than_the_disk_holds_is_refused_at_once(tmp_path, temp_kind, size):
@@ -382,8 +395,10 @@ def test_a_file_size_limit_is_an_error_not_a_signal(tmp_path):
             except OutOfSpace as error:
                 print(error.problem, error.found, error.expected, sep="; ")
     """
-    result = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, check=True,
-                            cwd=tmp_path)  # the checkout has the package without its core
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )  # the checkout has the package without its core
     assert result.stdout.splitlines() == 3 * [
-        "no space for the output: 1 bytes missing; 1000000 bytes; 1000001 bytes"], result.stderr
+        "no space for the output: 1 bytes missing; 1000000 bytes; 1000001 bytes"
+    ], result.stderr
     assert (tmp_path / "out").read_bytes() == b"x" * 1_000_000 and os.listdir(tmp_path) == ["out"]

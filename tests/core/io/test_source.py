@@ -1,4 +1,5 @@
 """Source: every way to read gives the same bytes, sees a file that changes, and leaves the page cache as it was."""
+
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +37,12 @@ def big(tmp_path_factory):
 def test_any_range_is_what_python_reads(big, io, data):
     size = big.stat().st_size
     # Around page boundaries and the bounce buffer of 1 MiB is where reading in pieces can go wrong.
-    near = st.one_of(st.integers(0, size), st.builds(
-        lambda page, delta: min(max(page * PAGE + delta, 0), size), st.integers(0, size // PAGE), st.integers(-2, 2)))
+    near = st.one_of(
+        st.integers(0, size),
+        st.builds(
+            lambda page, delta: min(max(page * PAGE + delta, 0), size), st.integers(0, size // PAGE), st.integers(-2, 2)
+        ),
+    )
     begin, end = sorted((data.draw(near), data.draw(near)))
     source = Source(str(big), io)
     expected = big.read_bytes()[begin:end]
@@ -57,8 +62,10 @@ def test_whole_files_of_awkward_sizes(tmp_path, io, size):
 
 
 @pytest.mark.parametrize("io", MODES)
-@pytest.mark.parametrize("offset, nbytes", [(0, 101), (100, 1), (101, 0), (99, 2), (1, 2**64 - 1), (2**64 - 1, 1),
-                                            (2**63, 2**63), (0, 2**63)])
+@pytest.mark.parametrize(
+    "offset, nbytes",
+    [(0, 101), (100, 1), (101, 0), (99, 2), (1, 2**64 - 1), (2**64 - 1, 1), (2**63, 2**63), (0, 2**63)],
+)
 def test_a_range_beyond_the_end_is_an_error(tmp_path, io, offset, nbytes):
     source = Source(str(random_file(tmp_path / "file", 100)), io)
     for action in (source.read, source.view):
@@ -75,7 +82,10 @@ def test_truncation_after_opening_is_an_error_not_a_crash(tmp_path, io):
     with pytest.raises(SourceChanged) as error:
         source.read(PAGE, 2 * PAGE)
     assert (error.value.problem, error.value.found, error.value.expected) == (
-        "truncated", f"{PAGE + 10} bytes", f"{3 * PAGE + 10} bytes")
+        "truncated",
+        f"{PAGE + 10} bytes",
+        f"{3 * PAGE + 10} bytes",
+    )
 
 
 def test_check_unchanged_says_what_changed(tmp_path):
@@ -154,8 +164,10 @@ def test_a_name_that_is_not_utf8(tmp_path):
 def is_as_before(path, before):
     """Nearly: the kernel may refuse to drop a page that it is just handling."""
     after = resident(path)
-    return (sum(was and now for was, now in zip(before, after, strict=True)) >= sum(before) // 2
-            and sum(now and not was for was, now in zip(before, after, strict=True)) <= len(before) // 20)
+    return (
+        sum(was and now for was, now in zip(before, after, strict=True)) >= sum(before) // 2
+        and sum(now and not was for was, now in zip(before, after, strict=True)) <= len(before) // 20
+    )
 
 
 def in_one_of_three_tries(check):
@@ -195,8 +207,9 @@ def test_threads_that_read_leave_the_page_cache_as_it_was(tmp_path, io):
         before = resident(path)
         source = Source(str(path), io)
         with ThreadPoolExecutor(4) as pool:
-            for _ in pool.map(lambda offset: len(source.read(offset, min(step, source.size - offset))),
-                              range(0, source.size, step)):
+            for _ in pool.map(
+                lambda offset: len(source.read(offset, min(step, source.size - offset))), range(0, source.size, step)
+            ):
                 pass
         assert sum(resident(path)) - sum(before) <= (64 << 20) // PAGE
         source.close()

@@ -1,4 +1,5 @@
 """Every set of kernels gives the bytes that ggml compiled by gcc gives on x86-64, on whatever machine this runs."""
+
 import pytest
 
 from support.golden import golden, of_decoder, of_encoder

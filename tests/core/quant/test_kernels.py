@@ -1,4 +1,5 @@
 """Every set of kernels gives the linked ggml's bytes, and the forced set is the one that runs."""
+
 import functools
 import hashlib
 import os
@@ -30,6 +31,7 @@ def assert_all_sets_equal(work):
 
 # --- which set runs ------------------------------------------------------------------------------------------------
 
+
 def test_default_is_the_best_set(monkeypatch):
     monkeypatch.delenv("PGS_KERNELS", raising=False)
     assert _core.kernels() == SETS[-1]
@@ -52,6 +54,7 @@ def test_a_set_of_another_machine_is_an_error(monkeypatch):
 
 
 # --- every type ----------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize(("name", "weighted"), CASES)
 @pytest.mark.parametrize("kind", ["ordinary", "strange", "huge", "tiny"])
@@ -94,7 +97,8 @@ def test_numbers_of_any_bytes(name, data):
     decoded = [with_kernels(s, lambda: _core.dequantize(blocks, TYPES[name].id, 1)) for s in ("ggml", *SETS)]
     for found in decoded[1:]:
         assert np.array_equal(found.view(np.uint32), decoded[0].view(np.uint32)) or (
-            np.array_equal(found, decoded[0], equal_nan=True) and np.isnan(found).any())
+            np.array_equal(found, decoded[0], equal_nan=True) and np.isnan(found).any()
+        )
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -143,6 +147,7 @@ def test_bytes_of_a_hundred_million_weights(name, weighted):
 
 
 # --- MXFP4 ---------------------------------------------------------------------------------------------------------
+
 
 def test_mxfp4_on_every_exponent_and_where_log2f_rounds_up():
     """The largest value of a block runs over all normal exponents, with the 64 largest mantissas and others."""

@@ -1,4 +1,5 @@
 """The kernels on aarch64, cross-compiled and run under qemu-user, give x86's bytes."""
+
 import os
 import shutil
 import struct
@@ -20,7 +21,9 @@ QUIET = ["-Dprintf=pgs_quiet_printf", "-Dfprintf=pgs_quiet_fprintf", "-Dqsort=pg
 pytestmark = [
     pytest.mark.campaign,
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
-    pytest.mark.skipif(not (GGML / "src" / "ggml.c").exists(), reason="ggml's source is fetched by a build in the checkout"),
+    pytest.mark.skipif(
+        not (GGML / "src" / "ggml.c").exists(), reason="ggml's source is fetched by a build in the checkout"
+    ),
 ]
 
 
@@ -30,15 +33,33 @@ def driver(tmp_path_factory):
     folder = tmp_path_factory.mktemp("neon")
     version = (GGML / "src" / "ggml-version.h.in").read_text()
     (folder / "ggml-version.h").write_text(version.replace("@GGML_VERSION@", "0").replace("@GGML_BUILD_COMMIT@", "0"))
-    common = ["-O2", "-ffp-contract=off", "-w", "-c", "-ffunction-sections", "-fdata-sections", f"-I{ROOT}/csrc",
-              f"-I{GGML}/include", f"-I{GGML}/src", f"-I{folder}"]
+    common = [
+        "-O2",
+        "-ffp-contract=off",
+        "-w",
+        "-c",
+        "-ffunction-sections",
+        "-fdata-sections",
+        f"-I{ROOT}/csrc",
+        f"-I{GGML}/include",
+        f"-I{GGML}/src",
+        f"-I{folder}",
+    ]
     c = ["aarch64-linux-gnu-gcc", *common, "-O3", "-fexceptions", "-D_GNU_SOURCE", "-DNDEBUG", *QUIET]
     cpp = ["aarch64-linux-gnu-g++", "-std=c++20", *common]
     lanes = sorted((ROOT / "csrc/quant/lanes").glob("*.cpp"))
     jobs = [[*c, GGML / "src/ggml.c"], [*c, ROOT / "csrc/quant/ggml_grids.c"], [*cpp, GGML / "src/ggml-threading.cpp"]]
-    jobs += [[*cpp, ROOT / "csrc" / name] for name in (
-        "base/error.cpp", "base/parallel.cpp", "quant/types.cpp", "quant/grids.cpp", "quant/rows.cpp",
-        "quant/dispatch.cpp")] + [[*cpp, Path(__file__).with_name("encode_driver.cpp")]]
+    jobs += [
+        [*cpp, ROOT / "csrc" / name]
+        for name in (
+            "base/error.cpp",
+            "base/parallel.cpp",
+            "quant/types.cpp",
+            "quant/grids.cpp",
+            "quant/rows.cpp",
+            "quant/dispatch.cpp",
+        )
+    ] + [[*cpp, Path(__file__).with_name("encode_driver.cpp")]]
     for name, width in (("neon", 4), ("scalar", 1)):
         jobs += [[*cpp, "-O3", "-fwrapv", f"-DPGS_SET={name}", f"-DPGS_WIDTH={width}", path] for path in lanes]
     objects = [str(folder / f"{i}.o") for i in range(len(jobs))]
@@ -61,8 +82,13 @@ def run(driver, kernels, cases):
             k = k // TYPES[name].block_bytes * TYPES[name].block
         question += struct.pack("<iiQQQ", TYPES[name].id, todo, rows, k, w is not None) + x.tobytes()
         question += b"" if w is None else w.tobytes()
-    result = subprocess.run(["qemu-aarch64-static", driver], input=question, capture_output=True, check=True,
-                            env={**os.environ, "PGS_KERNELS": kernels})
+    result = subprocess.run(
+        ["qemu-aarch64-static", driver],
+        input=question,
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PGS_KERNELS": kernels},
+    )
     assert result.stderr.decode().strip() == kernels
     answers, at = [], 0
     for _ in cases:
@@ -77,7 +103,9 @@ def run(driver, kernels, cases):
 @pytest.mark.parametrize(("name", "weighted"), CASES)
 def test_bytes_are_those_of_x86(driver, name, weighted, kernels):
     block, cases, expected = TYPES[name].block, [], []
-    shapes = [(1, block), (37, block), (5, 3 * block), (64, 8 * block)] + [(128, 2048)] * (2 if kernels == "neon" else 0)
+    shapes = [(1, block), (37, block), (5, 3 * block), (64, 8 * block)] + [(128, 2048)] * (
+        2 if kernels == "neon" else 0
+    )
     for seed, (rows, k) in enumerate(shapes):
         for kind in ("ordinary", "strange", "huge", "tiny"):
             x = defined(name, getattr(kernel_data, kind)(rows, k, seed))

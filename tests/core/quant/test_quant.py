@@ -1,4 +1,5 @@
 """pgs.quantize / dequantize against gguf-py and against what ggml says of itself."""
+
 import gguf
 import numpy as np
 import pytest
@@ -29,8 +30,10 @@ def encode(x, name, importance=None, threads=1):
 
 
 def test_every_type_that_ggml_encodes_is_there():
-    expected = ("Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S "
-                "IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0 Q2_0").split()
+    expected = (
+        "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S "
+        "IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0 Q2_0"
+    ).split()
     assert sorted(ENCODED) == sorted(expected)
 
 
@@ -92,7 +95,9 @@ def test_a_value_that_is_no_number_names_its_place(name, bad):
 
 
 @pytest.mark.parametrize("name", [n for n in ENCODED if TYPES[n].uses_importance])
-@pytest.mark.parametrize("bad, text", [(0, "all zero"), (-1, "negative"), (np.nan, "not a finite"), (np.inf, "not a finite")])
+@pytest.mark.parametrize(
+    "bad, text", [(0, "all zero"), (-1, "negative"), (np.nan, "not a finite"), (np.inf, "not a finite")]
+)
 def test_unfit_importance_is_an_error(name, bad, text):
     w = np.full((1, 256), bad if bad == 0 else 1, np.float32)
     if bad != 0:
@@ -139,9 +144,13 @@ def test_row_that_is_no_multiple_of_the_block():
         encode(rows(1, 128), "Q4_K")
 
 
-floats = hnp.arrays(np.float32, (2, 256), elements=st.one_of(
-    st.floats(-1e4, 1e4, width=32), st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0**-140, 2.0**-10, 1e-30]),
-))
+floats = hnp.arrays(
+    np.float32,
+    (2, 256),
+    elements=st.one_of(
+        st.floats(-1e4, 1e4, width=32), st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0**-140, 2.0**-10, 1e-30])
+    ),
+)
 
 
 @given(floats, st.sampled_from(sorted(ENCODED)))
