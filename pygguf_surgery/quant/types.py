@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TypeAlias
 
-from .._core import TypeFacts as TensorType
+from .._core import TypeFacts
 from .._core import types as core_types
 from ..base.errors import Unsupported
 from ..base.words import nearest_names
+
+TensorType: TypeAlias = TypeFacts
 
 TYPES: Mapping[str, TensorType] = MappingProxyType({facts.name: facts for facts in core_types()})
 _BY_ID = {facts.id: facts for facts in TYPES.values()}

@@ -3,13 +3,13 @@
 import ast
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 
 from pygguf_surgery import _core
+from support.places import ROOT
 
-STUB = ast.parse((Path(__file__).parents[1] / "pygguf_surgery" / "_core.pyi").read_text())
+STUB = ast.parse((ROOT / "pygguf_surgery" / "_core.pyi").read_text())
 # What every class of pybind11 has, and what pickle and printing need: nobody calls them by name.
 SILENT = {"__module__", "__doc__", "_pybind11_conduit_v1_", "__getstate__", "__setstate__", "__repr__", "__init__"}
 
