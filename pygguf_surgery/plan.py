@@ -14,7 +14,7 @@ from ._core import Value
 from .base.codec import loads
 from .base.errors import BadPlan, SourceChanged
 from .base.limits import Limits
-from .base.progress import Progress
+from .base.progress import ProgressLike
 from .base.units import MEMORY, parse_size
 from .edits import metadata as metadata_rules
 from .edits import quantize as quantize_edit
@@ -256,11 +256,12 @@ class Plan:
         memory: int | str = MEMORY,
         threads: int = 0,
         io: str = "auto",
-        progress: Progress | None = None,
+        progress: ProgressLike = None,
     ) -> Plan:
         """After quantize(): types of its family for each tensor, so that the file has at most `size` bytes ("22GB") or
         `bpw` bits per weight, with the least error. It reads a sample of the rows, weighted by the importance matrix if
-        there is one; the choice stands in the plan as overrides that reproduce it. Call it last.
+        there is one; the choice stands in the plan as overrides that reproduce it. Call it last. progress: True, or a
+        callable(tensors done, tensors).
         """
         from .studies.fitting import fit
 
@@ -325,7 +326,7 @@ class Plan:
         memory: int | str = MEMORY,
         threads: int = 0,
         io: str = "auto",
-        progress: bool | Progress | None = False,
+        progress: ProgressLike = False,
     ) -> Receipt:
         """Check, then write the file at `path` (of a split plan its shards): whole, or not at all. Raises the first
         blocker.

@@ -5,12 +5,33 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
+from .errors import BadPlan
 from .units import duration, human
 
-Progress = Callable[[int, int], object]
+Progress = Callable[[int, int], object]  # called with what is done and what there is in all
+ProgressLike = bool | Progress | None  # True: a bar on stderr
+
+
+@contextmanager
+def as_progress(progress: ProgressLike, label: str, unit: str | None = None) -> Iterator[Progress | None]:
+    """What a long operation calls, or None where nobody wants to know. For True that is a ProgressBar with this label
+    and unit, whose line ends with the operation, whatever the reason."""
+    if progress is True:
+        bar = ProgressBar(label, unit=unit)
+        try:
+            yield bar
+        finally:
+            bar.close()
+        return
+    if progress is not None and progress is not False and not callable(progress):
+        raise BadPlan(
+            "not a progress", object="progress", found=repr(progress)[:80], expected="True, or a function(done, total)"
+        )
+    yield progress or None
 
 
 class ProgressBar:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .._core import run as run_jobs
-from ..base.progress import ProgressBar
+from ..base.progress import as_progress
 from ..edits.split import shard_paths
 from ..files.companions import Companions
 from ..files.model import Model
 from ..gate.checked import CheckedPlan
 
 if TYPE_CHECKING:
-    from ..base.progress import Progress
+    from ..base.progress import ProgressLike
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def write(
     path: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    progress: bool | Progress | None = False,
+    progress: ProgressLike = False,
     companions: Companions | None = None,
 ) -> Receipt:
     """Writes the file at `path` (of a split plan the shards that it names), whole or not at all, within the limits that
@@ -59,9 +60,10 @@ def write(
         raise first_blocker(checked)
     paths = output_paths(checked, path)
     start = time.monotonic()
-    bar = ProgressBar(os.path.basename(paths[0])) if progress is True else None
-    opened = Companions() if companions is None else companions
-    try:
+    with (
+        Companions() if companions is None else nullcontext(companions) as opened,
+        as_progress(progress, os.path.basename(paths[0])) as report,
+    ):
         stats = run_jobs(
             [*model.sources, *map(opened.source, checked.companions)],
             [(name, file.header, file.file_bytes) for name, file in zip(paths, checked.files, strict=True)],
@@ -70,13 +72,8 @@ def write(
             threads=checked.limits.threads,
             io=checked.limits.io,
             overwrite=overwrite,
-            progress=bar or progress or None,
+            progress=report,
         )
-    finally:
-        if bar is not None:
-            bar.close()
-        if companions is None:
-            opened.close()
     return Receipt(
         path=paths[0],
         paths=paths,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..architecture.experts import GATE_IN_INPUT
 from ..base.errors import BadFile, BadPlan
+from ..base.progress import as_progress
 from ..files import stats as stats_file
 from ..files.outputs import check_output
 from ..files.stats import LayerStats, Stats
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ..base.progress import Progress
-    from ..llama.texts import TextLike
+    from ..base.progress import Progress, ProgressLike
+    from ..llama.session import Session
+    from ..llama.texts import TextLike, Windows
 
 
 CHECKPOINT_SECONDS = 60
@@ -125,7 +127,7 @@ def calibrate(
     threads: int = 0,
     gpu_layers: int = 0,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressLike = None,
 ) -> Stats:
     """Runs texts through a GGUF model with llama.cpp and records what each expert of each MoE layer did.
 
@@ -135,7 +137,7 @@ def calibrate(
     merge_stats: also the sums that merging needs, [E, width] per layer. parse_special: special tokens in the text are
     such. gpu_layers: how many layers llama.cpp puts on a GPU, -1 for all.
     out: where the statistics go, every minute; a run that was stopped goes on from there when it is called again in the
-    same way, and a complete file needs `overwrite`. progress: called with windows done and windows in all.
+    same way, and a complete file needs `overwrite`. progress: True, or a callable(windows done, windows in all).
     Errors: BadPlan for a model without experts or a text shorter than a window, BadFile for a model that llama.cpp does
     not load, Unsupported without llama-cpp-python or where llama.cpp's graph lacks what is recorded.
     """
@@ -160,41 +162,73 @@ def calibrate(
         first = model.path
         if out is not None:
             check_output(model.paths, out, overwrite=True)
-    earlier = None
-    if out is not None and os.path.lexists(out) and not overwrite:
-        earlier = stats_file.open_stats(out)
-        if earlier.complete:
-            raise FileExistsError(
-                errno.EEXIST, "exists already and is complete; overwrite=True (--force) replaces it", os.fsdecode(out)
-            )
+    earlier = None if out is None or overwrite else _unfinished(out)
     recorder = _Recorder(stats.architecture, stats.layers, stats.experts, merge_stats)
-    with Session(first, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, watch=recorder) as session:
+    saved = _Checkpoints(stats, out, overwrite or earlier is not None)
+    with (
+        as_progress(progress, "calibrating", "windows") as report,
+        Session(first, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, watch=recorder) as session,
+    ):
         windows = windows_of(session, texts, chunks, parse_special)
         stats.texts = [w.text for w in windows]
         recorder.learn(session, windows[0].tokens[0])
-        if earlier is not None:
+        if earlier is not None and out is not None:
             _resume(stats, earlier, merge_stats, os.fsdecode(out))
-        total = sum(text.windows for text in stats.texts)
-        done = sum(text.done for text in stats.texts)
-        saved, pause = time.monotonic(), CHECKPOINT_SECONDS
-        for number, part in enumerate(windows):
-            for window in part.tokens[stats.texts[number].done :]:
-                sums = session.run(window)
-                stats.nll, stats.nll_squares = stats.nll + sums[0], stats.nll_squares + sums[1]
-                stats.predictions += sums[2]
-                stats.texts[number] = replace(stats.texts[number], done=stats.texts[number].done + 1)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-                if out is not None and done < total and time.monotonic() - saved > pause:
-                    start = time.monotonic()
-                    stats.write(out, overwrite=overwrite or earlier is not None)
-                    overwrite, saved = True, time.monotonic()
-                    pause = max(CHECKPOINT_SECONDS, 20 * (saved - start))  # big statistics on a slow disk: less often
+        _run(session, windows, stats, saved, report)
     _check_tokens(stats)
-    if out is not None:
-        stats.write(out, overwrite=overwrite or earlier is not None)
+    saved.write()
     return stats
+
+
+def _unfinished(path: str | os.PathLike[str]) -> Stats | None:
+    """What an earlier run left at `path`; FileExistsError if it came to its end."""
+    if not os.path.lexists(path):
+        return None
+    earlier = stats_file.open_stats(path)
+    if earlier.complete:
+        raise FileExistsError(
+            errno.EEXIST, "exists already and is complete; overwrite=True (--force) replaces it", os.fsdecode(path)
+        )
+    return earlier
+
+
+class _Checkpoints:
+    """Writes the statistics of a run from time to time, where they are to be written at all."""
+
+    def __init__(self, stats: Stats, path: str | os.PathLike[str] | None, overwrite: bool):
+        self._stats, self._path, self._overwrite = stats, path, overwrite
+        self._last, self._pause = time.monotonic(), float(CHECKPOINT_SECONDS)
+
+    def write(self) -> None:
+        if self._path is not None:
+            self._stats.write(self._path, overwrite=self._overwrite)
+            self._overwrite = True
+
+    def write_if_due(self) -> None:
+        start = time.monotonic()
+        if start - self._last > self._pause:
+            self.write()
+            self._last = time.monotonic()
+            self._pause = max(CHECKPOINT_SECONDS, 20 * (self._last - start))  # big statistics on a slow disk: less often
+
+
+def _run(
+    session: Session, windows: Sequence[Windows], stats: Stats, saved: _Checkpoints, report: Progress | None
+) -> None:
+    """Runs the windows that are not done yet; the session's recorder folds what their tokens do into `stats`."""
+    total, done = sum(text.windows for text in stats.texts), sum(text.done for text in stats.texts)
+    for number, part in enumerate(windows):
+        for window in part.tokens[stats.texts[number].done :]:
+            nll, squares, predictions = session.run(window)
+            stats.nll += nll
+            stats.nll_squares += squares
+            stats.predictions += predictions
+            stats.texts[number] = replace(stats.texts[number], done=stats.texts[number].done + 1)
+            done += 1
+            if report is not None:
+                report(done, total)
+            if done < total:
+                saved.write_if_due()
 
 
 def _resume(stats: Stats, earlier: Stats, merge_stats: bool, path: str) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from ..base.errors import BadPlan, SurgeryError
 from ..base.limits import Limits
+from ..base.progress import as_progress
 from ..base.units import human, parse_size
 from ..files.companions import Companions
 from ..files.model import Model
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ..base.progress import Progress, ProgressLike
     from ..files.imatrix import Imatrix
 
 
@@ -108,15 +110,15 @@ def fit(
     *,
     size: int | str | None = None,
     bpw: float | None = None,
-    progress: Callable[[int, int], object] | None = None,
+    progress: ProgressLike = None,
 ) -> Fitted:
     """Types for the tensors of a plan so that its output has at most `size` bytes, or at most `bpw` bits per weight.
 
     data has a Quantize edit, whose type names the family. Chosen are the types of the tensors that llama-quantize would
     quantize and that no override or option of the edit decides; one that is quantized already stays as it is unless
     allow_requantize. size: bytes or "22GB", of the whole file or of all shards, header and padding included. bpw: as
-    CheckedPlan.summary counts, over all tensors. Reads a sample of each tensor; progress(tensors done, tensors) may
-    raise, which ends the run. BadPlan where even the smallest types are too large, with the size that they come to.
+    CheckedPlan.summary counts, over all tensors. Reads a sample of each tensor. progress: True, or a callable(tensors
+    done, tensors), which may raise to end the run. BadPlan where even the smallest types are too large, with the size that they come to.
     """
     edit = next((edit for edit in data.edits if isinstance(edit, Quantize)), None)
     if edit is None:
@@ -135,7 +137,7 @@ def _fit(
     target: _Target,
     limits: Limits,
     companions: Companions,
-    progress: Callable[[int, int], object] | None,
+    progress: ProgressLike,
 ) -> Fitted:
     def checked(overrides: Sequence[tuple[str, str]]) -> CheckedPlan:
         edits = tuple(replace(e, overrides=(*edit.overrides, *overrides)) if e is edit else e for e in data.edits)
@@ -171,7 +173,8 @@ def _fit(
     if solution.take([len(t.steps) - 1 for t in tensors]) <= 0:
         notes.append("the largest types of the family fit")
     else:
-        _measure(model, tensors, imatrix, edit.quality, limits.threads, progress)
+        with as_progress(progress, "measuring", "tensors") as report:
+            _measure(model, tensors, imatrix, edit.quality, limits.threads, report)
         _solve(solution, tensors, -excess)
     plan = solution.plan
     if plan.blockers:
@@ -326,7 +329,7 @@ def _measure(
     imatrix: Imatrix | None,
     quality: str,
     threads: int,
-    progress: Callable[[int, int], object] | None,
+    progress: Progress | None,
 ) -> None:
     """Fills errors, and leaves of the steps those on the lower convex hull: each is worth its bytes more than the next.
     One tensor's sample is in memory at a time."""

@@ -11,6 +11,7 @@ from .._core import Source, thread_count
 from .._core import dequantize as decode
 from ..architecture.experts import Layout, layout
 from ..base.errors import BadPlan, Unsupported
+from ..base.progress import as_progress
 from ..base.units import MEMORY, human, parse_memory, parse_threads
 from ..files import stats as stats_file
 from ..files.stats import Stats
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ..base.progress import Progress
+    from ..base.progress import Progress, ProgressLike
     from ..files.model import Model, Tensor
 
 
@@ -45,19 +46,19 @@ def group(
     memory: int | str = MEMORY,
     threads: int = 0,
     io: str = "auto",
-    progress: Progress | None = None,
+    progress: ProgressLike = None,
 ) -> Groups:
     """Groups of experts, n of them in each layer, each to become one expert; the others of a group are aligned to its
     centroid neuron by neuron.
 
-    Centroids are the n experts with the highest saliency, `by` a metric of statistics (see `rank`). From the most
-    salient on, each takes the most similar experts that are left, up to group_size members, so that most stay alone.
-    Similarity is the mean of (1 + cosine of the mean gated outputs) / 2 and of 1 - d / max d, d the distance of the
-    normalised columns of router logits. A member's neurons are matched with the centroid's by scipy's
-    linear_sum_assignment on the distance of normalised rows [gate | up | down^T]. Weights are the shares of saliency.
-    stats: of `calibrate(..., merge_stats=True)`. weights_only: without any; the saliency is then 1 / (mean|w| / rms)
-    (see aimer), the similarity that of router rows and of outputs for random inputs. MTP layers are always grouped so.
-    memory: of the weights and costs that are worked on at once. progress: called with experts done and in all.
+    Centroids are the n experts with the highest saliency, `by` a metric of statistics (see `rank`). From the most salient
+    on, each takes the most similar experts that are left, up to group_size members, so that most stay alone. Similarity is
+    the mean of (1 + cosine of the mean gated outputs) / 2 and of 1 - d / max d, d the distance of the normalised columns of
+    router logits. A member's neurons are matched with the centroid's by scipy's linear_sum_assignment on the distance of
+    normalised rows [gate | up | down^T]. Weights are the shares of saliency.
+    stats: of `calibrate(..., merge_stats=True)`. weights_only: without any; the saliency is then 1 / (mean|w| / rms) (see
+    aimer), the similarity that of router rows and of outputs for random inputs. MTP layers are always grouped so.
+    memory: of the weights and costs that are worked on at once. progress: True, or a callable(experts done, experts in all).
     Errors: as in `rank`; Unsupported without scipy or for a model whose experts share chunk experts.
     """
     found = layout(model.architecture, model.tensors, model.metadata.get)
@@ -83,18 +84,19 @@ def group(
         saliency |= {layer: -1 / s for layer, s in metrics.FROM_WEIGHTS["aimer"](reduce, blind).items()}
     name = "ream weights-only" if weights_only else f"ream {by}"
     keep = Ranking(name, found, scores=saliency).keep(n, ratio=ratio)
-    work = _Work(model, parse_memory(memory), parse_threads(threads), io, progress)
-    work.total = sum(found.experts - len(keep[layer]) + (found.experts if layer in blind else 0) for layer in layers)
     groups = {}
-    try:
+    with (
+        as_progress(progress, "matching", "experts") as report,
+        _Work(model, parse_memory(memory), parse_threads(threads), io, report) as work,
+    ):
+        work.total = sum(
+            found.experts - len(keep[layer]) + (found.experts if layer in blind else 0) for layer in layers
+        )
         for layer in layers:
             experts = _Experts(model, work.sources, layer)
             similarity = _similarity(known[layer]) if layer in known else work.blind_similarity(experts)
             members = assign(saliency[layer], keep[layer], similarity, group_size)
             groups[layer] = work.align(experts, members, saliency[layer])
-    finally:
-        for source in work.sources:
-            source.close()
     notes = (
         [
             f"{', '.join(f'blk.{i}' for i in blind)} (MTP): from the weights alone, as calibration does not run MTP layers"
@@ -232,6 +234,13 @@ class _Work:
         self._memory, self._threads = memory, thread_count(threads)
         self._progress = progress
         self.done = self.total = 0
+
+    def __enter__(self) -> _Work:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for source in self.sources:
+            source.close()
 
     def _map(self, function: Callable[[Any], Any], items: Sequence[Any], each: int) -> list[Any]:
         if each > self._memory:

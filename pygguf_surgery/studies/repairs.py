@@ -16,7 +16,7 @@ from .._core import Value
 from .._core import quantize as encode
 from ..architecture.experts import GATE_IN_INPUT, most_used
 from ..base.errors import BadFile, BadPlan
-from ..base.progress import Progress
+from ..base.progress import Progress, ProgressLike, as_progress
 from ..base.units import MEMORY_MOST, human, parse_size
 from ..files.gguf import write_gguf
 from ..files.outputs import check_output
@@ -206,17 +206,18 @@ def repair(
     threads: int = 0,
     gpu_layers: int = 0,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressLike = None,
 ) -> dict[int, tuple[float, float]]:
     """Computes new down projections for the experts that `keep` names and writes them to a GGUF file, which
     Plan.keep_experts(keep, repair=out) takes. Returns {layer: (error before, error after)}, the squared error of the
     layer's output as a share of its squares, on tokens that were held back.
 
-    model: the one to be cut, whose weights are the start. run: a file of the same model that llama.cpp runs in its
-    place, such as a quantized one. texts, n_ctx, chunks, parse_special, gpu_layers: as in `calibrate`; as many tokens
-    as can be had, since the fit has kept x F parameters per output (F: width of an expert). memory: for the tokens of
-    the layers that are worked on at once, beside llama.cpp's own; each pass over the text runs it twice.
-    MTP layers, which llama.cpp does not run, keep their down projections.
+    model: the one to be cut, whose weights are the start. run: a file of the same model that llama.cpp runs in its place,
+    such as a quantized one. texts, n_ctx, chunks, parse_special, gpu_layers: as in `calibrate`; as many tokens as can be
+    had, since the fit has kept x F parameters per output (F: width of an expert). memory: for the tokens of the layers that
+    are worked on at once, beside llama.cpp's own; each pass over the text runs it twice.
+    MTP layers, which llama.cpp does not run, keep their down projections. progress: True, or a callable(windows done,
+    windows in all).
     Errors: as in `calibrate`, and BadPlan if the tokens of one layer do not fit `memory`.
     """
     from ..llama.session import Session
@@ -236,16 +237,14 @@ def repair(
     if run is not None:
         _check_twin(model, run, found.experts, layers)
     replay = _Replay(model.architecture, layers, found.experts, {layer: kept[layer] for layer in layers})
-    with Session(
-        os.fsdecode(run) if run is not None else model.path,
-        n_ctx=n_ctx,
-        threads=threads,
-        gpu_layers=gpu_layers,
-        watch=replay,
-    ) as session:
+    runs = os.fsdecode(run) if run is not None else model.path
+    with (
+        as_progress(progress, "repairing", "windows") as report,
+        Session(runs, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, watch=replay) as session,
+    ):
         windows = windows_of(session, texts, chunks, parse_special)
         replay.learn(session, windows[0].tokens[0])
-        work = _Work(model, session, replay, windows, kept, layers, budget, progress)
+        work = _Work(model, session, replay, windows, kept, layers, budget, report)
         work.write(os.fsdecode(out), keep, parse_special, overwrite)
     return work.errors
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..architecture.experts import check_shape, expert_rule, layout, most_used
 from ..architecture.names import layer_of
 from ..base.errors import BadPlan
+from ..base.progress import as_progress
 from ..base.units import MEMORY
 from ..files import stats as stats_file
 from ..files.stats import Stats
@@ -20,7 +21,7 @@ from .ranking_file import from_file, given
 from .sums import Reduce
 
 if TYPE_CHECKING:
-    from ..base.progress import Progress
+    from ..base.progress import ProgressLike
     from ..files.imatrix import Imatrix
     from ..files.model import Model
 
@@ -35,7 +36,7 @@ def rank(
     memory: int | str = MEMORY,
     threads: int = 0,
     io: str = "auto",
-    progress: Progress | None = None,
+    progress: ProgressLike = None,
 ) -> Ranking:
     """Scores every expert of every MoE layer, MTP layers included unless mtp="drop".
 
@@ -52,11 +53,11 @@ def rank(
       msan                mean ||f||^2
       weighted-frequency  sum g
       best                reap-sum, for a cut whose down projections are repaired (experts.repair): by far the best
-    MTP layers, which calibration does not run, are scored by aimer then. Sums are in float64; weights are streamed
-    within `memory`, quantized ones decoded first. stats, imatrix: the file or what `open` returned.
-    progress: called with bytes done and bytes in all; an exception from it stops the run.
-    Errors: BadPlan for a model without experts, an unknown `by`, statistics that are missing or of another model,
-    BadFile for weights that are not finite, Unsupported for what an importance matrix of the old format has lost.
+    MTP layers, which calibration does not run, are scored by aimer then. Sums are in float64; weights are streamed within
+    `memory`, quantized ones decoded first. stats, imatrix: the file or what `open` returned.
+    progress: True, or a callable(bytes done, bytes in all); an exception from it stops the run.
+    Errors: BadPlan for a model without experts, an unknown `by`, statistics that are missing or of another model, BadFile
+    for weights that are not finite, Unsupported for what an importance matrix of the old format has lost.
     """
     found = layout(model.architecture, model.tensors, model.metadata.get)
     if not found.layers:
@@ -75,11 +76,12 @@ def rank(
     if isinstance(by, Mapping):
         return _with_stats(given(by, "dict", found, tables, None), stats)
     if isinstance(by, str) and by in metrics.METRICS:
-        reduce = Reduce(model, found, memory=memory, threads=threads, io=io, progress=progress)
         layers = [layer for layer in found.layers if mtp == "keep" or layer not in found.mtp]
         opened = _open_imatrix(imatrix)
         try:
-            scores, notes = metrics.compute(by, reduce, layers, stats, opened)
+            with as_progress(progress, "ranking") as report:
+                reduce = Reduce(model, found, memory=memory, threads=threads, io=io, progress=report)
+                scores, notes = metrics.compute(by, reduce, layers, stats, opened)
         finally:
             if opened is not None and opened is not imatrix:
                 opened.close()
