@@ -7,12 +7,14 @@ from .architecture.names import role_of
 from .files.repair import open_repair
 from .files.stats import Stats, open_stats
 from .plan_data.choices import Groups, Keep
+from .studies import metrics
 from .studies.calibration import calibrate
-from .studies.metrics import METRICS
 from .studies.ranking import Ranking
 from .studies.ream import group
 from .studies.repairs import repair
 from .studies.scoring import rank
+
+METRICS = tuple(metrics.METRICS)  # what rank(by=) takes, beside files
 
 __all__ = [
     "METRICS",

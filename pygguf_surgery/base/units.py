@@ -21,7 +21,7 @@ def parse_size(size: int | str) -> int:
     if isinstance(size, int):
         return size
     match = _SIZE.fullmatch(size)
-    if match is None or match[2] and size.strip()[-1] not in "bB":
+    if match is None or (match[2] and size.strip()[-1] not in "bB"):
         raise BadPlan("not a size", object=size, expected="bytes, or text such as 512MiB or 2GB")
     unit = (match[2] or "").lower()
     power = " kmgt".index(unit[0]) if unit else 0

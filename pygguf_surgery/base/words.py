@@ -98,3 +98,8 @@ def tensors_text(count: int) -> str:
 def with_others(items: Sequence[object]) -> str:
     more = len(items) - 1
     return f" (and {more} more tensor{'s' * (more > 1)})" if more else ""
+
+
+def either(items: Sequence[str]) -> str:
+    """["a", "b", "c"] as "a, b or c"."""
+    return " or ".join(part for part in (", ".join(items[:-1]), *items[-1:]) if part)

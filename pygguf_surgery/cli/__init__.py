@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 
+from ..base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
 from .common import BAD_INPUT, CANNOT, FAILED, INTERRUPTED, USAGE, Usage
-from .options import make_parser, options_first
+from .parser import make_parser, options_first
 from .words import PROGRAM, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 ok, 2 usage, 3 bad input, 4 cannot be done as asked, 130 Ctrl-C,
     1 anything else."""
+    argv = sys.argv[1:] if argv is None else argv
     for name in ("stdout", "stderr"):  # closed by the caller: print and argparse would fail, or use the other one
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # as long as the process lives
     try:
-        args = make_parser(PROGRAM).parse_args(options_first(sys.argv[1:] if argv is None else argv))
+        args = make_parser(PROGRAM, argv).parse_args(options_first(argv))
     except SystemExit as stop:  # argparse has printed help or what is wrong
         return int(stop.code or 0)
     if hasattr(sys.stdout, "reconfigure"):  # a value that the terminal's encoding lacks is no reason to stop
@@ -28,22 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader (head, less) has seen enough; nothing must be flushed at exit
-        try:
+        with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except (OSError, ValueError):
-            pass
         return FAILED
     except KeyboardInterrupt:
         say("interrupted; nothing was written")
         return INTERRUPTED
 
 
-def _run(args) -> int:
-    from ..base.errors import SurgeryError
-    from .commands import surgery as commands
-
+def _run(args: Namespace) -> int:
     try:
-        return getattr(commands, args.command)(args)
+        code: int = args.handler(args)
+        return code
     except BrokenPipeError:
         raise
     except Usage as error:
@@ -60,8 +60,6 @@ def _run(args) -> int:
 
 def exit_code(error: Exception, output: str | None = None) -> int:
     """The exit code for an error; `output` tells a folder that is missing for the output from a missing input."""
-    from ..base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, Unsupported
-
     if isinstance(error, (BadFile, SourceChanged)):
         return BAD_INPUT
     if isinstance(error, (BadPlan, Unsupported, OutOfSpace, FileExistsError)):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 from argparse import Namespace
-from contextlib import closing, nullcontext
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from . import words
+from .options import DEFAULT_METRIC
 
 if TYPE_CHECKING:
     from ..files.model import Model
@@ -16,35 +17,48 @@ if TYPE_CHECKING:
 
 # Exit codes, that a script may rely on; 0 is done.
 FAILED, USAGE, BAD_INPUT, CANNOT, INTERRUPTED = 1, 2, 3, 4, 130
-DEFAULT_METRIC = "router-norm"
 
 
 class Usage(Exception):
     """Options that do not go together: exit code 2."""
 
 
+def is_quiet(args: Namespace) -> bool:
+    """False for a command without --quiet."""
+    return bool(getattr(args, "quiet", False))
+
+
+def limits(args: Namespace) -> dict[str, Any]:
+    """What bounds a run, as the library takes it."""
+    return {"memory": args.memory, "threads": args.threads, "io": args.io}
+
+
+def needs_number(args: Namespace) -> bool:
+    """Whether --by is no file that says which experts to keep, and neither --keep nor --ratio how many."""
+    from ..studies.metrics import METRICS
+
+    return args.keep is None and args.ratio is None and args.by in (None, *METRICS)
+
+
 def choose(model: Model, args: Namespace) -> Keep:
     """The experts that --by, --keep and their companions name."""
     from ..studies.scoring import rank
 
-    with progress("ranking", args.quiet if "quiet" in args else False) as bar:
-        ranking = rank(
-            model,
-            by=DEFAULT_METRIC if args.by is None else args.by,
-            stats=args.stats,
-            imatrix=args.imatrix,
-            mtp=args.mtp,
-            memory=args.memory,
-            threads=args.threads,
-            io=args.io,
-            progress=bar,
-        )
+    ranking = rank(
+        model,
+        by=DEFAULT_METRIC if args.by is None else args.by,
+        stats=args.stats,
+        imatrix=args.imatrix,
+        mtp=args.mtp,
+        progress=not is_quiet(args),
+        **limits(args),
+    )
     return ranking.keep(
         args.keep, ratio=args.ratio, super_experts=args.super_experts, budget=getattr(args, "budget", "layer")
     )
 
 
-def refuse_existing(paths: list[str]) -> None:
+def refuse_existing(paths: Iterable[str]) -> None:
     for path in paths:
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, "exists already; --force replaces it", path)
@@ -58,14 +72,6 @@ def write_beside(path: str, data: bytes, force: bool) -> None:
         sink.write_at(0, data)
 
 
-def progress(what: str, quiet: bool, unit: str | None = None):
-    if quiet:
-        return nullcontext()
-    from ..base.progress import ProgressBar
-
-    return closing(ProgressBar(what, unit=unit))
-
-
-def warn(warnings) -> None:
+def warn(warnings: Iterable[str]) -> None:
     for text in warnings:
         words.say(f"warning: {text}")

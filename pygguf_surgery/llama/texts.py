@@ -70,7 +70,7 @@ def _token_ids(array: Any, n_vocab: int) -> NDArray[np.int32]:
     import numpy as np
 
     ids = np.asarray(array)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) and not (0 <= ids.min() and ids.max() < n_vocab):
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or (len(ids) and not (ids.min() >= 0 and ids.max() < n_vocab)):
         raise BadPlan(
             "not token ids",
             object="texts",

@@ -209,7 +209,9 @@ class _Checkpoints:
         if start - self._last > self._pause:
             self.write()
             self._last = time.monotonic()
-            self._pause = max(CHECKPOINT_SECONDS, 20 * (self._last - start))  # big statistics on a slow disk: less often
+            self._pause = max(
+                CHECKPOINT_SECONDS, 20 * (self._last - start)
+            )  # big statistics on a slow disk: less often
 
 
 def _run(

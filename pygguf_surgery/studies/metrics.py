@@ -1,36 +1,75 @@
-"""Scores of experts: one function per metric, from the weights, an importance matrix or statistics of calibration."""
+"""Scores of experts: one function per metric, from the weights, an importance matrix or statistics of calibration; METRICS
+says all there is to know of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..architecture.experts import Layout
 from ..base.errors import BadFile, BadPlan, Unsupported
 from ..files.stats import LayerStats, Stats
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from ..files.imatrix import Imatrix
     from ..files.model import Model, Tensor
     from .sums import Reduce
 
 
-Scores = dict[int, Any]  # layer -> float64 [E]
+Scores = dict[int, NDArray[np.float64]]  # layer -> [E]
+Need = Literal["weights", "imatrix", "stats"]
 
 
-def _router_norm(reduce: Reduce, layers: Sequence[int]) -> Scores:
-    """L2 norm of the router row of each expert."""
-    import numpy as np
+@dataclass(frozen=True)
+class Given:
+    """What the user has given to compute scores from."""
 
+    reduce: Reduce  # the model's weights
+    imatrix: Imatrix | None = None
+    stats: Stats | None = None
+
+    def has(self, need: Need) -> bool:
+        return need == "weights" or getattr(self, need) is not None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A way to score experts.
+
+    needs: where its numbers can come from; one is enough, the first that is given is used. reads: the weights that it
+    reads; all that experts have, or their down projections, take long. formula: the score of an expert, higher stays.
+    function: scores of these layers; it leaves out layers of which the numbers say nothing. paper: arXiv's number.
+    repaired: for a cut whose down projections are repaired (experts.repair) only.
+    """
+
+    name: str
+    needs: tuple[Need, ...]
+    reads: Literal["routers", "experts", "down projections", "nothing"]
+    formula: str
+    function: Callable[[Given, Sequence[int]], Scores]
+    paper: str | None = None
+    repaired: bool = False
+
+    @property
+    def takes_long(self) -> bool:
+        return self.reads in ("experts", "down projections")
+
+
+# --- from the weights -----------------------------------------------------------------------------------------------
+
+
+def _router_norm(given: Given, layers: Sequence[int]) -> Scores:
+    reduce = given.reduce
     alike: dict[Any, dict[int, Tensor]] = {}  # many small tensors: one pass over all of a type and shape
     for layer, tensors in reduce.tensors(("ffn_gate_inp.weight",), layers).items():
         if not tensors:
             raise BadFile("a layer with experts and no router", object=f"blk.{layer}.ffn_gate_inp.weight")
         alike.setdefault((tensors[0].type_id, tensors[0].ne), {})[layer] = tensors[0]
-    scores = {}
+    scores: Scores = {}
     for routers in alike.values():
         scores |= zip(routers, np.sqrt(reduce.sums(tuple(routers.values()))[:, :, 1]))
     return {layer: scores[layer] for layer in sorted(scores)}
@@ -40,10 +79,9 @@ def _router_norm(reduce: Reduce, layers: Sequence[int]) -> Scores:
 _EMPTY_EXPERT = -2.0
 
 
-def _aimer(reduce: Reduce, layers: Sequence[int]) -> Scores:
-    """-mean|w| / rms(w), w all gate, up and down weights of the expert times its scale where the file has one."""
-    import numpy as np
-
+def _aimer(given: Given, layers: Sequence[int]) -> Scores:
+    """The weights count times the expert's scale where the file has one."""
+    reduce = given.reduce
     parts = tuple(f"ffn_{part}_exps.weight" for part in ("gate_up", "gate", "up", "down"))
     scores = {}
     for layer, tensors in reduce.tensors(parts, layers).items():
@@ -62,18 +100,13 @@ def _aimer(reduce: Reduce, layers: Sequence[int]) -> Scores:
 
 def _scale_of(model: Model, tensor: Tensor) -> NDArray[np.float64] | None:
     """|scale| of each expert, which the product with this tensor is multiplied with, or None."""
-    import numpy as np
-
     scale = model.tensors.get(tensor.name.removesuffix("weight") + "scale")
     if scale is None:
         return None
-    values = np.abs(scale.dequantize().astype(np.float64))
+    values: NDArray[np.float64] = np.abs(scale.dequantize().astype(np.float64))
     if not np.isfinite(values).all():
         raise BadFile("scales that are not finite", object=scale.name)
     return values
-
-
-FROM_WEIGHTS: Mapping[str, Callable[[Reduce, Sequence[int]], Scores]] = {"router-norm": _router_norm, "aimer": _aimer}
 
 
 # --- from an importance matrix --------------------------------------------------------------------------------------
@@ -96,10 +129,10 @@ def _entry(imatrix: Imatrix, layer: int, experts: int) -> str | None:
     return name
 
 
-def _counts(reduce: Reduce, imatrix: Imatrix, layers: Sequence[int]) -> Scores:
-    """How many tokens were routed to each expert."""
-    import numpy as np
-
+def _frequency(given: Given, layers: Sequence[int]) -> Scores:
+    if given.stats is not None or given.imatrix is None:
+        return _of_stats(lambda s: s.count.copy())(given, layers)
+    reduce, imatrix = given.reduce, given.imatrix
     if imatrix.format == "legacy":
         raise Unsupported(
             "an importance matrix in the old format has lost the counts",
@@ -123,11 +156,12 @@ def _counts(reduce: Reduce, imatrix: Imatrix, layers: Sequence[int]) -> Scores:
     return scores
 
 
-def _imatrix_msan(reduce: Reduce, imatrix: Imatrix, layers: Sequence[int]) -> Scores:
-    """sum_j E[h_j^2] ||W_down[:, j]||^2: E||f||^2 of a token of the expert if the h_j were uncorrelated. h is the input
-    of the down projection. 0 for an expert that was never seen."""
-    import numpy as np
-
+def _imatrix_msan(given: Given, layers: Sequence[int]) -> Scores:
+    """E||f||^2 of a token of the expert if the h_j were uncorrelated. h is the input of the down projection. 0 for an
+    expert that was never seen."""
+    reduce, imatrix = given.reduce, given.imatrix
+    if imatrix is None:
+        return {}
     experts = reduce.layout.experts
     names = {layer: name for layer in layers if (name := _entry(imatrix, layer, experts)) is not None}
     scores = {}
@@ -152,75 +186,85 @@ def _imatrix_msan(reduce: Reduce, imatrix: Imatrix, layers: Sequence[int]) -> Sc
     return scores
 
 
-FROM_IMATRIX: Mapping[str, Callable[[Reduce, Any, Sequence[int]], Scores]] = {
-    "frequency": _counts,
-    "imatrix-msan": _imatrix_msan,
-}
-
-
 # --- from statistics of calibration ---------------------------------------------------------------------------------
+
+
+def _of_stats(score: Callable[[LayerStats], NDArray[np.float64]]) -> Callable[[Given, Sequence[int]], Scores]:
+    """The function of a metric that looks at the statistics of one layer at a time."""
+
+    def scores(given: Given, layers: Sequence[int]) -> Scores:
+        known = {} if given.stats is None else given.stats.layers
+        return {layer: score(known[layer]) for layer in layers if layer in known}
+
+    return scores
 
 
 def _mean(total: NDArray[np.float64], stats: LayerStats) -> NDArray[np.float64]:
     """total / count; 0 for an expert that was never seen."""
-    import numpy as np
-
     return np.divide(total, stats.count, out=np.zeros_like(total), where=stats.count > 0)
 
 
-# g: gate, f: output before the gate (arXiv 2510.13999 and the ablations there). best: what does best with a repair.
-# `best` is what does best together with a repair: docs/experts.md.
-FROM_STATS: Mapping[str, Callable[[LayerStats], Any]] = {
-    "reap": lambda s: _mean(s.gated_norm_sum, s),
-    "reap-sum": lambda s: s.gated_norm_sum.copy(),
-    "ean-sum": lambda s: s.norm_sum.copy(),
-    "ean-mean": lambda s: _mean(s.norm_sum, s),
-    "msan": lambda s: _mean(s.norm_sq_sum, s),
-    "weighted-frequency": lambda s: s.gate_sum.copy(),
-    "frequency": lambda s: s.count.copy(),
-    "best": lambda s: s.gated_norm_sum.copy(),
+# --- all of them ----------------------------------------------------------------------------------------------------
+
+# In formulas sums and means are over the tokens that were routed to the expert, g is its gate, f its output before the
+# gate. Each metric stands here and nowhere else in the code; a test compares the README's table.
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("router-norm", ("weights",), "routers", "norm of its router row", _router_norm),
+        Metric("aimer", ("weights",), "experts", "-mean |w| / rms(w) of its matrices", _aimer, "2603.18492"),
+        Metric("frequency", ("stats", "imatrix"), "nothing", "number of tokens", _frequency),
+        Metric("imatrix-msan", ("imatrix",), "down projections", "sum_j E[h_j^2] ||W_down[:, j]||^2", _imatrix_msan),
+        Metric(
+            "reap", ("stats",), "nothing", "mean g ||f||", _of_stats(lambda s: _mean(s.gated_norm_sum, s)), "2510.13999"
+        ),
+        Metric("reap-sum", ("stats",), "nothing", "sum g ||f||", _of_stats(lambda s: s.gated_norm_sum.copy())),
+        Metric("ean-sum", ("stats",), "nothing", "sum ||f||", _of_stats(lambda s: s.norm_sum.copy())),
+        Metric("ean-mean", ("stats",), "nothing", "mean ||f||", _of_stats(lambda s: _mean(s.norm_sum, s))),
+        Metric("msan", ("stats",), "nothing", "mean ||f||^2", _of_stats(lambda s: _mean(s.norm_sq_sum, s))),
+        Metric("weighted-frequency", ("stats",), "nothing", "sum g", _of_stats(lambda s: s.gate_sum.copy())),
+        # What does best together with a repair: docs/experts.md.
+        Metric(
+            "best", ("stats",), "nothing", "sum g ||f||", _of_stats(lambda s: s.gated_norm_sum.copy()), repaired=True
+        ),
+    )
 }
 
-METRICS = (*FROM_WEIGHTS, *FROM_IMATRIX, *(name for name in FROM_STATS if name not in FROM_IMATRIX))
+_NEEDS: dict[Need, str] = {
+    "imatrix": "an importance matrix (imatrix=, --imatrix)",
+    "stats": "statistics (stats=, --stats) of gguf-surgery calibrate",
+}
 
 
-def compute(
-    by: str, reduce: Reduce, layers: Sequence[int], stats: Stats | None, imatrix: Imatrix | None
-) -> tuple[Scores, list[str]]:
+def names(need: Need) -> list[str]:
+    """The metrics that can be computed from this."""
+    return [name for name, metric in METRICS.items() if need in metric.needs]
+
+
+def compute(by: str, given: Given, layers: Sequence[int]) -> tuple[Scores, list[str]]:
     """Scores of these layers by one of METRICS, and what the user should know. BadPlan where what it needs is not given
     or is of another model. MTP layers that the numbers do not reach are scored by aimer."""
-    notes: list[str] = []
-    if by in FROM_WEIGHTS:
-        return FROM_WEIGHTS[by](reduce, layers), notes
-    if by in FROM_STATS and stats is not None:
-        if stats.header_sha256 != reduce.model.header_sha256:
-            notes.append(f"the statistics are of another file ({stats.name or 'no name'}) of the same shape")
-        scores: Scores = {layer: FROM_STATS[by](stats.layers[layer]) for layer in layers if layer in stats.layers}
-    elif by in FROM_IMATRIX and imatrix is not None:
-        scores = FROM_IMATRIX[by](reduce, imatrix, layers)
-    else:
-        needs = [
-            what
-            for what, table in (
-                ("an importance matrix (imatrix=, --imatrix)", FROM_IMATRIX),
-                ("statistics (stats=, --stats) of gguf-surgery calibrate", FROM_STATS),
-            )
-            if by in table
-        ]
+    metric, notes = METRICS[by], []
+    used = next((need for need in metric.needs if given.has(need)), None)
+    if used is None:
         raise BadPlan(
-            "this metric needs " + " or ".join(needs),
+            "this metric needs " + " or ".join(text for need, text in _NEEDS.items() if need in metric.needs),
             object=by,
-            hint=f"from the weights alone: {', '.join(FROM_WEIGHTS)}",
+            hint=f"from the weights alone: {', '.join(names('weights'))}",
         )
+    model, layout = given.reduce.model, given.reduce.layout
+    if used == "stats" and given.stats is not None and given.stats.header_sha256 != model.header_sha256:
+        notes.append(f"the statistics are of another file ({given.stats.name or 'no name'}) of the same shape")
+    scores = metric.function(given, layers)
     missing = [layer for layer in layers if layer not in scores]
-    if wrong := [layer for layer in missing if layer not in reduce.layout.mtp]:
+    if wrong := [layer for layer in missing if layer not in layout.mtp]:
         raise BadPlan(
             "nothing is known of the experts of this layer",
             object=f"blk.{wrong[0]}",
-            path=imatrix.path if imatrix is not None else None,
+            path=given.imatrix.path if given.imatrix is not None else None,
         )
     if missing:
-        scores |= _aimer(reduce, missing)
+        scores |= METRICS["aimer"].function(given, missing)
         notes.append(
             f"{', '.join(f'blk.{layer}' for layer in missing)} (MTP): by aimer, as calibration does not run MTP layers"
         )
@@ -248,8 +292,6 @@ def check_stats(stats: Stats, model: Model, layout: Layout) -> None:
 def super_experts(stats: Stats) -> dict[int, tuple[int, ...]]:
     """layer -> experts with massive activations: max |f| above the 99.5th percentile of all experts and above a tenth
     of the largest (REAP's definition)."""
-    import numpy as np
-
     every = np.concatenate([layer.max_activation for layer in stats.layers.values()])
     least = max(float(np.percentile(every, 99.5)), float(every.max()) / 10)
     return {layer: tuple(np.flatnonzero(s.max_activation > least).tolist()) for layer, s in stats.layers.items()}

@@ -72,16 +72,19 @@ def group(
         raise BadPlan("no such choice", object="mtp", found=repr(mtp), expected='"keep" or "drop"')
     _assignment()
     layers = [layer for layer in found.layers if mtp == "keep" or layer not in found.mtp]
-    known: dict[int, stats_file.LayerStats] = {}
-    if not weights_only:
-        known = _known(model, found, stats, by)
-    elif stats is not None:
+    if weights_only and stats is not None:
         raise BadPlan("statistics are of no use", object="weights_only", hint="leave out one of the two")
+    stats = None if weights_only else _checked(model, found, stats, by)
+    known = {} if stats is None else stats.layers
     blind = [layer for layer in layers if layer not in known]
     reduce = Reduce(model, found, memory=memory, threads=threads, io=io, progress=None)
-    saliency = {layer: _positive(metrics.FROM_STATS[by](s)) for layer, s in known.items()}
+    saliency: metrics.Scores = {}
+    if stats is not None:
+        scores = metrics.METRICS[by].function(metrics.Given(reduce, stats=stats), list(known))
+        saliency = {layer: _positive(s) for layer, s in scores.items()}
     if blind:
-        saliency |= {layer: -1 / s for layer, s in metrics.FROM_WEIGHTS["aimer"](reduce, blind).items()}
+        scores = metrics.METRICS["aimer"].function(metrics.Given(reduce), blind)
+        saliency |= {layer: -1 / s for layer, s in scores.items()}
     name = "ream weights-only" if weights_only else f"ream {by}"
     keep = Ranking(name, found, scores=saliency).keep(n, ratio=ratio)
     groups = {}
@@ -107,7 +110,8 @@ def group(
     return Groups(groups, name, notes)
 
 
-def _known(model: Model, found: Layout, stats: Any, by: str) -> dict[int, stats_file.LayerStats]:
+def _checked(model: Model, found: Layout, stats: str | os.PathLike[str] | Stats | None, by: str) -> Stats:
+    """Statistics with all that merging needs; BadPlan for others."""
     if stats is None:
         raise BadPlan(
             "merging needs statistics (stats=, --stats) of calibrate with merge_stats",
@@ -117,9 +121,9 @@ def _known(model: Model, found: Layout, stats: Any, by: str) -> dict[int, stats_
     if not isinstance(stats, Stats):
         stats = stats_file.open_stats(stats)
     metrics.check_stats(stats, model, found)
-    if by not in metrics.FROM_STATS:
+    if by not in metrics.names("stats"):
         raise BadPlan(
-            "not a metric of statistics", object="by", found=repr(by)[:80], expected=", ".join(metrics.FROM_STATS)
+            "not a metric of statistics", object="by", found=repr(by)[:80], expected=", ".join(metrics.names("stats"))
         )
     if any(s.gated_sum is None for s in stats.layers.values()):
         raise BadPlan(
@@ -127,7 +131,7 @@ def _known(model: Model, found: Layout, stats: Any, by: str) -> dict[int, stats_
             object="stats",
             hint="calibrate with merge_stats=True (--merge-stats)",
         )
-    return stats.layers
+    return stats
 
 
 def _positive(saliency: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -40,21 +40,12 @@ def rank(
 ) -> Ranking:
     """Scores every expert of every MoE layer, MTP layers included unless mtp="drop".
 
-    by: one of `metrics.METRICS`, below, with the sums over the tokens t routed to expert e, g its gate and f its output
-    before the gate; or a dict or a JSON file, {"scores": {"0": [E numbers]}} or {"kept": {"0": [ids]}}, with an
-    optional "metric", such as Keep.to_json writes.
-      router-norm         L2 norm of the expert's router row; cheap
-      aimer               minus mean|w| / rms(w) over its gate, up and down weights (arXiv 2603.18492); reads all of
-      them frequency           count of tokens; from statistics, or else an importance matrix
-      imatrix-msan        sum_j E[h_j^2] ||W_down[:, j]||^2, a diagonal approximation of mean ||f||^2; importance matrix
-      reap                mean g ||f|| (arXiv 2510.13999); this and the rest from statistics of `calibrate`
-      reap-sum            sum g ||f||: what is rarely used counts less
-      ean-sum, ean-mean   sum and mean of ||f||
-      msan                mean ||f||^2
-      weighted-frequency  sum g
-      best                reap-sum, for a cut whose down projections are repaired (experts.repair): by far the best
-    MTP layers, which calibration does not run, are scored by aimer then. Sums are in float64; weights are streamed within
-    `memory`, quantized ones decoded first. stats, imatrix: the file or what `open` returned.
+    by: the name of a metric, one of METRICS: the README has a table of what each needs and computes. `router-norm` and
+    `aimer` need nothing but the weights, the others an importance matrix or statistics of `calibrate`. Or a dict or a
+    JSON file, {"scores": {"0": [E numbers]}} or {"kept": {"0": [ids]}}, with an optional "metric", such as Keep.to_json
+    writes. MTP layers, which calibration does not run, are scored by aimer where its numbers are needed. Sums are in
+    float64; weights are streamed within `memory`, quantized ones decoded first. stats, imatrix: the file or what `open`
+    returned.
     progress: True, or a callable(bytes done, bytes in all); an exception from it stops the run.
     Errors: BadPlan for a model without experts, an unknown `by`, statistics that are missing or of another model, BadFile
     for weights that are not finite, Unsupported for what an importance matrix of the old format has lost.
@@ -81,20 +72,18 @@ def rank(
         try:
             with as_progress(progress, "ranking") as report:
                 reduce = Reduce(model, found, memory=memory, threads=threads, io=io, progress=report)
-                scores, notes = metrics.compute(by, reduce, layers, stats, opened)
+                scores, notes = metrics.compute(by, metrics.Given(reduce, opened, stats), layers)
         finally:
             if opened is not None and opened is not imatrix:
                 opened.close()
         seen = Seen(notes=tuple(notes))
-        if by in metrics.FROM_IMATRIX and stats is None:
+        if stats is None and "imatrix" in metrics.METRICS[by].needs:
             unseen = {layer: tuple((s == 0).nonzero()[0].tolist()) for layer, s in scores.items()}
             seen = Seen({layer: ids for layer, ids in unseen.items() if ids}, None, tuple(notes))
         used = most_used(model.architecture, model.metadata.get)
         return _with_stats(Ranking(by, found, scores=scores, tables=tables, seen=seen, used=used), stats)
-    if (
-        isinstance(by, os.PathLike)
-        or isinstance(by, str)
-        and (by.endswith(".json") or os.path.basename(by) != by or os.path.isfile(by))
+    if isinstance(by, os.PathLike) or (
+        isinstance(by, str) and (by.endswith(".json") or os.path.basename(by) != by or os.path.isfile(by))
     ):
         return _with_stats(from_file(os.fspath(by), found, tables), stats)
     near = difflib.get_close_matches(by, metrics.METRICS) if isinstance(by, str) else ()

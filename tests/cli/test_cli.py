@@ -14,7 +14,8 @@ import pytest
 from pygguf_surgery import Value, imatrix
 from pygguf_surgery import open as open_model
 from pygguf_surgery.base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
-from pygguf_surgery.cli import exit_code, main, options
+from pygguf_surgery.cli import commands, exit_code, main, parser, values
+from pygguf_surgery.cli.command import Family
 from pygguf_surgery.cli.commands.demo_model import DemoShape, write_demo_model
 from pygguf_surgery.files.gguf import write_gguf
 from support.gguf_files import read_gguf
@@ -123,13 +124,30 @@ def test_wrong_usage_is_2_and_says_why_on_stderr(run, arguments):
 def test_version_and_help_are_results(run):
     code, out, err = run("--version")
     assert code == 0 and out.startswith("gguf-surgery ") and "ggml" in out and err == ""
-    for name in ("", *options.COMMANDS):
-        code, out, err = run(*([name] if name else []), "--help")
-        assert code == 0 and "usage: gguf-surgery" in out and err == ""
+    words = [[], *([c.name] for c in parser.COMMANDS)]
+    words += [[f.name, c.name] for f in parser.COMMANDS if isinstance(f, Family) for c in f.commands]
+    assert len(words) == 21
+    for command in words:
+        code, out, err = run(*command, "--help")
+        assert code == 0 and " ".join(["usage: gguf-surgery", *command]) in out and err == ""
 
 
-def test_every_option_belongs_to_a_command():
-    assert {o for _, _, given in options.COMMANDS.values() for o in given} == set(options.OPTIONS)
+def test_the_help_of_prune_has_titles(run):
+    out = run("prune", "--help")[1]
+    titles = re.findall(r"^(\w[\w ]*):$", out, re.MULTILINE)
+    assert titles == ["positional arguments", "options", "choice of experts", "layers", "types", "importance matrix",
+                      "metadata", "shards", "run", "output"]
+
+
+def test_a_parser_of_one_command_has_the_arguments_of_that_one():
+    whole, one = parser.make_parser("x"), parser.make_parser("x", ["info", "plan"])
+    assert "--full" in help_of(whole, "info") and help_of(whole, "info") == help_of(one, "info")
+    assert "--keep" in help_of(whole, "plan") and "--keep" not in help_of(one, "plan")
+
+
+def help_of(parser, command):
+    (commands,) = parser._subparsers._group_actions
+    return commands.choices[command].format_help()
 
 
 @pytest.mark.parametrize(
@@ -358,7 +376,7 @@ def test_quantize_with_overrides(run, model, tmp_path):
 
 
 def test_an_equals_sign_in_a_pattern_belongs_to_the_pattern():
-    assert options.override("a(?=b)c=Q8_0") == ("a(?=b)c", "Q8_0")
+    assert values.override("a(?=b)c=Q8_0") == ("a(?=b)c", "Q8_0")
 
 
 def test_encoding_again_must_be_allowed(run, model, tmp_path):
@@ -466,12 +484,9 @@ def test_quiet_is_silent(run, model, tmp_path):
 
 
 def test_ctrl_c_is_130(run, model, monkeypatch):
-    from pygguf_surgery.cli.commands import surgery as commands
-
-    def interrupted(args):
+    def interrupted(path):
         raise KeyboardInterrupt
-
-    monkeypatch.setattr(commands, "info", interrupted)
+    monkeypatch.setattr(commands.info, "open_model", interrupted)
     code, out, err = run("info", model)
     assert code == 130 and out == "" and "interrupted" in err
 

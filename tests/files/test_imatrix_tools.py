@@ -327,12 +327,6 @@ def test_an_unpruned_model_is_no_list_of_experts(tmp_path):
         cli.read_kept(str(path))
 
 
-def test_the_table_of_options_is_complete():
-    assert {o for _, _, given in cli.COMMANDS.values() for o in given} == set(cli.OPTIONS)
-    assert {p for _, given, _ in cli.COMMANDS.values() for p in given} == set(cli.POSITIONALS)
-    assert all(callable(getattr(cli, name)) for name in cli.COMMANDS)
-
-
 @pytest.mark.parametrize("chunk_size", [0, -1, 2**31])
 def test_merge_refuses_what_is_no_chunk_size(tmp_path, chunk_size):
     imatrix.write(tmp_path / "a.gguf", {UP: (np.ones(4), [1, 2])})

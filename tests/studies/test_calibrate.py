@@ -13,6 +13,7 @@ import pygguf_surgery as pgs
 from pygguf_surgery.files import stats as stats_file
 from pygguf_surgery.files.gguf import read_gguf, write_gguf
 from pygguf_surgery.files.stats import LayerStats
+from pygguf_surgery.llama import taps
 from support import moe_models
 from support.llama_oracle import TOKENS, Tap
 from support.places import ROOT, SHARED
@@ -456,7 +457,7 @@ def test_a_dense_model_and_a_file_that_llama_cpp_refuses(tmp_path):
 
 @pytest.mark.parity
 def test_a_tensor_that_the_graph_lacks_is_named(model, monkeypatch):
-    monkeypatch.setitem(calibration._STEPS, "gates", ("ffn_moe_other",))
+    monkeypatch.setitem(taps._STEPS, "gates", ("ffn_moe_other",))
     with pytest.raises(pgs.Unsupported, match="does not compute") as error:
         pgs.experts.calibrate(model, [TOKENS], n_ctx=40)
     assert error.value.object == "ffn_moe_other-1" and error.value.found == "dots1"

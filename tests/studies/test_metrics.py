@@ -1,6 +1,7 @@
 """Scores from statistics and importance matrices, and what a choice says of itself."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
 from pygguf_surgery.architecture.experts import Layout
+from pygguf_surgery.cli import main, options
 from pygguf_surgery.files import stats as stats_file
 from pygguf_surgery.plan_data.choices import Seen
 from pygguf_surgery.studies import metrics
@@ -16,6 +18,7 @@ from pygguf_surgery.studies.ranking import Ranking
 from support import moe_models
 from support.expert_stats import stats_for
 from support.imatrices import imatrix_of
+from support.places import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,40 @@ def test_mtp_blocks_are_scored_by_aimer(tmp_path):
         dropped = pgs.experts.rank(model, "reap", stats=stats, mtp="drop").keep(8)
         assert list(dropped) == [0, 1, 2, 3] and "aimer" not in dropped.summary()
         assert not pgs.Plan(model).keep_experts(dropped, mtp="drop").check().blockers
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
+
+def test_the_readme_lists_the_metrics_of_the_registry():
+    """In its order, with what each needs."""
+    rows = re.findall(r"^\| (`.*?`) \| (.*?) \| (.*) \|$", (ROOT / "README.md").read_text().split("| `--by` |")[1], re.MULTILINE)
+    found = {name: (needs, score) for names, needs, score in rows for name in re.findall("`(.*?)`", names)}
+    assert list(found) == list(metrics.METRICS) == list(pgs.experts.METRICS)
+    for name, metric in metrics.METRICS.items():
+        needs, score = found[name]
+        assert {word.strip("`-") for word in re.split(" or |, ", needs)} == {*metric.needs, *["repair"] * metric.repaired}
+        assert metric.paper is None or metric.paper in score
+
+
+def test_the_help_and_the_errors_list_the_metrics_of_the_registry(qwen, capsys):
+    help = options.BY["--by"]["help"]()
+    assert main(["prune", "--help"]) == 0
+    assert "".join(help.split()) in "".join(capsys.readouterr().out.split())
+    with pytest.raises(pgs.BadPlan) as error:
+        pgs.experts.rank(qwen, "nonsense")
+    assert error.value.expected == f"{', '.join(metrics.METRICS)}, or a JSON file"
+    assert set(re.findall(r"[a-z]+(?:-[a-z]+)*", help)) >= set(metrics.METRICS)
+    assert "; frequency or imatrix-msan with --imatrix;" in help and "; best with --stats and --repair;" in help
+
+
+def test_a_metric_is_named_once(qwen):
+    """A toy one: rank takes it, and the plan keeps its name."""
+    toy = metrics.Metric("toy", ("weights",), "nothing", "its number",
+                         lambda given, layers: {i: np.arange(given.reduce.layout.experts, dtype=float) for i in layers})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(metrics.METRICS, "toy", toy)
+        assert pgs.experts.rank(qwen, "toy").keep(2) == {0: (14, 15), 1: (14, 15)}
+        assert not toy.takes_long and metrics.METRICS["aimer"].takes_long and metrics.names("weights")[-1] == "toy"
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
-import resource
-import tempfile
 import time
 from argparse import Namespace
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...base.units import human
 from ...base.words import decimals, magnitude, table
 from .. import words
+from ..command import Command
+from ..common import limits
+from ..options import BY, DEFAULT_METRIC, JSON, KEEP, RUN
+from ..options import TYPE as TYPE_OPTION
 from .info import bits_per_weight, experts, parameters
+
+if TYPE_CHECKING:
+    from ...files.model import Model
 
 TYPE = "MXFP4_MOE"
 
 
 def run(args: Namespace) -> int:
+    import tempfile
+
     folder = nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory(prefix="gguf-surgery-demo-")
     with folder as path:
         os.makedirs(path, exist_ok=True)
@@ -29,6 +36,8 @@ def run(args: Namespace) -> int:
 
 
 def _demo(args: Namespace, folder: str) -> dict[str, Any]:
+    import resource
+
     import pygguf_surgery as pgs
 
     from ...reports.comparison import compare
@@ -42,17 +51,16 @@ def _demo(args: Namespace, folder: str) -> dict[str, Any]:
         write_demo_model(source_path, overwrite=bool(args.folder))
         say(f"made {source_path} in {time.perf_counter() - start:.1f} s")
     output = os.path.join(folder, "demo-cut.gguf")
-    limits = dict(memory=args.memory, threads=args.threads, io=args.io)
     with pgs.open(source_path) as source:
         moe = experts(source)
         if moe is None:
             raise pgs.BadPlan("the model has no experts", path=source.path)
         keep = moe["count"] // 2 if args.keep is None else args.keep
-        type, by = TYPE if args.type is None else args.type, "router-norm" if args.by is None else args.by
+        type, by = TYPE if args.type is None else args.type, DEFAULT_METRIC if args.by is None else args.by
         start = time.perf_counter()
-        kept = pgs.experts.rank(source, by=by, **limits).keep(keep)
+        kept = pgs.experts.rank(source, by=by, **limits(args)).keep(keep)
         plan = pgs.Plan(source).keep_experts(kept).quantize(type)
-        receipt = plan.write(output, overwrite=bool(args.folder), **limits)
+        receipt = plan.write(output, overwrite=bool(args.folder), **limits(args))
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         with pgs.open(output) as result:
@@ -75,25 +83,25 @@ def _demo(args: Namespace, folder: str) -> dict[str, Any]:
     return data
 
 
-def _size(model) -> dict[str, Any]:
+def _size(model: Model) -> dict[str, Any]:
+    moe = experts(model)
     return {
         "file_bytes": model.file_bytes,
         "parameters": parameters(model),
         "bits_per_weight": bits_per_weight(model),
-        "experts": experts(model)["count"],
+        "experts": moe["count"] if moe else None,
     }
 
 
-def _summary(source, result, type: str, by: str) -> str:
-    def line(word, model, note):
-        s = _size(model)
-        layers = len(experts(model)["layers"])
+def _summary(source: Model, result: Model, type: str, by: str) -> str:
+    def line(word: str, model: Model, note: str) -> tuple[str, ...]:
+        s, moe = _size(model), experts(model)
         return (
             word,
             human(s["file_bytes"]),
             f"{magnitude(s['parameters'])} parameters",
             f"{s['bits_per_weight']:.2f} bits per weight",
-            f"{s['experts']} experts x {layers} layers",
+            f"{s['experts']} experts x {len(moe['layers']) if moe else 0} layers",
             note,
         )
 
@@ -122,3 +130,14 @@ def _roles(roles: list[dict[str, Any]]) -> str:
             )
         )
     return table(rows, left=2) + "\n"
+
+
+# fmt: off
+COMMAND = Command(
+    "demo", "make a small model, cut it in half, show what was lost", run,
+    groups={"": {"--model": dict(metavar="FILE", help="cut this model in place of the made-up one")}
+            | {"--keep": KEEP["--keep"]} | BY | TYPE_OPTION
+            | {"--folder": dict(metavar="DIR", help="keep the files here (default: a temporary folder, removed at the end)")}
+            | RUN | JSON},
+)
+# fmt: on

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from argparse import Namespace
@@ -12,37 +11,9 @@ from typing import Any
 from ...base.units import human
 from ...base.words import magnitude, table
 from .. import words
-
-# fmt: off
-# Options as in options.OPTIONS; command -> (help, positional arguments, options) as in options.COMMANDS.
-OPTIONS = {
-    "--by": dict(metavar="FILE", required=True, help='the experts to keep: a JSON file {"kept": {"0": [ids]}}, or the '
-                 "GGUF file of a model that was pruned to them"),
-    "--experts": dict(type=int, metavar="N", help="how many experts the model had, where the file does not say"),
-    "--chunk-size": dict(type=int, metavar="N", help="tokens of a chunk, where the file does not say (default 512)"),
-    "--force": dict(action="store_true", help="replace an existing output"),
-    "--json": dict(action="store_true", help="print the machine form"),
-    "--full": dict(action="store_true", help="with --json: arrays of over 32 elements in full"),
-}
-# fmt: on
-# fmt: off
-COMMANDS = {
-    "show": ("what an importance matrix has seen", ("IMATRIX",), ("--json", "--full")),
-    "merge": ("add importance matrices of one model", ("OUT", "IMATRIX..."), ("--chunk-size", "--force")),
-    "slice": ("cut an importance matrix as a model's experts were cut", ("IMATRIX", "OUT"),
-              ("--by", "--experts", "--force")),
-    "convert": ("change the older .dat format to GGUF, or back if OUT ends in .dat", ("IMATRIX", "OUT"),
-                ("--chunk-size", "--force")),
-}
-# fmt: on
-# fmt: off
-# metavar -> (dest, help, nargs)
-POSITIONALS = {
-    "IMATRIX": ("input", "an importance matrix of llama-imatrix, GGUF or .dat", None),
-    "IMATRIX...": ("inputs", "importance matrices of llama-imatrix, GGUF or .dat", "+"),
-    "OUT": ("output", "the importance matrix to write", None),
-}
-# fmt: on
+from ..command import Command, Family, Options, Positional
+from ..common import refuse_existing, warn
+from ..options import FULL, JSON
 
 _SHOWN = 16  # ids of experts in a line
 
@@ -59,8 +30,7 @@ def show(args: Namespace) -> int:
         words.print_json(data if args.full else abbreviate(data))
         return 0
     words.show(_describe(data, size))
-    for text in data["warnings"]:
-        words.say(f"warning: {text}")
+    warn(data["warnings"])
     return 0
 
 
@@ -78,7 +48,7 @@ def slice(args: Namespace) -> int:
     _check_output(args)
     unknown = slice_experts(args.input, args.output, read_kept(args.by), experts=args.experts, overwrite=args.force)
     if unknown:
-        words.say(f"warning: layers of {args.by} without an entry: {', '.join(map(str, unknown))}")
+        warn([f"layers of {args.by} without an entry: {', '.join(map(str, unknown))}"])
     return _written(args.output)
 
 
@@ -119,8 +89,8 @@ def read_kept(path: str) -> Mapping[int, Sequence[int]]:
 
 
 def _check_output(args: Namespace) -> None:
-    if not args.force and os.path.lexists(args.output):
-        raise FileExistsError(errno.EEXIST, "exists already; --force replaces it", args.output)
+    if not args.force:
+        refuse_existing([args.output])
 
 
 def _written(path: str) -> int:
@@ -168,3 +138,26 @@ def _describe(data: dict[str, Any], nbytes: int) -> str:
 
 def _list(items: list[Any]) -> str:
     return ", ".join(map(str, items[:_SHOWN])) + (", ..." if len(items) > _SHOWN else "")
+
+
+# fmt: off
+FORCE: Options = {"--force": dict(action="store_true", help="replace an existing output")}
+CHUNK_SIZE: Options = {
+    "--chunk-size": dict(type=int, metavar="N", help="tokens of a chunk, where the file does not say (default 512)"),
+}
+BY: Options = {
+    "--by": dict(metavar="FILE", required=True, help='the experts to keep: a JSON file {"kept": {"0": [ids]}}, or the '
+                 "GGUF file of a model that was pruned to them"),
+    "--experts": dict(type=int, metavar="N", help="how many experts the model had, where the file does not say"),
+}
+IN = Positional("IMATRIX", "input", "an importance matrix of llama-imatrix, GGUF or .dat")
+SEVERAL = Positional("IMATRIX", "inputs", "importance matrices of llama-imatrix, GGUF or .dat", "+")
+OUT = Positional("OUT", "output", "the importance matrix to write")
+FAMILY = Family("imatrix", "show, merge, slice and convert importance matrices", (
+    Command("show", "what an importance matrix has seen", show, (IN,), {"": JSON | FULL}),
+    Command("merge", "add importance matrices of one model", merge, (OUT, SEVERAL), {"": CHUNK_SIZE | FORCE}),
+    Command("slice", "cut an importance matrix as a model's experts were cut", slice, (IN, OUT), {"": BY | FORCE}),
+    Command("convert", "change the older .dat format to GGUF, or back if OUT ends in .dat", convert, (IN, OUT),
+            {"": CHUNK_SIZE | FORCE}),
+))
+# fmt: on

@@ -1,8 +1,9 @@
-"""What `gguf-surgery info` shows. Only headers are read, and of long arrays only the first elements."""
+"""`gguf-surgery info`: what is in a model. Only headers are read, and of long arrays only the first elements."""
 
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from typing import Any
 
 from ...architecture.experts import moe_layers
@@ -10,6 +11,24 @@ from ...base.printed import abbreviate, value_for_json
 from ...base.units import human
 from ...base.words import magnitude, short, table
 from ...files.model import Model
+from ...files.open import open_model
+from .. import words
+from ..command import Command
+from ..common import warn
+from ..options import FULL, IN, JSON
+
+
+def run(args: Namespace) -> int:
+    with open_model(args.input) as model:
+        if args.json:
+            words.print_json(to_json(model, args.full))
+        else:
+            words.show(describe(model))
+            warn(model.warnings)
+    return 0
+
+
+COMMAND = Command("info", "what is in a model", run, (IN,), {"": JSON | FULL})
 
 
 def to_json(model: Model, full: bool = False) -> dict[str, Any]:

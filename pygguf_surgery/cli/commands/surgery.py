@@ -1,20 +1,23 @@
-"""One function per command, arguments in, exit code out: each describes or writes a plan, or only reads a file."""
+"""The commands that describe or write a plan: arguments in, exit code out."""
 
 from __future__ import annotations
 
 import os
 from argparse import Namespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .. import words
-from ..common import Usage, choose, progress, refuse_existing, warn, write_beside
+from .. import options, words
+from ..command import Command, Options, Positional
+from ..common import CANNOT, Usage, choose, is_quiet, limits, needs_number, refuse_existing, warn, write_beside
+from ..options import IN, OUT
+from ..values import override
 
 if TYPE_CHECKING:
     from ...files.model import Model
     from ...plan import Plan
+    from ...run.writing import Receipt
 
 
-READ_ALL = ("aimer", "imatrix-msan")  # metrics that read all weights of experts, or a third of them
 _EXCLUSIVE = (
     ("keep", "ratio"),
     ("target_size", "target_bpw"),
@@ -23,67 +26,6 @@ _EXCLUSIVE = (
     ("keep_split", "split_max_size"),
     ("keep_split", "split_max_tensors"),
 )
-
-
-# --- commands that only read ---------------------------------------------------------------------------------------
-
-
-def info(args: Namespace) -> int:
-    from ...files.open import open_model
-    from .info import describe, to_json
-
-    # Not a context manager: closing hashes the header, for plans that outlive the model, and nothing here does.
-    model = open_model(args.input)
-    if args.json:
-        words.print_json(to_json(model, args.full))
-    else:
-        words.show(describe(model))
-        warn(model.warnings)
-    return 0
-
-
-def verify(args: Namespace) -> int:
-    from ...reports.verification import verify as check
-
-    report = check(args.file, args.against, data=not args.no_data)
-    if args.json:
-        words.print_json(report.to_json())
-    elif not args.quiet:
-        warn(report.warnings)
-        for problem in report.problems:
-            words.show(f"problem: {problem}")
-        words.show(report.summary())
-    return 0 if report.good else 3
-
-
-def imatrix(args: Namespace) -> int:
-    from . import imatrix as tools
-
-    return getattr(tools, args.imatrix_command)(args)
-
-
-def calibrate(args: Namespace) -> int:
-    from .stats import calibrate as run
-
-    return run(args)
-
-
-def repair(args: Namespace) -> int:
-    from .stats import repair as run
-
-    return run(args)
-
-
-def stats(args: Namespace) -> int:
-    from . import stats as tools
-
-    return getattr(tools, args.stats_command)(args)
-
-
-def demo(args: Namespace) -> int:
-    from .demo import run
-
-    return run(args)
 
 
 # --- commands that make a plan --------------------------------------------------------------------------------------
@@ -95,9 +37,7 @@ def plan(args: Namespace) -> int:
 
 
 def prune(args: Namespace) -> int:
-    from ...studies.metrics import METRICS
-
-    if args.keep is None and args.ratio is None and args.by in (None, *METRICS) and args.repair is None:
+    if args.repair is None and needs_number(args):
         raise Usage("prune needs --keep N or --ratio R (or --by FILE.json with the experts to keep)")
     return _describe_or_write(args)
 
@@ -173,6 +113,7 @@ def _place_quantize(args: Namespace) -> None:
 
 
 def _describe_or_write(args: Namespace) -> int:
+    from ...base.progress import as_progress
     from ...files.open import open_model
     from ...run.writing import output_paths, write
 
@@ -185,10 +126,9 @@ def _describe_or_write(args: Namespace) -> int:
             raise Usage(f"--{one.replace('_', '-')} and --{other.replace('_', '-')} exclude each other")
     if not args.dry_run and not args.force and not shards:  # before the weights are read to choose
         refuse_existing([args.output])
-    limits = dict(memory=args.memory, threads=args.threads, io=args.io)
-    quiet = getattr(args, "quiet", False)
+    quiet = is_quiet(args)
     with open_model(args.input) as model:
-        checked = make_plan(model, args).check(**limits)
+        checked = make_plan(model, args).check(**limits(args))
         if args.dry_run:
             if args.json:
                 words.print_json(checked.to_json(full=args.full))
@@ -198,10 +138,10 @@ def _describe_or_write(args: Namespace) -> int:
         if checked.blockers:
             for blocker in checked.blockers:
                 words.say(f"error: {blocker}")
-            return 4
+            return CANNOT
         if not args.force:
             refuse_existing(output_paths(checked, args.output))
-        with progress("writing", quiet) as bar:
+        with as_progress(not quiet, "writing") as bar:
             receipt = write(model, checked, args.output, overwrite=args.force, progress=bar)
     if args.json:
         words.print_json(receipt.to_json())
@@ -244,13 +184,14 @@ def make_plan(model: Model, args: Namespace) -> Plan:
 
 def _keep_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
     from ...files.outputs import check_output
+    from ...studies.metrics import METRICS
 
     for path in (args.report, args.plot):  # before the weights are read to choose
         if path is not None:
             check_output([args.input, args.stats, args.imatrix, args.repair, args.by], path, overwrite=True)
             if not args.force:
                 refuse_existing([path])
-    quiet = getattr(args, "quiet", False) or args.json
+    quiet = is_quiet(args) or args.json
     if args.repair is not None and (args.keep, args.ratio, args.by) == (None, None, None):
         from ...files.repair import open_repair
 
@@ -262,7 +203,7 @@ def _keep_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
         if not quiet:
             words.explain(opened.summary())
     else:
-        if args.by in READ_ALL and not args.dry_run:
+        if args.by in METRICS and METRICS[args.by].takes_long and not args.dry_run:
             _refuse_early(model, plan, args)
         keep = choose(model, args)
     if args.report is not None:
@@ -282,21 +223,18 @@ def _merge_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
     quiet = args.quiet or args.json
     if not args.dry_run:
         _refuse_early(model, plan, args)
-    with progress("matching", args.quiet, "experts") as bar:
-        groups = group(
-            model,
-            args.keep,
-            ratio=args.ratio,
-            stats=args.stats,
-            by=args.saliency,
-            group_size=args.group_size,
-            weights_only=args.weights_only,
-            mtp=args.mtp,
-            memory=args.memory,
-            threads=args.threads,
-            io=args.io,
-            progress=bar,
-        )
+    groups = group(
+        model,
+        args.keep,
+        ratio=args.ratio,
+        stats=args.stats,
+        by=args.saliency,
+        group_size=args.group_size,
+        weights_only=args.weights_only,
+        mtp=args.mtp,
+        progress=not args.quiet,
+        **limits(args),
+    )
     if not quiet:
         words.explain(groups.summary())
     return plan.merge_experts(groups, mtp=args.mtp)
@@ -316,7 +254,7 @@ _TYPE_OPTIONS = {
 }
 
 
-def _add_types(plan: Plan, given: dict) -> Plan:
+def _add_types(plan: Plan, given: dict[str, Any]) -> Plan:
     if "override" not in given:
         return plan
     overrides = list(given["override"])
@@ -340,8 +278,6 @@ def _add_types(plan: Plan, given: dict) -> Plan:
 def _overrides_in(path: str) -> list[tuple[str, str]]:
     from argparse import ArgumentTypeError
 
-    from ..options import override
-
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         try:
             return [override(word) for word in file.read().split()]
@@ -349,7 +285,7 @@ def _overrides_in(path: str) -> list[tuple[str, str]]:
             raise Usage(f"{path}: {error}") from None
 
 
-def _split_by(given: dict) -> dict:
+def _split_by(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of Plan.split that the options give; 0 is one of them, for Plan.split to refuse."""
     by = {
         "max_size": given.get("split_max_size"),
@@ -371,17 +307,9 @@ def _fit(plan: Plan, args: Namespace) -> Plan:
     if args.type is None and args.recipe is None:
         raise Usage("--target-size and --target-bpw go with a type, which names the family")
     before = next(edit for edit in plan.data.edits if isinstance(edit, Quantize)).overrides
-    with progress("measuring", vars(args).get("quiet", False), "tensors") as bar:
-        plan = plan.fit(
-            size=args.target_size,
-            bpw=args.target_bpw,
-            memory=args.memory,
-            threads=args.threads,
-            io=args.io,
-            progress=bar,
-        )
+    plan = plan.fit(size=args.target_size, bpw=args.target_bpw, progress=not is_quiet(args), **limits(args))
     after = next(edit for edit in plan.data.edits if isinstance(edit, Quantize)).overrides
-    if not vars(args).get("quiet", False):
+    if not is_quiet(args):
         words.say("types chosen; these options give them again:")
         words.explain("\n".join(f"  --tensor-type '{pattern}={type}'" for pattern, type in after[len(before) :]))
     return plan
@@ -402,7 +330,7 @@ def _refuse_early(model: Model, plan: Plan, args: Namespace) -> None:
         raise first_blocker(checked)
 
 
-def _receipt(receipt) -> str:
+def _receipt(receipt: Receipt) -> str:
     from ...base.units import human
 
     rate = receipt.bytes_read / receipt.seconds if receipt.seconds else 0
@@ -412,3 +340,69 @@ def _receipt(receipt) -> str:
         f"{receipt.path}: {human(receipt.file_bytes)}{shards} in {receipt.seconds:.1f} s, "
         f"reading {human(int(rate))}/s; tensors: {done}"
     )
+
+
+# --- their arguments ------------------------------------------------------------------------------------------------
+
+
+# fmt: off
+QUANTIZE = Positional("QUANTIZE", "arguments",
+                      "as llama-quantize takes them: IN [OUT] TYPE [THREADS]. TYPE is a file type by name or "
+                      "number, such as Q4_K_M, MXFP4_MOE or COPY; without OUT the output is ggml-model-TYPE.gguf beside IN. "
+                      "Unlike llama-quantize an existing output needs --force, the output keeps the order of tensors "
+                      "and alignment, and an architecture that llama.cpp does not know is no error",
+                      "+", "IN [OUT] TYPE [THREADS]")
+EXPERTS: Options = options.CHOICE | {
+    "--budget": dict(choices=("layer", "global"), default="layer", help="keep N in each layer (the default), or N times "
+                     "the layers where they matter most, which only routers with a selection bias can load"),
+    "--report": dict(metavar="FILE", help="write the decision, kept ids and scores, as JSON that --by takes back"),
+    "--plot": dict(metavar="FILE.png", help="draw the choice: layers by experts, and what stays of each layer"),
+    "--repair": dict(metavar="REPAIR", help="down projections that repair has made for the experts that stay; names "
+                     "those too, in place of --keep and --by"),
+} | options.MTP
+GROUPS: Options = options.KEEP | {
+    "--saliency": dict(metavar="METRIC", default="reap", help="which experts the others are merged into, a metric of "
+                       "--stats (default reap)"),
+} | options.STATS | {
+    "--weights-only": dict(action="store_true", help="group experts without statistics"),
+    "--group-size": dict(type=int, default=16, metavar="N", help="experts of a group at most (default 16)"),
+} | options.MTP
+BUFFER: Options = {
+    "--max-buffer-size": dict(metavar="MIB", type=int, help="--memory in MiB; less than 64 is taken as 64"),
+}
+OUTPUT: Options = options.FORCE | {
+    "--dry-run": dict(action="store_true", help="describe what would be written, and write nothing"),
+} | options.QUIET | options.JSON | options.FULL
+
+_TYPES = {"types": options.TYPE | options.TYPES, "importance matrix": options.IMPORTANCE}
+_OTHERS = {"metadata": options.METADATA, "shards": options.SHARDS}
+COMMANDS = (
+    Command(
+        "plan", "describe what prune, quantize or edit would write", plan, (IN,),
+        {"choice of experts": EXPERTS, "layers": options.LAYERS, **_TYPES, **_OTHERS, "run": options.RUN,
+         "output": options.FORCE | options.JSON | options.FULL},
+    ),
+    Command(
+        "prune", "drop experts; quantize and edit metadata in the same pass", prune, (IN, OUT),
+        {"choice of experts": EXPERTS, "layers": options.LAYERS, **_TYPES, **_OTHERS, "run": options.RUN,
+         "output": OUTPUT},
+    ),
+    Command(
+        "merge", "merge experts; quantize and edit metadata in the same pass", merge, (IN, OUT),
+        {"choice of experts": GROUPS, "layers": options.LAYERS, **_TYPES, **_OTHERS, "run": options.RUN,
+         "output": OUTPUT},
+    ),
+    Command(
+        "quantize", "change the types of tensors, with llama-quantize's arguments", quantize, (QUANTIZE,),
+        {"types": options.TYPES, "importance matrix": options.IMPORTANCE, "layers": options.LAYERS, **_OTHERS,
+         "run": BUFFER | options.RUN, "output": OUTPUT},
+    ),
+    Command(
+        "edit", "set and remove metadata, drop layers, copy the rest", edit, (IN, OUT),
+        {"layers": options.LAYERS, **_OTHERS, "run": options.RUN, "output": OUTPUT},
+    ),
+    Command("split", "write shards, as llama-gguf-split does", split, (IN, OUT),
+            {"shards": options.SPLIT_BY, "run": options.RUN, "output": OUTPUT}),
+    Command("join", "make one file of shards", join, (IN, OUT), {"run": options.RUN, "output": OUTPUT}),
+)
+# fmt: on

@@ -1,0 +1,123 @@
+"""`gguf-surgery calibrate` and `repair`: what needs llama.cpp."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+
+from ...files.outputs import check_output
+from .. import words
+from ..command import Command, Options, Positional
+from ..common import INTERRUPTED, Usage, choose, needs_number
+from ..options import CHOICE, FORCE, IMATRIX, IO, JSON, MEMORY, MTP, QUIET, THREADS
+
+
+def calibrate(args: Namespace) -> int:
+    from ...studies.calibration import calibrate
+
+    path, *texts = args.arguments
+    if not texts:
+        raise Usage("calibrate needs a TEXT")
+    before = _identity(args.output)
+    try:
+        stats = calibrate(
+            path,
+            texts,
+            args.output,
+            n_ctx=args.ctx,
+            chunks=args.chunks,
+            merge_stats=args.merge_stats,
+            parse_special=args.parse_special,
+            threads=args.threads,
+            gpu_layers=args.gpu_layers,
+            overwrite=args.force,
+            progress=not args.quiet,
+        )
+    except KeyboardInterrupt:
+        if _identity(args.output) in (None, before):
+            raise
+        words.say(f"interrupted; the same command without --force goes on from what {args.output} has")
+        return INTERRUPTED
+    if args.json:
+        words.print_json(stats.to_json())
+    elif not args.quiet:
+        words.show(stats.summary())
+    return 0
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Another one after each write: files are replaced, not changed."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def repair(args: Namespace) -> int:
+    from ...files.open import open_model
+    from ...files.repair import open_repair
+    from ...studies.repairs import repair
+
+    path, *texts = args.arguments
+    if not texts:
+        raise Usage("repair needs a TEXT")
+    if needs_number(args):
+        raise Usage("repair needs --keep N or --ratio R (or --by FILE.json with the experts to keep)")
+    check_output([path, *texts, args.stats], args.output, args.force)
+    with open_model(path) as model:
+        errors = repair(
+            model,
+            choose(model, args),
+            texts,
+            args.output,
+            run=args.run,
+            n_ctx=args.ctx,
+            chunks=args.chunks,
+            parse_special=args.parse_special,
+            memory=args.memory,
+            threads=args.threads,
+            gpu_layers=args.gpu_layers,
+            overwrite=args.force,
+            progress=not args.quiet,
+        )
+    if args.json:
+        words.print_json({"layers": {str(layer): {"before": a, "after": b} for layer, (a, b) in errors.items()}})
+    elif not args.quiet:
+        opened = open_repair(args.output)
+        words.show(opened.summary())
+        opened.close()
+    return 0
+
+
+# fmt: off
+MODEL_AND_TEXTS = Positional("CALIBRATE", "arguments", "a GGUF file, quantized or not, and texts in UTF-8", "+",
+                             "MODEL TEXT...")
+OUTPUT: Options = {"-o": dict(dest="output", metavar="OUT", required=True, help="the file to write")}
+TEXTS: Options = {
+    "--ctx": dict(type=int, default=512, metavar="N", help="tokens of a window (default 512)"),
+    "--chunks": dict(type=int, metavar="N", help="at most N windows of each text"),
+    "--parse-special": dict(action="store_true", help="special tokens in the text are tokens, not text"),
+    "--gpu-layers": dict(type=int, default=0, metavar="N", help="layers that llama.cpp puts on a GPU, -1 for all"),
+}
+COMMANDS = (
+    Command(
+        "calibrate", "run texts through a model and record what its experts do", calibrate, (MODEL_AND_TEXTS,),
+        {"": OUTPUT | TEXTS | THREADS
+         | {"--merge-stats": dict(action="store_true", help="also record what merging needs: larger statistics")}
+         | FORCE | QUIET | JSON},
+    ),
+    Command(
+        "repair", "make down projections with which the experts that stay do what all did", repair, (MODEL_AND_TEXTS,),
+        {
+            "": OUTPUT,
+            "choice of experts": CHOICE | IMATRIX | MTP,
+            "texts": {"--run": dict(metavar="FILE", help="let llama.cpp run this file of the same model, such as a "
+                                    "quantized one")} | TEXTS,
+            "run": MEMORY | THREADS | IO,
+            "output": FORCE | QUIET | JSON,
+        },
+        {"memory": 4 << 30},
+    ),
+)
+# fmt: on
