@@ -44,8 +44,8 @@ MTP: Options = {
 }
 LAYERS: Options = {
     "--prune-layers": dict(type=numbers, metavar="L0,L1,...",
-                           help="drop these blocks; unlike in llama-quantize everything that counts blocks follows, and "
-                           "what cannot is refused"),
+                           help="drop these blocks; unlike in llama-quantize everything that counts blocks follows, "
+                           "and what cannot is refused"),
 }
 TYPE: Options = {
     "--type": dict(metavar="TYPE", help="quantize to this file type of "
@@ -70,8 +70,8 @@ TYPES: Options = {
                                    help="ggml type of token_embd.weight, before any override"),
     "--leave-output-tensor": dict(action="store_true", help="leave output.weight as it is"),
     "--allow-requantize": dict(action="store_true", help="let tensors that are quantized already be encoded again"),
-    "--quality": dict(choices=("default", "best"), help="best: encode MXFP4 with less error than llama-quantize, weighted "
-                      "by the importance matrix if there is one; default: llama-quantize's bytes"),
+    "--quality": dict(choices=("default", "best"), help="best: encode MXFP4 with less error than llama-quantize, "
+                      "weighted by the importance matrix if there is one; default: llama-quantize's bytes"),
     "--target-size": dict(metavar="SIZE", type=size, help="choose each tensor's type, within the "
                           "family of TYPE, so that the output has at most this size, such as 22GB"),
     "--target-bpw": dict(metavar="BITS", type=float, help="the same by bits per weight, such as 4.2"),
@@ -83,10 +83,12 @@ IMATRIX: Options = {
 }
 IMPORTANCE: Options = IMATRIX | {
     "--imatrix-missing": dict(choices=("default", "fail", "ones", "layer-mean"), default="default",
-                              help="for an expert that the matrix never saw, or a tensor that it lacks: as llama-quantize "
-                              "(default: ones; no importance), an error, ones, or the mean of the layer's experts"),
+                              help="for an expert that the matrix never saw, or a tensor that it lacks: as "
+                              "llama-quantize (default: ones; no importance), an error, ones, or the mean of the "
+                              "layer's experts"),
     "--include-weights": dict(action="append", default=[], type=not_empty, metavar="NAME",
-                              help="use the importance matrix only for tensors whose name contains this; may be repeated"),
+                              help="use the importance matrix only for tensors whose name contains this; may be "
+                              "repeated"),
     "--exclude-weights": dict(action="append", default=[], type=not_empty, metavar="NAME",
                               help="do not use it for tensors whose name contains this; may be repeated"),
 }

@@ -23,8 +23,8 @@ COMMANDS: tuple[Command | Family, ...] = (
 
 
 def make_parser(program: str, argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """A parser whose namespaces have `handler`, the function to call with them. With the arguments that it will parse only
-    the command that they name has its own arguments: a program that runs one command pays for no other."""
+    """A parser whose namespaces have `handler`, the function to call with them. argv: what it will parse; then only the
+    command that it names gets its arguments, as a program that runs one command should not pay for all."""
     parser = argparse.ArgumentParser(
         program, description="Surgery on GGUF model files, in one streaming pass.", allow_abbrev=False
     )
@@ -65,7 +65,7 @@ def _add_arguments(parser: argparse.ArgumentParser, command: Command) -> None:
             metavar=positional.usage or positional.metavar,
             help=positional.help,
             type=not_empty,
-            nargs=positional.nargs,  # type: ignore[arg-type]  # None is argparse's own default
+            nargs=positional.nargs,
         )
     for title, options in command.groups.items():
         _add_options(parser.add_argument_group(title) if title else parser, options)

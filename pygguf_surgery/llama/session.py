@@ -6,16 +6,14 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .._core import thread_count
 from ..base.errors import BadFile, Unsupported
 from ..base.units import parse_threads
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
 
 _BATCH = 512  # tokens per llama_decode: the logits of all of them are in memory at once
 _SCORE_ROWS = 32  # rows of logits as float64 at a time
@@ -44,7 +42,7 @@ class _Tensor(ctypes.Structure):
 def load() -> Any:
     """The ctypes module of llama-cpp-python; Unsupported where it is not installed."""
     try:
-        from llama_cpp import llama_cpp
+        from llama_cpp import llama_cpp  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
         raise Unsupported(
             "this needs llama-cpp-python", found=error, hint="pip install 'pygguf-surgery[llama]'"
@@ -65,7 +63,11 @@ class Session:
 
     def __init__(self, path: str, *, n_ctx: int, threads: int = 0, gpu_layers: int = 0, watch: Any = None):
         self.llama, self.path, self.n_ctx, self.watch = load(), path, n_ctx, watch
-        self._model = self._context = self._batch = None
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
+        self._vocabulary: Any = None
+        self.n_vocab = 0
         self._error: BaseException | None = None
         self._previous_log: Any = None
         self._said: list[str] = []
@@ -162,8 +164,6 @@ class Session:
     def tokenize(self, text: bytes, parse_special: bool = False) -> NDArray[np.int32]:
         """The tokens of UTF-8 text, with what the model wants before it; special tokens are text unless
         parse_special."""
-        import numpy as np
-
         tokens = (self.llama.llama_token * (len(text) + 16))()
         n = self.llama.llama_tokenize(self._vocabulary, text, len(text), tokens, len(tokens), True, parse_special)
         if n < 0:
@@ -178,8 +178,6 @@ class Session:
         Returns (sum, sum of squares, number) of -log p of the tokens of the window's second half, which is what
         llama-perplexity counts; as there the first token becomes the beginning-of-text token where the model adds one.
         """
-        import numpy as np
-
         llama = self.llama
         tokens = tokens.copy()
         if llama.llama_vocab_get_add_bos(self._vocabulary):
@@ -235,8 +233,6 @@ class Session:
 
     def _values(self, address: int, tensor: _Tensor) -> NDArray[Any]:
         """The values of a tensor or of a strided view, copied from wherever they are."""
-        import numpy as np
-
         kind = _NUMPY_TYPES.get(tensor.type)
         if kind is None:
             raise Unsupported(
@@ -245,7 +241,7 @@ class Session:
                 found=f"ggml type {tensor.type}",
             )
         shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
-        nbytes = 4 + sum((n - 1) * step for n, step in zip(shape, strides))  # as ggml_nbytes
+        nbytes = 4 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))  # as ggml_nbytes
         raw = np.empty(nbytes, np.uint8)
         self.llama._lib.ggml_backend_tensor_get(address, raw.ctypes.data, 0, nbytes)
         view = (
@@ -258,8 +254,6 @@ class Session:
         return view
 
     def _replace(self, address: int, tensor: _Tensor, values: NDArray[Any]) -> None:
-        import numpy as np
-
         ne, nb = tuple(tensor.ne), tuple(tensor.nb)
         data = np.ascontiguousarray(values, _NUMPY_TYPES[tensor.type])
         if data.size != math.prod(ne) or nb[1:] != tuple(4 * math.prod(ne[:i]) for i in (1, 2, 3)):
@@ -269,8 +263,6 @@ class Session:
 
 def _losses(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[np.float64]:
     """-log softmax(logits)[target] of each row, in float64."""
-    import numpy as np
-
     parts = []
     for first in range(0, len(logits), _SCORE_ROWS):
         z = logits[first : first + _SCORE_ROWS].astype(np.float64)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..architecture.experts import Layout, layout
 from ..base.errors import BadPlan, Unsupported
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from ..files.model import Model
-    from .session import Session
-
+from ..files.model import Model
+from .session import Session
 
 # llama.cpp's names (llama-graph.cpp, build_moe_ffn) of what is recorded. Where it computes something in steps, the last
 # step of the graph that has one of the names is what the model uses.

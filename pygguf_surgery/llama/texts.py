@@ -6,17 +6,14 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..base.errors import BadPlan
 from ..files.stats import Text
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from .session import Session
-
+from .session import Session
 
 TextLike = Any  # a path, bytes of UTF-8, or an array of token ids
 
@@ -67,8 +64,6 @@ def windows_of(
 
 
 def _token_ids(array: Any, n_vocab: int) -> NDArray[np.int32]:
-    import numpy as np
-
     ids = np.asarray(array)
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or (len(ids) and not (ids.min() >= 0 and ids.max() < n_vocab)):
         raise BadPlan(

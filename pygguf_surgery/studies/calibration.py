@@ -7,25 +7,21 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..architecture.experts import GATE_IN_INPUT
 from ..base.errors import BadFile, BadPlan
-from ..base.progress import as_progress
+from ..base.progress import Progress, ProgressLike, as_progress
 from ..files import stats as stats_file
+from ..files.open import open_model
 from ..files.outputs import check_output
 from ..files.stats import LayerStats, Stats
+from ..llama.session import Session
 from ..llama.taps import Taps, moe_layout
-from ..llama.texts import check_windows, read_texts, windows_of
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from ..base.progress import Progress, ProgressLike
-    from ..llama.session import Session
-    from ..llama.texts import TextLike, Windows
-
+from ..llama.texts import TextLike, Windows, read_texts, windows_of
 
 CHECKPOINT_SECONDS = 60
 
@@ -72,8 +68,6 @@ def fold(
 ) -> None:
     """Adds T tokens to a layer's statistics. ids [T, used]: the experts of each token; gates [T, used]; outputs
     [T, used, width]: f, before the gate (with gate_in_input after it); logits [T, E]."""
-    import numpy as np
-
     experts, used = len(stats.count), ids.shape[-1]
     ids = ids.reshape(-1, used)
     tokens = len(ids)
@@ -141,10 +135,6 @@ def calibrate(
     Errors: BadPlan for a model without experts or a text shorter than a window, BadFile for a model that llama.cpp does
     not load, Unsupported without llama-cpp-python or where llama.cpp's graph lacks what is recorded.
     """
-    from ..files.open import open_model
-    from ..llama.session import Session
-
-    check_windows(n_ctx, chunks, texts)
     if out is not None:
         check_output([path, *texts], out, overwrite=True)  # what is there may be the start of this very run
     texts = read_texts(texts)

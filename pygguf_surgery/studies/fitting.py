@@ -18,13 +18,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..base.errors import BadPlan, SurgeryError
 from ..base.limits import Limits
-from ..base.progress import as_progress
+from ..base.progress import Progress, ProgressLike, as_progress
 from ..base.units import human, parse_size
 from ..files.companions import Companions
+from ..files.imatrix import Imatrix
 from ..files.model import Model
 from ..gate.check import check
 from ..gate.checked import CheckedPlan
@@ -34,14 +37,6 @@ from ..quant.arrays import dequantize, quantize
 from ..quant.types import row_bytes, tensor_type
 from ..recipes import importance, mixes
 from ..recipes.overrides import patterns
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from ..base.progress import Progress, ProgressLike
-    from ..files.imatrix import Imatrix
-
 
 # The types of a family. Which of them are worth their bytes for a tensor is measured, not assumed.
 LADDERS = {
@@ -118,7 +113,8 @@ def fit(
     quantize and that no override or option of the edit decides; one that is quantized already stays as it is unless
     allow_requantize. size: bytes or "22GB", of the whole file or of all shards, header and padding included. bpw: as
     CheckedPlan.summary counts, over all tensors. Reads a sample of each tensor. progress: True, or a callable(tensors
-    done, tensors), which may raise to end the run. BadPlan where even the smallest types are too large, with the size that they come to.
+    done, tensors), which may raise to end the run. BadPlan where even the smallest types are too large, with the size
+    that they come to.
     """
     edit = next((edit for edit in data.edits if isinstance(edit, Quantize)), None)
     if edit is None:
@@ -350,8 +346,6 @@ def _sample(
     model: Model, tensor: _Tensor, imatrix: Imatrix | None, threads: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     """Rows and, if there is an importance matrix, the importance of their columns, both [n, k]."""
-    import numpy as np
-
     output = tensor.output
     k = output.shape[-1]
     total = math.prod(output.shape[:-1])
@@ -386,8 +380,6 @@ def _error(
     quality: str = "default",
 ) -> float:
     """The relative error of the sample in `type`; 0 for the type that the rows already have."""
-    import numpy as np
-
     if type == tensor.output.source_type:
         return 0.0
     n, k = values.shape

@@ -1,24 +1,21 @@
-"""Scores of experts: one function per metric, from the weights, an importance matrix or statistics of calibration; METRICS
-says all there is to know of each."""
+"""Scores of experts: one function per metric, from the weights, an importance matrix or statistics of calibration;
+METRICS says all there is to know of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..architecture.experts import Layout
 from ..base.errors import BadFile, BadPlan, Unsupported
+from ..files.imatrix import Imatrix
+from ..files.model import Model, Tensor
 from ..files.stats import LayerStats, Stats
-
-if TYPE_CHECKING:
-    from ..files.imatrix import Imatrix
-    from ..files.model import Model, Tensor
-    from .sums import Reduce
-
+from .sums import Reduce
 
 Scores = dict[int, NDArray[np.float64]]  # layer -> [E]
 Need = Literal["weights", "imatrix", "stats"]
@@ -71,7 +68,7 @@ def _router_norm(given: Given, layers: Sequence[int]) -> Scores:
         alike.setdefault((tensors[0].type_id, tensors[0].ne), {})[layer] = tensors[0]
     scores: Scores = {}
     for routers in alike.values():
-        scores |= zip(routers, np.sqrt(reduce.sums(tuple(routers.values()))[:, :, 1]))
+        scores |= zip(routers, np.sqrt(reduce.sums(tuple(routers.values()))[:, :, 1]), strict=True)
     return {layer: scores[layer] for layer in sorted(scores)}
 
 

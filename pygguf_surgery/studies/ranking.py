@@ -6,17 +6,18 @@ import json
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..architecture.experts import Layout
 from ..base.errors import BadPlan, Unsupported
 from ..base.words import nearest_multiples
 from ..plan_data.choices import Keep, Seen, expert_ids, scores_to_json
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+NOTHING_SEEN = Seen()
 
 
 class Ranking:
@@ -34,7 +35,7 @@ class Ranking:
         scores: Mapping[int, NDArray[np.float64]] | None = None,
         kept: Mapping[int, tuple[int, ...]] | None = None,
         tables: tuple[int, ...] = (),
-        seen: Seen = Seen(),
+        seen: Seen = NOTHING_SEEN,
         used: int = 1,
     ):
         self.metric = metric
@@ -86,7 +87,7 @@ class Ranking:
             for name, given in (("protect", protect), ("super_experts", super_experts)):
                 if given:
                     raise BadPlan("the experts are named already", object=name, hint="leave it out")
-            return self._keep_named(n, ratio)
+            return self._keep_named(self._kept, n, ratio)
         n = self._number(n, ratio)
         fixed = self._protected(protect, super_experts)
         everywhere = self._global_numbers(n)
@@ -98,7 +99,7 @@ class Ranking:
             chosen = self._choose(layer, scores, number, fixed.get(layer, ()))
             kept[layer] = tuple(sorted(chosen))
             if layer in self._tables:
-                order[layer] = tuple(sorted(chosen, key=lambda e, s=scores: (-s[e], e)))
+                order[layer] = tuple(sorted(chosen, key=best_first(scores)))
         return Keep(kept, self.metric, order, self.scores, self.seen, everywhere)
 
     def _number(self, n: int | None, ratio: float | None) -> int:
@@ -110,7 +111,7 @@ class Ranking:
                 )
             return min(max(math.floor(ratio * experts / step + 0.5), 1) * step, experts)
         try:
-            number = operator.index(n)
+            number = operator.index(n)  # type: ignore[arg-type]  # None too is no number
         except TypeError:
             raise BadPlan(
                 "how many experts to keep?", object="keep", found=repr(n), expected="a whole number, or ratio="
@@ -153,8 +154,6 @@ class Ranking:
         """How many experts each layer would keep of a budget over all layers: the largest shares of their layer's sum
         of scores, or the largest scores where those are no masses. Each keeps as many as a token uses; MTP layers,
         which may be scored by another metric, keep n."""
-        import numpy as np
-
         layers = [layer for layer in self.scores if layer not in self._model.mtp]
         if self._step() > 1 or not layers:
             return {}
@@ -168,11 +167,9 @@ class Ranking:
         value[:, :least] = np.inf
         chosen = np.argsort(-value.ravel(), kind="stable")[: n * len(layers)]
         counts = np.bincount(chosen // scores.shape[1], minlength=len(layers))
-        return {**dict.fromkeys(self.scores, n), **dict(zip(layers, counts.tolist()))}
+        return {**dict.fromkeys(self.scores, n), **dict(zip(layers, counts.tolist(), strict=True))}
 
     def _choose(self, layer: int, scores: NDArray[np.float64], n: int, fixed: Iterable[int]) -> list[int]:
-        import numpy as np
-
         fixed = list(fixed)
         # A chunk of experts that share weights is chosen whole; a routing group keeps its share.
         if self._model.chunk > 1:
@@ -195,10 +192,10 @@ class Ranking:
         best = np.argsort(-value.reshape(groups, size), axis=1, kind="stable")[:, :room]
         return [e for unit in (best + np.arange(groups)[:, None] * size).ravel() for e in units[unit]]
 
-    def _keep_named(self, n: int | None, ratio: float | None) -> Keep:
+    def _keep_named(self, kept: dict[int, tuple[int, ...]], n: int | None, ratio: float | None) -> Keep:
         if ratio is not None:
             raise BadPlan("the experts are named already", object="ratio", hint="leave it out")
-        for layer, ids in self._kept.items():
+        for layer, ids in kept.items():
             if n is not None and len(ids) != n:
                 raise BadPlan(
                     "the experts are named already",
@@ -206,10 +203,15 @@ class Ranking:
                     found=n,
                     expected=f"{len(ids)}, as named for layer {layer}",
                 )
-        return Keep(self._kept, self.metric, scores=self.scores, seen=self.seen)
+        return Keep(kept, self.metric, scores=self.scores, seen=self.seen)
 
     def to_json(self) -> str:
         """Text that `rank(model, by=FILE)` accepts."""
         if self._kept is not None:
             return Keep(self._kept, self.metric, scores=self.scores).to_json()
         return json.dumps({"metric": self.metric, "scores": scores_to_json(self.scores)}, allow_nan=False)
+
+
+def best_first(scores: Sequence[float] | NDArray[np.float64]) -> Callable[[int], tuple[float, int]]:
+    """The key of a sort: higher scores first, then lower ids."""
+    return lambda expert: (-scores[expert], expert)

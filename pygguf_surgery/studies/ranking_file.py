@@ -8,6 +8,8 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from ..architecture.experts import Layout
 from ..base.codec import loads
 from ..base.errors import BadPlan
@@ -45,8 +47,6 @@ def given(data: Any, metric: str, found: Layout, tables: tuple[int, ...], path: 
     numbers_of = {kind: _per_layer(kind, data[kind], found, path, form) for kind in kinds}
     scores = kept = None
     if "scores" in numbers_of:
-        import numpy as np
-
         scores = {
             layer: np.array(_scores(layer, values, found.experts, path), np.float64)
             for layer, values in numbers_of["scores"].items()

@@ -5,31 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .._core import Source, thread_count
 from .._core import dequantize as decode
 from ..architecture.experts import Layout, layout
 from ..base.errors import BadPlan, Unsupported
-from ..base.progress import as_progress
+from ..base.progress import Progress, ProgressLike, as_progress
 from ..base.units import MEMORY, human, parse_memory, parse_threads
 from ..files import stats as stats_file
+from ..files.model import Model, Tensor
 from ..files.stats import Stats
 from ..plan_data.choices import Groups
 from ..plan_data.expressions import Group
 from . import metrics
-from .ranking import Ranking
+from .ranking import Ranking, best_first
 from .sums import Reduce
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from ..base.progress import Progress, ProgressLike
-    from ..files.model import Model, Tensor
-
-
 GROUP_SIZE = 16  # members of a group, the centroid among them
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 _PROBES = 32  # random inputs that experts are compared by where no text was run
 
 
@@ -51,15 +49,15 @@ def group(
     """Groups of experts, n of them in each layer, each to become one expert; the others of a group are aligned to its
     centroid neuron by neuron.
 
-    Centroids are the n experts with the highest saliency, `by` a metric of statistics (see `rank`). From the most salient
-    on, each takes the most similar experts that are left, up to group_size members, so that most stay alone. Similarity is
-    the mean of (1 + cosine of the mean gated outputs) / 2 and of 1 - d / max d, d the distance of the normalised columns of
-    router logits. A member's neurons are matched with the centroid's by scipy's linear_sum_assignment on the distance of
-    normalised rows [gate | up | down^T]. Weights are the shares of saliency.
-    stats: of `calibrate(..., merge_stats=True)`. weights_only: without any; the saliency is then 1 / (mean|w| / rms) (see
-    aimer), the similarity that of router rows and of outputs for random inputs. MTP layers are always grouped so.
-    memory: of the weights and costs that are worked on at once. progress: True, or a callable(experts done, experts in all).
-    Errors: as in `rank`; Unsupported without scipy or for a model whose experts share chunk experts.
+    Centroids are the n experts with the highest saliency, `by` a metric of statistics (see `rank`). From the most
+    salient on, each takes the most similar experts that are left, up to group_size members, so that most stay alone.
+    Similarity is the mean of (1 + cosine of the mean gated outputs) / 2 and of 1 - d / max d, d the distance of the
+    normalised columns of router logits. A member's neurons are matched with the centroid's by scipy's
+    linear_sum_assignment on the distance of normalised rows [gate | up | down^T]. Weights are the shares of saliency.
+    stats: of `calibrate(..., merge_stats=True)`. weights_only: without any; the saliency is then 1 / (mean|w| / rms)
+    (see aimer), the similarity that of router rows and of outputs for random inputs. MTP layers are always grouped so.
+    memory: of the weights and costs that are worked on at once. progress: True, or a callable(experts done, experts in
+    all). Errors: as in `rank`; Unsupported without scipy or for a model whose experts share chunk experts.
     """
     found = layout(model.architecture, model.tensors, model.metadata.get)
     if not found.layers:
@@ -100,13 +98,10 @@ def group(
             similarity = _similarity(known[layer]) if layer in known else work.blind_similarity(experts)
             members = assign(saliency[layer], keep[layer], similarity, group_size)
             groups[layer] = work.align(experts, members, saliency[layer])
-    notes = (
-        [
-            f"{', '.join(f'blk.{i}' for i in blind)} (MTP): from the weights alone, as calibration does not run MTP layers"
-        ]
-        if blind and not weights_only
-        else []
-    )
+    notes = []
+    if blind and not weights_only:
+        names = ", ".join(f"blk.{layer}" for layer in blind)
+        notes.append(f"{names} (MTP): from the weights alone, as calibration does not run MTP layers")
     return Groups(groups, name, notes)
 
 
@@ -136,40 +131,37 @@ def _checked(model: Model, found: Layout, stats: str | os.PathLike[str] | Stats 
 
 def _positive(saliency: NDArray[np.float64]) -> NDArray[np.float64]:
     """Zeros become min(0.5, the smallest that is not), so that a group of experts never seen has a mean."""
-    import numpy as np
-
     seen = saliency[saliency > 0]
     return np.where(saliency > 0, saliency, min(0.5, seen.min()) if seen.size else 1.0)
 
 
 def _assignment() -> Callable[..., Any]:
     try:
-        from scipy.optimize import linear_sum_assignment
+        from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
         raise Unsupported(
             "merging experts needs scipy", found=error, hint="pip install 'pygguf-surgery[merge]'"
         ) from None
-    return linear_sum_assignment
+    return cast(Callable[..., Any], linear_sum_assignment)
 
 
 def _cosines(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    import numpy as np
-
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     unit = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
-    return unit @ unit.T
+    cosines: NDArray[np.float64] = unit @ unit.T
+    return cosines
 
 
 def _similarity(stats: stats_file.LayerStats) -> NDArray[np.float64]:
-    """[E, E], between 0 and 1."""
-    import numpy as np
-
+    """[E, E], between 0 and 1, of statistics that have what merging needs."""
+    assert stats.gated_sum is not None  # _checked has seen to it
     outputs = _cosines(stats.gated_sum)
     norms = np.sqrt(np.diag(stats.logit_gram))
     scale = np.outer(norms, norms)
     logits = np.divide(stats.logit_gram, scale, out=np.zeros_like(scale), where=scale > 0)
     distance = np.sqrt(np.maximum(2 - 2 * logits, 0))
-    return ((outputs + 1) / 2 + 1 - distance / (distance.max() or 1)) / 2
+    similarity: NDArray[np.float64] = ((outputs + 1) / 2 + 1 - distance / (distance.max() or 1)) / 2
+    return similarity
 
 
 def assign(
@@ -185,8 +177,8 @@ def assign(
             found=group_size,
             expected=f"at least {-(-len(saliency) // len(groups))}",
         )
-    for c in sorted(groups, key=lambda e: (-saliency[e], e)):
-        left.sort(key=lambda e: (-similarity[c, e], e))
+    for c in sorted(groups, key=best_first(saliency)):
+        left.sort(key=best_first(similarity[c]))
         taken, left = left[: group_size - 1], left[group_size - 1 :]
         groups[c] += sorted(taken)
     return [groups[c] for c in sorted(groups)]
@@ -199,18 +191,19 @@ class _Experts:
     def __init__(self, model: Model, sources: Sequence[Source], layer: int):
         self._sources = sources
         tensors = {
-            part: model.tensors.get(f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up", "gate_up", "down")
+            part: model.tensors[name]
+            for part in ("gate", "up", "gate_up", "down")
+            if (name := f"blk.{layer}.ffn_{part}_exps.weight") in model.tensors
         }
         down = tensors["down"]
         self.count, self.width, self.neurons = down.shape
+        self.router = model.tensors[f"blk.{layer}.ffn_gate_inp.weight"]
         # tensor, whether transposed, first row and number of rows of a slice
         self.parts: list[tuple[Tensor, bool, int, int]] = [(down, True, 0, self.width)]
-        if tensors["gate_up"] is not None:
+        if "gate_up" in tensors:
             self.parts += [(tensors["gate_up"], False, first, self.neurons) for first in (0, self.neurons)]
         else:
-            self.parts += [
-                (tensors[part], False, 0, self.neurons) for part in ("gate", "up") if tensors[part] is not None
-            ]
+            self.parts += [(tensors[part], False, 0, self.neurons) for part in ("gate", "up") if part in tensors]
         for tensor, transposed, _, _ in self.parts:
             expected = (self.width, self.neurons) if transposed else (tensor.shape[1], self.width)
             if tensor.shape != (self.count, *expected):
@@ -246,7 +239,7 @@ class _Work:
         for source in self.sources:
             source.close()
 
-    def _map(self, function: Callable[[Any], Any], items: Sequence[Any], each: int) -> list[Any]:
+    def _map(self, function: Callable[[_Item], _Result], items: Sequence[_Item], each: int) -> list[_Result]:
         if each > self._memory:
             raise BadPlan(
                 "two experts and the costs of matching them do not fit",
@@ -274,7 +267,7 @@ class _Work:
         # A matrix of either, the one that was read, and the costs: float32, as float64, and a copy that scipy makes.
         each = 4 * experts.neurons * (3 * experts.width + 5 * experts.neurons)
         pairs = [(group[0], member) for group in members for member in group[1:]]
-        orders = dict(zip(pairs, self._map(lambda pair: match(experts, *pair), pairs, each)))
+        orders = dict(zip(pairs, self._map(lambda pair: match(experts, *pair), pairs, each), strict=True))
         groups = []
         for group in members:
             shares = saliency[list(group)] / saliency[list(group)].sum()
@@ -286,8 +279,6 @@ class _Work:
     def blind_similarity(self, experts: _Experts) -> NDArray[np.float64]:
         """Without a text: cosines of router rows and of what experts give for random inputs, which no order of neurons
         changes."""
-        import numpy as np
-
         probes = np.random.default_rng(0).standard_normal((_PROBES, experts.width), np.float32)
 
         def outputs(expert: int) -> NDArray[np.float32]:
@@ -297,21 +288,20 @@ class _Work:
                 if len(hidden) > 1
                 else np.square(np.maximum(hidden[0], 0))
             )
-            given = (act @ experts.read(0, expert)).ravel()
-            return given / (np.linalg.norm(given) or 1)
+            given: NDArray[np.float32] = (act @ experts.read(0, expert)).ravel()
+            given /= np.linalg.norm(given) or 1
+            return given
 
         each = 4 * experts.neurons * (2 * experts.width + 4 * _PROBES)
         unit = np.stack(self._map(outputs, range(experts.count), each))
-        name = experts.parts[0][0].name.replace("ffn_down_exps", "ffn_gate_inp")
-        router = _cosines(experts.parts[0][0]._model.tensors[name].dequantize().astype(np.float64))
-        return ((unit @ unit.T + 1) / 2 + (router + 1) / 2) / 2
+        router = _cosines(experts.router.dequantize().astype(np.float64))
+        similarity: NDArray[np.float64] = ((unit @ unit.T + 1) / 2 + (router + 1) / 2) / 2
+        return similarity
 
 
 def match(experts: _Experts, centroid: int, member: int) -> bytes:
     """The neuron of `member` for each of the centroid's, so that the summed distance of their normalised weights is the
     least; little-endian uint16."""
-    import numpy as np
-
     products = np.zeros((experts.neurons, experts.neurons), np.float32)
     squares = np.zeros((2, experts.neurons))
     for part in range(len(experts.parts)):
@@ -328,4 +318,4 @@ def match(experts: _Experts, centroid: int, member: int) -> bytes:
         )
     np.clip(2 - 2 * cosine, 0, None, out=cosine)
     _, order = _assignment()(np.sqrt(cosine, out=cosine))
-    return order.astype("<u2").tobytes()
+    return bytes(order.astype("<u2").tobytes())

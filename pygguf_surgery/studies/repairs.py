@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .._core import Value
 from .._core import quantize as encode
@@ -19,20 +22,15 @@ from ..base.errors import BadFile, BadPlan
 from ..base.progress import Progress, ProgressLike, as_progress
 from ..base.units import MEMORY_MOST, human, parse_size
 from ..files.gguf import write_gguf
+from ..files.model import Model, Tensor
+from ..files.open import open_model
 from ..files.outputs import check_output
 from ..files.repair import FORMAT, PREFIX
-from ..quant.types import tensor_type
+from ..llama.session import Session
 from ..llama.taps import Taps, moe_layout
 from ..llama.texts import TextLike, Windows, check_windows, read_texts, windows_of
 from ..plan_data.choices import Keep
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from ..files.model import Model
-    from ..llama.session import Session
-
+from ..quant.types import tensor_type
 
 MEMORY_DEFAULT = "4GiB"  # of tokens and weights; as the command line says
 # One sweep over the experts with each, from a strong pull to the old weights to a weak one; relative to the mean of the
@@ -105,8 +103,6 @@ class Samples:
         scales: NDArray[np.float32] | None,
         biases: NDArray[np.float32] | None,
     ):
-        import numpy as np
-
         self.tokens, self.done = tokens, 0
         self._place = np.full(experts, -1, np.int32)
         self._place[list(kept)] = np.arange(len(kept))
@@ -120,8 +116,6 @@ class Samples:
         hidden: NDArray[np.float32],
         output: NDArray[np.float32],
     ) -> None:
-        import numpy as np
-
         used = ids.shape[-1]
         ids, output = ids.reshape(-1, used), output.reshape(-1, output.shape[-1])
         gates, hidden = gates.reshape(len(ids), used), hidden.reshape(len(ids), used, -1)
@@ -153,8 +147,6 @@ def fit(old: NDArray[np.float32], samples: Samples, held_back: int) -> tuple[NDA
     others leave over, so that only one Gram matrix, F x F, is in memory. For the few sweeps that it takes see
     docs/experts.md.
     """
-    import numpy as np
-
     n, _, features = old.shape
     inputs, rest = samples.inputs[: samples.done], samples.outputs[: samples.done].copy()
     train = len(rest) - held_back
@@ -212,16 +204,14 @@ def repair(
     Plan.keep_experts(keep, repair=out) takes. Returns {layer: (error before, error after)}, the squared error of the
     layer's output as a share of its squares, on tokens that were held back.
 
-    model: the one to be cut, whose weights are the start. run: a file of the same model that llama.cpp runs in its place,
-    such as a quantized one. texts, n_ctx, chunks, parse_special, gpu_layers: as in `calibrate`; as many tokens as can be
-    had, since the fit has kept x F parameters per output (F: width of an expert). memory: for the tokens of the layers that
-    are worked on at once, beside llama.cpp's own; each pass over the text runs it twice.
+    model: the one to be cut, whose weights are the start. run: a file of the same model that llama.cpp runs in its
+    place, such as a quantized one. texts, n_ctx, chunks, parse_special, gpu_layers: as in `calibrate`; as many tokens
+    as can be had, since the fit has kept x F parameters per output (F: width of an expert). memory: for the tokens of
+    the layers that are worked on at once, beside llama.cpp's own; each pass over the text runs it twice.
     MTP layers, which llama.cpp does not run, keep their down projections. progress: True, or a callable(windows done,
     windows in all).
     Errors: as in `calibrate`, and BadPlan if the tokens of one layer do not fit `memory`.
     """
-    from ..llama.session import Session
-
     check_windows(n_ctx, chunks, texts)
     budget = parse_size(memory)
     if not 0 < budget <= MEMORY_MOST:
@@ -250,8 +240,6 @@ def repair(
 
 
 def _check_twin(model: Model, path: str | os.PathLike[str], experts: int, layers: Sequence[int]) -> None:
-    from ..files.open import open_model
-
     with open_model(path) as other:
         found, others = moe_layout(other)
         for what, a, b in (
@@ -287,7 +275,7 @@ class _Work:
         self._done = 0
         self._ready: dict[int, Samples] = {}
 
-    def down(self, layer: int) -> Any:
+    def down(self, layer: int) -> Tensor:
         return self.model.tensors[f"blk.{layer}.ffn_down_exps.weight"]
 
     def _layers_at_once(self, budget: int) -> int:
@@ -348,8 +336,6 @@ class _Work:
         return order, len(back) * self.session.n_ctx
 
     def solve(self, layer: int, type: str) -> Iterator[NDArray[np.uint8]]:
-        import numpy as np
-
         if layer not in self._ready:
             first = self.layers.index(layer)
             self.pass_over(self.layers[first : first + self._step])
@@ -360,8 +346,6 @@ class _Work:
             yield encode(np.ascontiguousarray(expert), tensor_type(type).id, None, 1, False)
 
     def write(self, path: str, keep: Any, parse_special: bool, overwrite: bool) -> None:
-        import numpy as np
-
         model, texts = self.model, [w.text for w in self.windows]
         metadata = {
             "general.type": Value("expert_repair", "str"),

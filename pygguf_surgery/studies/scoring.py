@@ -5,25 +5,23 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..architecture.experts import check_shape, expert_rule, layout, most_used
 from ..architecture.names import layer_of
 from ..base.errors import BadPlan
-from ..base.progress import as_progress
+from ..base.progress import ProgressLike, as_progress
 from ..base.units import MEMORY
+from ..files import imatrix as imatrix_file
 from ..files import stats as stats_file
+from ..files.imatrix import Imatrix
+from ..files.model import Model
 from ..files.stats import Stats
 from ..plan_data.choices import Seen
 from . import metrics
 from .ranking import Ranking
 from .ranking_file import from_file, given
 from .sums import Reduce
-
-if TYPE_CHECKING:
-    from ..base.progress import ProgressLike
-    from ..files.imatrix import Imatrix
-    from ..files.model import Model
 
 
 def rank(
@@ -47,8 +45,8 @@ def rank(
     float64; weights are streamed within `memory`, quantized ones decoded first. stats, imatrix: the file or what `open`
     returned.
     progress: True, or a callable(bytes done, bytes in all); an exception from it stops the run.
-    Errors: BadPlan for a model without experts, an unknown `by`, statistics that are missing or of another model, BadFile
-    for weights that are not finite, Unsupported for what an importance matrix of the old format has lost.
+    Errors: BadPlan for a model without experts, an unknown `by`, statistics that are missing or of another model,
+    BadFile for weights that are not finite, Unsupported for what an importance matrix of the old format has lost.
     """
     found = layout(model.architecture, model.tensors, model.metadata.get)
     if not found.layers:
@@ -58,14 +56,13 @@ def rank(
     for name, tensor in model.tensors.items():
         if error := check_shape(name, tensor.shape, found):
             raise error
-    tables = tuple(
-        sorted({layer_of(name) for name in model.tensors if (rule := expert_rule(name)) and rule.axis == "values"})
-    )
+    tables = {layer_of(name) for name in model.tensors if (rule := expert_rule(name)) and rule.axis == "values"}
+    by_token = tuple(layer for layer in found.layers if layer in tables)
     if stats is not None:
         stats = stats if isinstance(stats, Stats) else stats_file.open_stats(stats)
         metrics.check_stats(stats, model, found)
     if isinstance(by, Mapping):
-        return _with_stats(given(by, "dict", found, tables, None), stats)
+        return _with_stats(given(by, "dict", found, by_token, None), stats)
     if isinstance(by, str) and by in metrics.METRICS:
         layers = [layer for layer in found.layers if mtp == "keep" or layer not in found.mtp]
         opened = _open_imatrix(imatrix)
@@ -81,11 +78,11 @@ def rank(
             unseen = {layer: tuple((s == 0).nonzero()[0].tolist()) for layer, s in scores.items()}
             seen = Seen({layer: ids for layer, ids in unseen.items() if ids}, None, tuple(notes))
         used = most_used(model.architecture, model.metadata.get)
-        return _with_stats(Ranking(by, found, scores=scores, tables=tables, seen=seen, used=used), stats)
+        return _with_stats(Ranking(by, found, scores=scores, tables=by_token, seen=seen, used=used), stats)
     if isinstance(by, os.PathLike) or (
         isinstance(by, str) and (by.endswith(".json") or os.path.basename(by) != by or os.path.isfile(by))
     ):
-        return _with_stats(from_file(os.fspath(by), found, tables), stats)
+        return _with_stats(from_file(os.fspath(by), found, by_token), stats)
     near = difflib.get_close_matches(by, metrics.METRICS) if isinstance(by, str) else ()
     raise BadPlan(
         "unknown metric",
@@ -108,6 +105,4 @@ def _with_stats(ranking: Ranking, stats: Stats | None) -> Ranking:
 
 
 def _open_imatrix(imatrix: str | os.PathLike[str] | Imatrix | None) -> Imatrix | None:
-    from ..files import imatrix as imatrix_file
-
     return imatrix_file.open_imatrix(imatrix) if isinstance(imatrix, (str, os.PathLike)) else imatrix

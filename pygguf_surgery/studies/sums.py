@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .._core import Job, Run, reduce_rows
 from ..architecture.experts import Layout
 from ..base.errors import BadFile
+from ..base.progress import Progress
 from ..base.units import parse_memory, parse_threads
+from ..files.model import Model, Tensor
 from ..quant.types import tensor_type
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from ..base.progress import Progress
-    from ..files.model import Model, Tensor
-
 
 # --- from the weights ----------------------------------------------------------------------------------------------
 
@@ -29,7 +25,7 @@ class Reduce:
         self, model: Model, found: Layout, *, memory: int | str, threads: int, io: str, progress: Progress | None
     ):
         self.model, self.layout = model, found
-        self.options = {"memory": parse_memory(memory), "threads": parse_threads(threads), "io": io}
+        self.memory, self.threads, self.io = parse_memory(memory), parse_threads(threads), io
         self.progress = progress
         self.done = self.total = 0
 
@@ -44,8 +40,6 @@ class Reduce:
     def sums(self, tensors: Sequence[Tensor], columns: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
         """[len(tensors), E, 2]: sum |w| and sum w^2 of each expert's slice, of tensors of one type and shape. columns
         [E, row length], of one tensor: weights of the columns in the second sum."""
-        import numpy as np
-
         first, experts = tensors[0], self.layout.experts
         rows = first.elements // first.ne[0]
         job = Job(
@@ -57,9 +51,17 @@ class Reduce:
             target_offset=0,
             runs=[Run(t.source, t.offset, t.nbytes) for t in tensors],
         )
-        base = self.done
-        poll = None if self.progress is None else lambda done, _: self.progress(base + done, self.total)
-        sums = reduce_rows(self.model.sources, job, rows // experts, weights=columns, progress=poll, **self.options)
+        report, base = self.progress, self.done
+        sums = reduce_rows(
+            self.model.sources,
+            job,
+            rows // experts,
+            weights=columns,
+            memory=self.memory,
+            threads=self.threads,
+            io=self.io,
+            progress=None if report is None else lambda done, _: report(base + done, self.total),
+        )
         self.done += first.nbytes * len(tensors)
         if not np.isfinite(sums).all():
             which, expert = divmod(int(np.flatnonzero(~np.isfinite(sums).all(axis=1))[0]), experts)

@@ -1,5 +1,6 @@
 """progress=True works wherever progress is taken: a bar whose line ends with the operation, whatever the reason."""
 
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from support import moe_models
 class Bar:
     """In place of ProgressBar."""
 
-    made: list["Bar"] = []
+    made: ClassVar[list["Bar"]] = []
     error: BaseException | None = None
 
     def __init__(self, label, stream=None, unit=None):

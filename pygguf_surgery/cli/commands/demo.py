@@ -137,7 +137,8 @@ COMMAND = Command(
     "demo", "make a small model, cut it in half, show what was lost", run,
     groups={"": {"--model": dict(metavar="FILE", help="cut this model in place of the made-up one")}
             | {"--keep": KEEP["--keep"]} | BY | TYPE_OPTION
-            | {"--folder": dict(metavar="DIR", help="keep the files here (default: a temporary folder, removed at the end)")}
+            | {"--folder": dict(metavar="DIR",
+                                help="keep the files here (default: a temporary folder, removed at the end)")}
             | RUN | JSON},
 )
 # fmt: on

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..._core import Value
 from ..._core import quantize as encode
 from ...files.gguf import write_gguf
 from ...quant.types import tensor_type
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class DemoShape:
     vocabulary: int = 512
 
 
-def write_demo_model(path, *, seed: int = 0, shape: DemoShape = DemoShape(), overwrite: bool = False) -> None:
+def write_demo_model(
+    path: str | os.PathLike[str], *, seed: int = 0, shape: DemoShape = DemoShape(), overwrite: bool = False
+) -> None:
     """Writes the model to `path`; the same seed gives the same bytes. Matrices are BF16, vectors and routers F32.
 
     Router rows have lognormal norms (sigma 0.6): as in trained models a few experts are far more likely than the rest.
@@ -83,10 +86,8 @@ def _tensors(s: DemoShape) -> Iterator[tuple[str, tuple[int, ...], str]]:
     yield "output.weight", (s.vocabulary, d), "matrix"
 
 
-def _data(seed: int, number: int, dims: tuple[int, ...], kind: str):
-    def make() -> np.ndarray:
-        import numpy as np
-
+def _data(seed: int, number: int, dims: tuple[int, ...], kind: str) -> Callable[[], NDArray[Any]]:
+    def make() -> NDArray[Any]:
         random = np.random.default_rng((seed, number))
         x = random.standard_normal(dims, dtype=np.float32)
         if kind == "norm":
@@ -156,5 +157,5 @@ def _vocabulary(size: int) -> list[str]:
         else:
             spelled.append(chr(spare))
             spare += 1
-    tokens = spelled + ["<|end|>", "er", "in"]
-    return tokens + [f"<|{n}|>" for n in range(len(tokens), size)]
+    tokens = [*spelled, "<|end|>", "er", "in"]
+    return [*tokens, *(f"<|{n}|>" for n in range(len(tokens), size))]

@@ -79,9 +79,9 @@ def read_kept(path: str) -> Mapping[int, Sequence[int]]:
     form = '{"kept": {"0": [ids]}}'
     try:
         with open(path, encoding="utf-8") as file:
-            kept = json.load(file)["kept"]
-        layers = {int(layer): list(ids) for layer, ids in kept.items()}
-        if len(layers) < len(kept) or any(type(i) is not int for ids in layers.values() for i in ids):
+            named = json.load(file)["kept"]
+        layers = {int(layer): list(ids) for layer, ids in named.items()}
+        if len(layers) < len(named) or any(type(i) is not int for ids in layers.values() for i in ids):
             raise ValueError("not ids of experts")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadPlan(f"not a list of experts: {error}", path=path, expected=form) from None
@@ -119,17 +119,17 @@ def _describe(data: dict[str, Any], nbytes: int) -> str:
     text = table(rows, left=2)
     if data["layers"]:
         lines = [("layer", "experts seen", "least", "median", "most", "never seen")]
-        for layer in data["layers"]:
-            lines.append(
-                (
-                    str(layer["layer"]),
-                    f"{layer['seen']} of {layer['experts']}",
-                    magnitude(layer["least"]),
-                    magnitude(sorted(layer["tokens"])[layer["experts"] // 2]),
-                    magnitude(layer["most"]),
-                    _list(layer["never"]),
-                )
+        lines += [
+            (
+                str(layer["layer"]),
+                f"{layer['seen']} of {layer['experts']}",
+                magnitude(layer["least"]),
+                magnitude(sorted(layer["tokens"])[layer["experts"] // 2]),
+                magnitude(layer["most"]),
+                _list(layer["never"]),
             )
+            for layer in data["layers"]
+        ]
         text += f"\n\ntokens of each expert:\n{table(lines, left=0)}"
     elif data["format"] == "legacy":
         text += "\n\nthis format has lost how often each expert was used"

@@ -6,7 +6,6 @@ import os
 from argparse import Namespace
 from typing import Any
 
-from ...architecture.experts import moe_layers
 from ...base.printed import abbreviate, value_for_json
 from ...base.units import human
 from ...base.words import magnitude, short, table
@@ -82,6 +81,8 @@ def bits_per_weight(model: Model) -> float | None:
 
 def experts(model: Model) -> dict[str, Any] | None:
     """{"count", "used" (a number, or one per layer), "layers": layers with experts}; None without experts."""
+    from ...architecture.experts import moe_layers  # with its dataclasses: other commands start faster without
+
     layers = moe_layers(model.tensors)
     if not layers and not model.get("expert_count"):
         return None

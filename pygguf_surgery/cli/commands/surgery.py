@@ -348,13 +348,13 @@ def _receipt(receipt: Receipt) -> str:
 # fmt: off
 QUANTIZE = Positional("QUANTIZE", "arguments",
                       "as llama-quantize takes them: IN [OUT] TYPE [THREADS]. TYPE is a file type by name or "
-                      "number, such as Q4_K_M, MXFP4_MOE or COPY; without OUT the output is ggml-model-TYPE.gguf beside IN. "
-                      "Unlike llama-quantize an existing output needs --force, the output keeps the order of tensors "
-                      "and alignment, and an architecture that llama.cpp does not know is no error",
+                      "number, such as Q4_K_M, MXFP4_MOE or COPY; without OUT the output is ggml-model-TYPE.gguf "
+                      "beside IN. Unlike llama-quantize an existing output needs --force, the output keeps the order "
+                      "of tensors and alignment, and an architecture that llama.cpp does not know is no error",
                       "+", "IN [OUT] TYPE [THREADS]")
 EXPERTS: Options = options.CHOICE | {
-    "--budget": dict(choices=("layer", "global"), default="layer", help="keep N in each layer (the default), or N times "
-                     "the layers where they matter most, which only routers with a selection bias can load"),
+    "--budget": dict(choices=("layer", "global"), default="layer", help="keep N in each layer (the default), or N "
+                     "times the layers where they matter most, which only routers with a selection bias can load"),
     "--report": dict(metavar="FILE", help="write the decision, kept ids and scores, as JSON that --by takes back"),
     "--plot": dict(metavar="FILE.png", help="draw the choice: layers by experts, and what stays of each layer"),
     "--repair": dict(metavar="REPAIR", help="down projections that repair has made for the experts that stay; names "
