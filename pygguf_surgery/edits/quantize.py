@@ -13,7 +13,7 @@ from .._core import Value
 from ..architecture.keys import getter
 from ..architecture.names import layer_of
 from ..base.errors import BadPlan, SurgeryError
-from ..base.words import tensors_text, with_others
+from ..base.words import counted, listed, with_others
 from ..files.lineage import has_other_layers
 from ..plan_data.edits import Quantize, UseImatrix
 from ..plan_data.expressions import OutputTensor
@@ -111,7 +111,7 @@ def apply(draft: Draft, edit: Quantize, context: Context) -> Draft:
     if edit.quality == "best":
         count = sum(tensor.best for tensor in out.tensors)
         (out.note if count else out.warn)(
-            f"quality best: {tensors_text(count)} with less error than llama-quantize's bytes"
+            f"quality best: {counted(count, 'tensor')} with less error than llama-quantize's bytes"
             if count
             else "quality best: no tensor gets a type that it is for ("
             + ", ".join(name for name, t in TYPES.items() if t.has_best)
@@ -121,7 +121,7 @@ def apply(draft: Draft, edit: Quantize, context: Context) -> Draft:
         _weigh(model, edit, file_type, imatrix, out)
     overrides.report(out, lambda: set(model.tensors) - {ref for t in tensors for ref in t.expression.refs})
     for (wished, type), count in sorted(fallbacks.items()):
-        out.warn(f"{tensors_text(count)} with rows that {wished} cannot hold became {type}")
+        out.warn(f"{counted(count, 'tensor')} with rows that {wished} cannot hold became {type}")
     if any(t.type != t.source_type for t in out.tensors):
         if file_type.number is not None:
             out.metadata["general.file_type"] = Value(file_type.number, "u32")
@@ -259,9 +259,9 @@ def _belongs(imatrix: Imatrix, model: Model, faults: Faults) -> bool:
             )
             return False
     if strangers:
-        first = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
         faults.warn(
-            f"importance: {len(strangers)} of {len(imatrix.entries)} entries belong to no tensor of the model ({first})"
+            f"importance: {len(strangers)} of {len(imatrix.entries)} entries belong to no tensor of the model "
+            f"({listed(strangers, 3)})"
         )
     return True
 

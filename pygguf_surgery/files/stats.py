@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._core import Value
 from ..base.errors import BadFile, BadPlan, SurgeryError
+from ..base.words import columns
 from .gguf import read_gguf, write_gguf
 
 if TYPE_CHECKING:
@@ -132,16 +133,13 @@ class Stats:
             lines.append(
                 f"not complete: {sum(t.done for t in self.texts)} of {sum(t.windows for t in self.texts)} windows"
             )
-        lines.append(
-            f"{'layer':>5} {'tokens':>9} {'unseen':>6} {'least':>8} {'median':>8} {'most':>8}  tokens per expert"
-        )
+        widths = (5, 9, 6, 8, 8, 8)
+        lines.append(columns(widths, ("layer", "tokens", "unseen", "least", "median", "most")) + "  tokens per expert")
         unseen = self.unseen()
         for layer, stats in self.layers.items():
             counts = sorted(stats.count.tolist())
-            lines.append(
-                f"{layer:>5} {stats.tokens:>9} {len(unseen.get(layer, ())):>6} {counts[0]:>8.0f} "
-                f"{counts[len(counts) // 2]:>8.0f} {counts[-1]:>8.0f}"
-            )
+            spread = [f"{counts[i]:.0f}" for i in (0, len(counts) // 2, -1)]
+            lines.append(columns(widths, (layer, stats.tokens, len(unseen.get(layer, ())), *spread)))
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

@@ -168,7 +168,8 @@ class Session:
         n = self.llama.llama_tokenize(self._vocabulary, text, len(text), tokens, len(tokens), True, parse_special)
         if n < 0:
             raise BadFile("llama.cpp cannot tokenize the text", path=self.path)
-        return np.frombuffer(tokens, np.int32)[:n].copy()
+        ids: NDArray[np.int32] = np.frombuffer(tokens, np.int32)[:n].copy()
+        return ids
 
     # --- running ----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..base.errors import BadPlan
+from ..base.words import columns
 from .expressions import Group
 
 Ids = dict[int, tuple[int, ...]]  # layer -> ascending expert ids
@@ -66,22 +67,23 @@ class Keep(dict[int, tuple[int, ...]]):
     def summary(self) -> str:
         """Per layer: how many experts stay, their share of the saliency, those never seen, ties, and how many a budget
         over all layers together would keep."""
-        lines = [
-            f"experts kept by {self.metric}",
-            f"{'layer':>5} {'kept':>9} {'mass':>7} {'unseen':>13} {'ties':>5}"
-            + (f" {'global budget':>14}" if self._everywhere else ""),
-        ]
+        widths = (5, 9, 7, 13, 5, 14)
+        title = ("layer", "kept", "mass", "unseen", "ties", "global budget" if self._everywhere else "")
+        lines = [f"experts kept by {self.metric}", columns(widths, title)]
         for layer, ids in self.items():
             mass, unseen = self.mass(layer), (self.seen.unseen or {}).get(layer, ())
             experts = len(self.scores[layer]) if layer in self.scores else None
             kept_unseen = len(set(unseen) & set(ids))
             seen = f"{len(unseen)}, kept {kept_unseen}" if unseen else "" if self.seen.unseen is None else "0"
             row = (
-                f"{layer:>5} {f'{len(ids)}/{experts}' if experts else len(ids):>9} "
-                f"{'' if mass is None else f'{100 * mass:.1f}%':>7} {seen:>13} {self.ties(layer) or '':>5} "
-                f"{self._everywhere.get(layer, ''):>14}"
+                layer,
+                f"{len(ids)}/{experts}" if experts else len(ids),
+                "" if mass is None else f"{100 * mass:.1f}%",
+                seen,
+                self.ties(layer) or "",
+                self._everywhere.get(layer, ""),
             )
-            lines.append(row.rstrip())
+            lines.append(columns(widths, row))
         supers = self.seen.supers or {}
         for layer, ids in supers.items():
             if gone := sorted(set(ids) - set(self.get(layer, ids))):
@@ -140,11 +142,12 @@ class Groups(dict[int, tuple[Group, ...]]):
         self.metric, self.notes = metric, tuple(notes)
 
     def summary(self) -> str:
+        widths = (5, 12, 10, 13)
         lines = [
             f"experts merged by {self.metric}",
-            f"{'layer':>5} {'experts':>12} {'singletons':>10} {'largest group':>13}",
+            columns(widths, ("layer", "experts", "singletons", "largest group")),
         ]
         for layer, groups in self.items():
             sizes = [len(group.members) for group in groups]
-            lines.append(f"{layer:>5} {f'{sum(sizes)} -> {len(sizes)}':>12} {sizes.count(1):>10} {max(sizes):>13}")
+            lines.append(columns(widths, (layer, f"{sum(sizes)} -> {len(sizes)}", sizes.count(1), max(sizes))))
         return "\n".join(lines + [f"note: {text}" for text in self.notes])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from ..base.errors import BadPlan, SurgeryError
-from ..base.words import counted, first_numbers
+from ..base.words import counted, listed
 from ..files.imatrix import POLICIES
 from ..plan_data.edits import UseImatrix
 from ..plan_data.expressions import MEAN, ONES, Importance, ImportanceRow, OutputTensor, Substitute
@@ -140,8 +140,7 @@ class _Resolver:
         parts = [counted(tensors, "tensor")]
         names = self.out.missing
         if names:
-            first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            parts.append(f"{len(names)} without an entry ({first})")
+            parts.append(f"{len(names)} without an entry ({listed(names, 3)})")
         if n := self.counts["twin"]:
             parts.append(f"{n} with the entry of a twin")
         if n := self.counts["filled"]:
@@ -221,7 +220,7 @@ class _Resolver:
     def refuse(self, problem: str, numbers: Sequence[int | Substitute], bad: Sequence[int], entry: Entry) -> None:
         found = sorted(set(bad) & set(numbers))
         if found:
-            experts = f"experts {first_numbers(found)}" if len(numbers) > 1 else None
+            experts = f"experts {listed(found, 12, number=True)}" if len(numbers) > 1 else None
             raise BadPlan(problem, path=self.imatrix.path, object=entry.name, found=experts, hint=_FILL)
 
     def numbers(self, entry: Entry, tensor: OutputTensor, ref: str) -> Sequence[ImportanceRow]:

@@ -14,6 +14,7 @@ from typing import Any
 from ..architecture.keys import read_count
 from ..architecture.names import role_of
 from ..base.errors import BadPlan, SurgeryError, Unsupported
+from ..base.words import nearest_names
 from ..quant.types import TYPES, tensor_type
 
 # --- the names ------------------------------------------------------------------------------------------------------
@@ -84,10 +85,8 @@ def file_type(name: str, pure: bool) -> FileType:
 
 
 def nearest(name: str, names: list[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or sorted(names)[:3]
-    return f"nearest: {', '.join(close)}"
+    """The hint of an error, whatever was written."""
+    return nearest_names(name, names, 0.3) or f"nearest: {', '.join(sorted(names)[:3])}"
 
 
 # --- which tensors --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import BadPlan, Unsupported
-from ..base.words import tensors_text
+from ..base.words import counted
 from ..plan_data.expressions import OutputTensor
 from ..quant.types import TYPES, tensor_type
 from . import mixes
@@ -170,7 +170,7 @@ class Overrides:
                     )
                 )
                 continue
-            text = f"{name}: {tensors_text(use.first)}"
+            text = f"{name}: {counted(use.first, 'tensor')}"
             if use.first == use.matched and not use.left:
                 plain.append((text, use.first))
                 continue
@@ -184,7 +184,7 @@ class Overrides:
         if len(plain) <= _LISTED:
             faults.notes += [text for text, _ in plain]
         else:
-            faults.note(f"{len(plain)} overrides: {tensors_text(sum(n for _, n in plain))}")
+            faults.note(f"{len(plain)} overrides: {counted(sum(n for _, n in plain), 'tensor')}")
 
 
 def _is_full_name(pattern: str, name: str) -> bool:

@@ -13,6 +13,7 @@ from ..architecture.experts import expert_rule
 from ..architecture.loader import check_alignment, check_file, check_name
 from ..architecture.names import layer_of
 from ..base.errors import BadFile, BadPlan, SurgeryError
+from ..base.words import counted
 from ..files.lineage import KEPT_LAYERS, SOURCE_SHA256, Lineage
 from ..files.model import Model, Tensor
 from ..files.open import open_model
@@ -74,7 +75,7 @@ class Report:
                 parts.append(f"{len(self.merged)} with merged experts")
             if self.removed:
                 parts.append(f"{len(self.removed)} tensors of the source removed")
-        verdict = "good" if self.good else f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
+        verdict = "good" if self.good else counted(len(self.problems), "problem")
         return f"{self.path}: {verdict}; {', '.join(parts)}"
 
     def to_json(self) -> dict[str, Any]:

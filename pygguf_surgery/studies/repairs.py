@@ -76,7 +76,7 @@ class _Replay(Taps):
             self._recorded.setdefault(layer, []).append(values.copy())
             return None
         if kind in ("logits", "probs_biased"):
-            masked = values.copy()
+            masked: NDArray[Any] = values.copy()
             masked[..., self._dropped[layer]] = _DROPPED
             return masked
         parts = self._parts.setdefault(layer, {})

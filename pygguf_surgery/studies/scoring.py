@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from ..architecture.names import layer_of
 from ..base.errors import BadPlan
 from ..base.progress import ProgressLike, as_progress
 from ..base.units import MEMORY
+from ..base.words import nearest
 from ..files import imatrix as imatrix_file
 from ..files import stats as stats_file
 from ..files.imatrix import Imatrix
@@ -83,7 +83,7 @@ def rank(
         isinstance(by, str) and (by.endswith(".json") or os.path.basename(by) != by or os.path.isfile(by))
     ):
         return _with_stats(from_file(os.fspath(by), found, by_token), stats)
-    near = difflib.get_close_matches(by, metrics.METRICS) if isinstance(by, str) else ()
+    near = nearest(by, metrics.METRICS) if isinstance(by, str) else ()
     raise BadPlan(
         "unknown metric",
         object="by",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...base.units import human
-from ...base.words import magnitude, table
+from ...base.words import listed, magnitude, table
 from .. import words
 from ..command import Command, Family, Options, Positional
 from ..common import refuse_existing, warn
@@ -115,7 +115,7 @@ def _describe(data: dict[str, Any], nbytes: int) -> str:
     ]
     never = [entry["name"] for entry in data["entries"] if entry["most"] == 0]
     if never:
-        rows.append(("never seen", f"{len(never)} tensors: {_list(never)}"))
+        rows.append(("never seen", f"{len(never)} tensors: {listed(never, _SHOWN)}"))
     text = table(rows, left=2)
     if data["layers"]:
         lines = [("layer", "experts seen", "least", "median", "most", "never seen")]
@@ -126,7 +126,7 @@ def _describe(data: dict[str, Any], nbytes: int) -> str:
                 magnitude(layer["least"]),
                 magnitude(sorted(layer["tokens"])[layer["experts"] // 2]),
                 magnitude(layer["most"]),
-                _list(layer["never"]),
+                listed(layer["never"], _SHOWN),
             )
             for layer in data["layers"]
         ]
@@ -134,10 +134,6 @@ def _describe(data: dict[str, Any], nbytes: int) -> str:
     elif data["format"] == "legacy":
         text += "\n\nthis format has lost how often each expert was used"
     return text
-
-
-def _list(items: list[Any]) -> str:
-    return ", ".join(map(str, items[:_SHOWN])) + (", ..." if len(items) > _SHOWN else "")
 
 
 # fmt: off
