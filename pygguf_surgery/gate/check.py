@@ -191,7 +191,7 @@ def _loadable_keys(draft: Draft, work: _Work) -> Draft:
     out.blockers += [
         error
         for error in check_embedding(architecture, after, embedding)
-        if before.get(error.object) != after.get(error.object)
+        if (key := str(error.object)) and before.get(key) != after.get(key)
     ]
     return out
 

@@ -113,7 +113,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Recipe:
             expected=", ".join(shipped()),
             hint="a file is named by a path with a / in it or that ends in .toml",
         )
-    resource = files(__package__).joinpath("shipped", f"{name}.toml")
+    resource = files(__package__).joinpath("shipped").joinpath(f"{name}.toml")
     return parse(resource.read_bytes(), name, str(resource))
 
 
@@ -155,7 +155,8 @@ def _toml(data: bytes, path: str) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(data.decode("utf-8"))
+        table: dict[str, Any] = tomllib.loads(data.decode("utf-8"))
+        return table
     except UnicodeDecodeError as error:
         raise BadPlan("not UTF-8", path=path, offset=error.start) from None
     except tomllib.TOMLDecodeError as error:  # its text ends with "(at line 3, column 7)"
@@ -172,7 +173,7 @@ def _decode(table: dict[str, Any], path: str) -> _File:
         file: _File = decoder(_File, {})(table)
         return file
     except BadPlan as error:  # .override[0].type is what people call: override 1: type
-        key = re.sub(r"override\[(\d+)\]\.?", lambda match: f"override {int(match[1]) + 1}: ", error.object[1:])
+        key = re.sub(r"override\[(\d+)\]\.?", lambda match: f"override {int(match[1]) + 1}: ", (error.object or "")[1:])
         key = key.removesuffix(": ")
         hint = "[[override]]" if re.fullmatch(r"override( \d+)?", key) else None
         raise BadPlan(

@@ -1,11 +1,14 @@
 """Numbers, names and tables as people read them."""
+
 import pytest
 
 from pygguf_surgery.base import words
 
 
-@pytest.mark.parametrize("numbers, text", [
-    ([], ""), ([3], "3"), ([0, 1, 2, 5], "0..2, 5"), ([5, 2, 1, 0], "0..2, 5"), ([0, 2, 4, 5], "0, 2, 4..5")])
+@pytest.mark.parametrize(
+    "numbers, text",
+    [([], ""), ([3], "3"), ([0, 1, 2, 5], "0..2, 5"), ([5, 2, 1, 0], "0..2, 5"), ([0, 2, 4, 5], "0, 2, 4..5")],
+)
 def test_ranges(numbers, text):
     assert words.ranges(numbers) == text
 
@@ -13,7 +16,11 @@ def test_ranges(numbers, text):
 def test_plurals():
     assert [words.counted(n, "tensor") for n in (0, 1, 2)] == ["0 tensors", "1 tensor", "2 tensors"]
     assert [words.with_others("abc"[:n]) for n in (0, 1, 2, 3)] == [
-        "", "", " (and 1 more tensor)", " (and 2 more tensors)"]
+        "",
+        "",
+        " (and 1 more tensor)",
+        " (and 2 more tensors)",
+    ]
 
 
 def test_lists_are_cut():

@@ -135,8 +135,18 @@ def test_version_and_help_are_results(run):
 def test_the_help_of_prune_has_titles(run):
     out = run("prune", "--help")[1]
     titles = re.findall(r"^(\w[\w ]*):$", out, re.MULTILINE)
-    assert titles == ["positional arguments", "options", "choice of experts", "layers", "types", "importance matrix",
-                      "metadata", "shards", "run", "output"]
+    assert titles == [
+        "positional arguments",
+        "options",
+        "choice of experts",
+        "layers",
+        "types",
+        "importance matrix",
+        "metadata",
+        "shards",
+        "run",
+        "output",
+    ]
 
 
 def test_a_parser_of_one_command_has_the_arguments_of_that_one():
@@ -486,6 +496,7 @@ def test_quiet_is_silent(run, model, tmp_path):
 def test_ctrl_c_is_130(run, model, monkeypatch):
     def interrupted(path):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(commands.info, "open_model", interrupted)
     code, out, err = run("info", model)
     assert code == 130 and out == "" and "interrupted" in err

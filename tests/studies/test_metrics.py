@@ -138,14 +138,20 @@ def test_mtp_blocks_are_scored_by_aimer(tmp_path):
 
 # --- the registry ----------------------------------------------------------------------------------------------------
 
+
 def test_the_readme_lists_the_metrics_of_the_registry():
     """In its order, with what each needs."""
-    rows = re.findall(r"^\| (`.*?`) \| (.*?) \| (.*) \|$", (ROOT / "README.md").read_text().split("| `--by` |")[1], re.MULTILINE)
+    rows = re.findall(
+        r"^\| (`.*?`) \| (.*?) \| (.*) \|$", (ROOT / "README.md").read_text().split("| `--by` |")[1], re.MULTILINE
+    )
     found = {name: (needs, score) for names, needs, score in rows for name in re.findall("`(.*?)`", names)}
     assert list(found) == list(metrics.METRICS) == list(pgs.experts.METRICS)
     for name, metric in metrics.METRICS.items():
         needs, score = found[name]
-        assert {word.strip("`-") for word in re.split(" or |, ", needs)} == {*metric.needs, *["repair"] * metric.repaired}
+        assert {word.strip("`-") for word in re.split(" or |, ", needs)} == {
+            *metric.needs,
+            *["repair"] * metric.repaired,
+        }
         assert metric.paper is None or metric.paper in score
 
 
@@ -162,8 +168,13 @@ def test_the_help_and_the_errors_list_the_metrics_of_the_registry(qwen, capsys):
 
 def test_a_metric_is_named_once(qwen):
     """A toy one: rank takes it, and the plan keeps its name."""
-    toy = metrics.Metric("toy", ("weights",), "nothing", "its number",
-                         lambda given, layers: {i: np.arange(given.reduce.layout.experts, dtype=float) for i in layers})
+    toy = metrics.Metric(
+        "toy",
+        ("weights",),
+        "nothing",
+        "its number",
+        lambda given, layers: {i: np.arange(given.reduce.layout.experts, dtype=float) for i in layers},
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(metrics.METRICS, "toy", toy)
         assert pgs.experts.rank(qwen, "toy").keep(2) == {0: (14, 15), 1: (14, 15)}

@@ -11,7 +11,9 @@
 #include "quant/types.hpp"
 
 template <class T>
-bool take(T* to, std::size_t n) { return std::fread(to, sizeof(T), n, stdin) == n; }
+bool take(T* to, std::size_t n) {
+    return std::fread(to, sizeof(T), n, stdin) == n;
+}
 
 void give(const void* bytes, std::uint64_t n) {
     std::fwrite(&n, sizeof n, 1, stdout);
