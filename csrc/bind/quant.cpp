@@ -32,7 +32,7 @@ py::array_t<std::uint8_t> quantize(const FloatArray& rows, std::int32_t type,
     if (rows.ndim() != 2) throw py::value_error("rows must have two dimensions");
     const pgs::RowsOf shape{static_cast<std::uint64_t>(rows.shape(0)), static_cast<std::uint64_t>(rows.shape(1))};
     if (shape.row_elements % facts.block)
-        throw pgs::Error(pgs::Kind::bad_plan, "row length is no multiple of the block")
+        throw pgs::Error(pgs::Kind::bad_plan, "row length is not a multiple of the block")
             .got(std::to_string(shape.row_elements))
             .want("a multiple of " + std::to_string(facts.block) + " for " + facts.name);
     std::span<const float> weights;
@@ -56,7 +56,7 @@ py::array_t<float> dequantize(const ByteArray& rows, std::int32_t type, int thre
     if (rows.ndim() != 2) throw py::value_error("rows must have two dimensions");
     const std::uint64_t n = rows.shape(0), bytes = rows.shape(1);
     if (bytes % facts.block_bytes)
-        throw pgs::Error(pgs::Kind::bad_plan, "bytes of a row are no multiple of the block's")
+        throw pgs::Error(pgs::Kind::bad_plan, "bytes of a row are not a multiple of the block's")
             .got(std::to_string(bytes))
             .want("a multiple of " + std::to_string(facts.block_bytes) + " for " + facts.name);
     const pgs::RowsOf shape{n, bytes / facts.block_bytes * facts.block};

@@ -62,7 +62,7 @@ void check_merge(const Job& job, std::uint64_t source_bytes) {
         std::vector<bool> seen(neurons);
         if (order.size() != neurons) throw bad(job, "an order of another length");
         for (const std::uint32_t i : order) {
-            if (i >= neurons || seen[i]) throw bad(job, "an order that is no permutation");
+            if (i >= neurons || seen[i]) throw bad(job, "an order that is not a permutation");
             seen[i] = true;
         }
     }
@@ -111,7 +111,7 @@ void check_job(const Job& job, const std::vector<std::shared_ptr<Source>>& sourc
     const TypeFacts& source = type_facts(job.source_type);
     const TypeFacts& target = type_facts(job.target_type);
     if (job.row_elements % source.block || job.row_elements % target.block)
-        throw bad(job, "row length is no multiple of the block");
+        throw bad(job, "row length is not a multiple of the block");
     if (job.rows > INT64_MAX) throw bad(job, "size overflows");
     const auto source_bytes = checked_mul(job.rows, job.source_row_bytes);
     if (!source_bytes || !checked_add(job.target_offset, job.target_bytes)) throw bad(job, "size overflows");

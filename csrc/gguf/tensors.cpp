@@ -48,7 +48,7 @@ std::uint64_t tensor_bytes(const TypeTable& types, std::int32_t type, const std:
             throw Error(Kind::bad_plan, "negative dimension").got(std::to_string(static_cast<std::int64_t>(n)));
     const std::uint64_t row = ne.empty() ? 1 : ne[0];
     if (row % facts.block != 0)
-        throw Error(Kind::bad_plan, "row is no multiple of the block of its type")
+        throw Error(Kind::bad_plan, "row is not a multiple of the block of its type")
             .got(std::to_string(row) + " elements")
             .want("a multiple of " + std::to_string(facts.block) + " for " + facts.name);
 

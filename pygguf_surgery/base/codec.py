@@ -59,7 +59,7 @@ def decoder(kind: Any, hooks: Mapping[Any, Convert]) -> Convert:
 
 
 def exactly(kind: type, x: Any) -> Any:
-    """x, if it is of this kind; a bool is no int, but an int may stand for a float."""
+    """x, if it is of this kind; a bool is not an int, but an int may stand for a float."""
     if type(x) is kind and kind is not float:
         return x
     if kind is float and type(x) in (int, float) and abs(x) <= 1.7976931348623157e308:

@@ -39,7 +39,7 @@ def parse_memory(memory: int | str) -> int:
 
 
 def parse_threads(threads: int) -> int:
-    """A number of threads, 0 for all; BadPlan for what is none."""
+    """A number of threads, 0 for all; BadPlan for anything else."""
     number = threads.__index__() if hasattr(threads, "__index__") and not isinstance(threads, bool) else -1
     if not 0 <= number <= THREADS_MOST:
         raise BadPlan("not a number of threads", object="threads", found=threads, expected=f"0 to {THREADS_MOST}")

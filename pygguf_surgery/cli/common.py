@@ -34,7 +34,7 @@ def limits(args: Namespace) -> dict[str, Any]:
 
 
 def needs_number(args: Namespace) -> bool:
-    """Whether --by is no file that says which experts to keep, and neither --keep nor --ratio how many."""
+    """Whether --by is not a file that says which experts to keep, and neither --keep nor --ratio how many."""
     from ..studies.metrics import METRICS
 
     return args.keep is None and args.ratio is None and args.by in (None, *METRICS)

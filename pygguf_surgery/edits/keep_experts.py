@@ -222,7 +222,9 @@ def _cut(
         if rule.axis == "groups":
             ids = tuple(None if i is None else i // found.chunk for i in ids[:: found.chunk])
         if len(tensor.shape) == 1 and tensor_type(tensor.source_type).block != 1:
-            raise Unsupported("an expert is no whole block of this type", object=tensor.name, found=tensor.source_type)
+            raise Unsupported(
+                "an expert is not whole blocks of this type", object=tensor.name, found=tensor.source_type
+            )
         shape = (len(ids), *tensor.shape[1:])
         expression = tensor.expression.take(ids)
         if expression is None:

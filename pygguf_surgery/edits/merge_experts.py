@@ -75,12 +75,12 @@ def _check_groups(layer: int, groups: Iterable[Group], experts: int, neurons: in
                 return fail(f"expert {member} in two groups")
             seen.add(member)
         if not all(math.isfinite(w) and w >= 0 for w in group.weights) or abs(math.fsum(group.weights) - 1) > 1e-6:
-            return fail("weights that are no shares of one", group.weights[:8])
+            return fail("weights that are not shares of one", group.weights[:8])
         if group.orders[0]:
             return fail("the neurons of a centroid stay in their order")
         for order in group.orders:
             if order and sorted(memoryview(order).cast("H") if len(order) % 2 == 0 else ()) != list(range(neurons)):
-                return fail(f"an order that is no permutation of the {neurons} neurons")
+                return fail(f"an order that is not a permutation of the {neurons} neurons")
     return []
 
 
@@ -100,7 +100,7 @@ def _merged(before: OutputTensor, after: OutputTensor, groups: tuple[Group, ...]
         case Take(ref, ids, _):
             pass
         case _:
-            raise Unsupported("experts that are no plain copies cannot be merged", object=after.name)
+            raise Unsupported("experts that are not plain copies cannot be merged", object=after.name)
     if ids is not None:
         real = [i for i in ids if i is not None]
         if len(real) < len(ids):

@@ -183,7 +183,7 @@ def _wanted(
 def _fitting(
     tensor: OutputTensor, wanted: str, fallbacks: Counter[tuple[str, str]], faults: Faults
 ) -> tuple[str, list[str]]:
-    """`wanted`, or what llama-quantize falls back to where a row is no multiple of its block; and what to note."""
+    """`wanted`, or what llama-quantize falls back to where a row is not a multiple of its block; and what to note."""
     if wanted == tensor.source_type:  # it keeps its bytes, whatever its rows
         return wanted, []
     row = tensor.shape[-1] if tensor.shape else 1
@@ -192,7 +192,7 @@ def _fitting(
     if type is None:
         faults.block(
             BadPlan(
-                f"a row is no multiple of the block of {wanted}, which has no fallback",
+                f"a row is not a multiple of the block of {wanted}, which has no fallback",
                 object=tensor.name,
                 found=f"{row} elements",
                 expected=f"a multiple of {block}",

@@ -244,7 +244,7 @@ def _check_tensor(tensor: OutputTensor, weighed: bool, faults: Faults) -> None:
     if row % target.block:
         faults.block(
             BadPlan(
-                "a row is no multiple of the block",
+                "a row is not a multiple of the block",
                 object=tensor.name,
                 found=f"{row} elements",
                 expected=f"a multiple of {target.block} ({tensor.type})",

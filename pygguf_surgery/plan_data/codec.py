@@ -102,7 +102,7 @@ def value_from_json(data: Any) -> Value:
         value = Value(data["value"], kind)
     except SurgeryError as error:
         raise BadPlan(error.problem, found=error.found and f"{error.found:.80}", expected=error.expected) from None
-    except (TypeError, ValueError, RecursionError):  # a type that is no UTF-8, hex digits that are none
+    except (TypeError, ValueError, RecursionError):  # a type that is not UTF-8, hex that is not hex
         raise BadPlan("not a value of its type", found=f"{kind:.80}") from None
     if value.type != kind or not _is_plain(value.value):
         raise BadPlan("not a value of its type", found=f"{kind:.80}", hint="hex has the bytes of any")

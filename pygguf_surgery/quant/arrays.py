@@ -30,7 +30,7 @@ def quantize(
 
     type: a ggml type name ("Q4_K", any case), id, or gguf.GGMLQuantizationType. imatrix: the importance of each column,
     shape [k], or [experts, k] for an array of shape [experts, n, k]; a type that ignores it ignores it. quality: "best"
-    encodes MXFP4 with less error than ggml does, and by importance. BadPlan: k is no multiple of the block, a value
+    encodes MXFP4 with less error than ggml does, and by importance. BadPlan: k is not a multiple of the block, a value
     that is not finite, an importance that is unfit; Unsupported: a type that ggml cannot encode. The GIL is released.
     """
     import numpy as np
@@ -44,7 +44,7 @@ def quantize(
     k = array.shape[-1]
     if k % facts.block:
         raise BadPlan(
-            "a row is no multiple of the block",
+            "a row is not a multiple of the block",
             object=facts.name,
             found=f"{k} elements",
             expected=f"a multiple of {facts.block}",
@@ -82,7 +82,7 @@ def dequantize(array: NDArray[np.uint8], type: Any, *, threads: int = 0) -> NDAr
     nbytes = array.shape[-1]
     if nbytes % facts.block_bytes:
         raise BadPlan(
-            "a row is no multiple of the block",
+            "a row is not a multiple of the block",
             object=facts.name,
             found=f"{nbytes} bytes",
             expected=f"a multiple of {facts.block_bytes}",

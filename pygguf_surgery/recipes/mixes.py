@@ -57,7 +57,7 @@ class FileType:
 
 
 def file_type(name: str, pure: bool) -> FileType:
-    """The meaning of `name`, in any case, or a number such as "15". BadPlan for what is no name, Unsupported for one
+    """The meaning of `name`, in any case, or a number such as "15". BadPlan for what is not a name, Unsupported for one
     that is unknown or needs `pure`."""
     name = getattr(name, "name", name)  # also gguf.GGMLQuantizationType
     if not isinstance(name, str):
@@ -163,7 +163,7 @@ BLOCKS_OF_70B = {"llama": 80, "llama-embed": 80, "qwen2": 80, "deci": 80, "olmo"
 
 def model_facts(architecture: str, get: Callable[[str], Any]) -> ModelFacts:
     """get: a full metadata key -> its plain value, or None. What is missing counts as 0, as in llama.cpp; BadFile for a
-    value that is no count."""
+    value that is not a count."""
 
     def count(key: str, default: int = 0) -> int:
         return read_count(get, f"{architecture}.{key}", default)
@@ -458,7 +458,7 @@ def choose_types(
 # --- afterwards -----------------------------------------------------------------------------------------------------
 
 # fmt: off
-# Where a row is no multiple of the left type's block, the right one is used. A block of up to 32 needs no entry: F16.
+# Where a row is not a multiple of the left type's block, the right one is used. A block of up to 32 needs no entry: F16.
 FALLBACKS = {
     "IQ1_S": "IQ4_NL", "IQ1_M": "IQ4_NL", "IQ2_XXS": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_S": "IQ4_NL",
     "IQ3_XXS": "IQ4_NL", "IQ3_S": "IQ4_NL", "IQ4_XS": "IQ4_NL",
@@ -472,7 +472,7 @@ WANT_IMPORTANCE = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
 
 
 def fallback(type: str, row_elements: int) -> str | None:
-    """`type`, or what llama-quantize takes where a row is no multiple of its block; None where it has no answer."""
+    """`type`, or what llama-quantize takes where a row is not a multiple of its block; None where it has no answer."""
     if row_elements % tensor_type(type).block == 0:
         return type
     other = FALLBACKS.get(type)

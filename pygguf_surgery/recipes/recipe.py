@@ -93,7 +93,7 @@ def shipped() -> list[str]:
 def load(name_or_path: str | os.PathLike[str]) -> Recipe:
     """A shipped recipe by its name, or a file by its path: text with a / in it, or that ends in .toml.
 
-    BadPlan, with path and key, for an unknown name, what is no TOML, an unknown key, a value of the wrong kind, an
+    BadPlan, with path and key, for an unknown name, what is not TOML, an unknown key, a value of the wrong kind, an
     invalid pattern, an unknown type. OSError: no such file, no permission.
     """
     name = os.fspath(name_or_path)

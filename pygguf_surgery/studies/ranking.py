@@ -111,7 +111,7 @@ class Ranking:
                 )
             return min(max(math.floor(ratio * experts / step + 0.5), 1) * step, experts)
         try:
-            number = operator.index(n)  # type: ignore[arg-type]  # None too is no number
+            number = operator.index(n)  # type: ignore[arg-type]  # None is not a number either
         except TypeError:
             raise BadPlan(
                 "how many experts to keep?", object="keep", found=repr(n), expected="a whole number, or ratio="
@@ -152,7 +152,7 @@ class Ranking:
 
     def _global_numbers(self, n: int) -> dict[int, int]:
         """How many experts each layer would keep of a budget over all layers: the largest shares of their layer's sum
-        of scores, or the largest scores where those are no masses. Each keeps as many as a token uses; MTP layers,
+        of scores, or the largest scores where those are not masses. Each keeps as many as a token uses; MTP layers,
         which may be scored by another metric, keep n."""
         layers = [layer for layer in self.scores if layer not in self._model.mtp]
         if self._step() > 1 or not layers:

@@ -107,7 +107,7 @@ def _scores(layer: int, values: list[Any], experts: int, path: str | None) -> li
         raise BadPlan("not one score per expert", path=path, object=where, found=len(values), expected=experts)
     for e, x in enumerate(values):
         if isinstance(x, bool) or not isinstance(x, numbers.Real):
-            raise BadPlan(f"the score of expert {e} is no number", path=path, object=where, found=repr(x)[:80])
+            raise BadPlan(f"the score of expert {e} is not a number", path=path, object=where, found=repr(x)[:80])
         try:
             finite = math.isfinite(x)
         except OverflowError:  # a whole number beyond float64
