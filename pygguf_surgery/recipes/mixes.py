@@ -458,7 +458,7 @@ def choose_types(
 # --- afterwards -----------------------------------------------------------------------------------------------------
 
 # fmt: off
-# Where a row is not a multiple of the left type's block, the right one is used. A block of up to 32 needs no entry: F16.
+# Where a row is not a multiple of the left type's block, the right one is used. Up to 32 none is needed: F16.
 FALLBACKS = {
     "IQ1_S": "IQ4_NL", "IQ1_M": "IQ4_NL", "IQ2_XXS": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_S": "IQ4_NL",
     "IQ3_XXS": "IQ4_NL", "IQ3_S": "IQ4_NL", "IQ4_XS": "IQ4_NL",
