@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ._core import Value
+from .base.checks import whole_number
 from .base.codec import loads
 from .base.errors import BadPlan, SourceChanged
 from .base.limits import Limits
@@ -24,6 +23,7 @@ from .files.model import Model
 from .files.open import open_model
 from .gate.check import check
 from .gate.checked import CheckedPlan
+from .plan_data.choices import parse_mtp, plain_ids
 from .plan_data.codec import plan_from_json, plan_to_json
 from .plan_data.edits import (
     Edit,
@@ -95,16 +95,16 @@ class Plan:
         self,
         keep: Keep | Mapping[int, Sequence[int]],
         *,
-        mtp: str = "keep",
+        mtp: str | None = None,
         repair: str | os.PathLike[str] | None = None,
     ) -> Plan:
         """Keep these experts, {layer: ids}, and drop the others; the ids of a second cut are those after the first.
 
-        mtp: "keep" cuts the MTP layers like the rest (`keep` names them too), "drop" removes these layers.
+        mtp: "keep" cuts the MTP layers like the rest (`keep` names them too), "drop" removes these layers; by
+        default as the ranking was told that made `keep`, or else "keep".
         repair: the file that experts.repair made for these experts: their down projections are taken from it.
         """
-        if mtp not in ("keep", "drop"):
-            raise BadPlan("unknown choice", object="mtp", found=repr(mtp), expected='"keep" or "drop"')
+        mtp = parse_mtp(getattr(keep, "mtp", "keep") if mtp is None else mtp)
         if not isinstance(keep, Mapping) or not keep:
             raise BadPlan(
                 "not the experts to keep",
@@ -113,7 +113,7 @@ class Plan:
                 expected="{layer: ids}",
                 hint=".keep(n) of a ranking chooses them" if hasattr(keep, "keep") else None,
             )
-        kept = {_whole(layer, "layer"): _ids(layer, ids) for layer, ids in keep.items()}
+        kept = {whole_number(layer, "layer"): plain_ids(layer, ids) for layer, ids in keep.items()}
         order = {layer: tuple(ids) for layer, ids in getattr(keep, "order", {}).items()}
         scores = {layer: tuple(map(float, values)) for layer, values in getattr(keep, "scores", {}).items()}
         metric = str(getattr(keep, "metric", "given"))
@@ -126,14 +126,13 @@ class Plan:
         use = None if repair is None else _use_repair(repair)
         return self._with(KeepExperts(dict(sorted(kept.items())), metric, mtp, order, scores, use))
 
-    def merge_experts(self, groups: Groups | Mapping[int, Sequence[Group]], *, mtp: str = "keep") -> Plan:
+    def merge_experts(self, groups: Groups | Mapping[int, Sequence[Group]], *, mtp: str | None = None) -> Plan:
         """Make one expert of each group, {layer: groups}, as experts.group returns them: the weighted mean of its
         members, in the place of its centroid, whose router row and bias stay. Groups of one are copied.
 
         mtp: as in keep_experts.
         """
-        if mtp not in ("keep", "drop"):
-            raise BadPlan("unknown choice", object="mtp", found=repr(mtp), expected='"keep" or "drop"')
+        mtp = parse_mtp(getattr(groups, "mtp", "keep") if mtp is None else mtp)
         if not isinstance(groups, Mapping) or not groups:
             raise BadPlan(
                 "not groups of experts",
@@ -142,7 +141,7 @@ class Plan:
                 expected="{layer: groups}",
                 hint="experts.group makes them",
             )
-        plain = {_whole(layer, "layer"): tuple(some) for layer, some in groups.items()}
+        plain = {whole_number(layer, "layer"): tuple(some) for layer, some in groups.items()}
         if not all(isinstance(group, Group) for some in plain.values() for group in some):
             raise BadPlan("not groups of experts", object="groups", hint="experts.group makes them")
         return self._with(MergeExperts(dict(sorted(plain.items())), str(getattr(groups, "metric", "given")), mtp))
@@ -179,7 +178,7 @@ class Plan:
 
     def prune_layers(self, layers: Iterable[int]) -> Plan:
         """Drop these layers and renumber the rest; what depends on a layer's number follows, or is a blocker."""
-        numbers = sorted({_whole(layer, "layer") for layer in layers})
+        numbers = sorted({whole_number(layer, "layer") for layer in layers})
         if not numbers or numbers[0] < 0:
             raise BadPlan("not the layers to drop", object="layers", found=repr(numbers), expected="[0, 1, ...]")
         return self._with(PruneLayers(tuple(numbers)))
@@ -290,7 +289,7 @@ class Plan:
         if len(given) != 1:
             raise BadPlan("a split is by one of max_size, max_tensors, keep", object="split", found=given or "none")
         nbytes = None if max_size is None else parse_size(max_size)
-        number = None if max_tensors is None else _whole(max_tensors, "max_tensors")
+        number = None if max_tensors is None else whole_number(max_tensors, "max_tensors")
         for what, n in (("max_size", nbytes), ("max_tensors", number)):
             if n is not None and n < 1:
                 raise BadPlan("less than one", object=what, found=n)
@@ -365,20 +364,3 @@ def _use_repair(path: str | os.PathLike[str]) -> UseRepair:
     opened = repair_file.open_repair(path)
     opened.close()
     return UseRepair(opened.path, opened.digest)
-
-
-def _whole(number: Any, what: str) -> int:
-    if isinstance(number, bool) or not hasattr(number, "__index__"):
-        raise BadPlan("not a whole number", object=what, found=repr(number))
-    return operator.index(number)
-
-
-def _ids(layer: Any, ids: Any) -> tuple[int, ...]:
-    try:
-        whole = sorted(_whole(i, f"layer {layer}") for i in ids)
-    except TypeError:
-        raise BadPlan("not a list of expert ids", object=f"layer {layer}", found=repr(ids)) from None
-    if len(set(whole)) != len(whole):
-        twice = next(a for a, b in pairwise(whole) if a == b)
-        raise BadPlan(f"expert {twice} is kept twice", object=f"layer {layer}")
-    return tuple(whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from .checks import as_whole_number
 from .errors import BadPlan
 
 MEMORY = "512MiB"  # default budget of a run's buffers: enough to keep 16 threads and the disk busy
@@ -40,8 +41,8 @@ def parse_memory(memory: int | str) -> int:
 
 def parse_threads(threads: int) -> int:
     """A number of threads, 0 for all; BadPlan for anything else."""
-    number = threads.__index__() if hasattr(threads, "__index__") and not isinstance(threads, bool) else -1
-    if not 0 <= number <= THREADS_MOST:
+    number = as_whole_number(threads)
+    if number is None or not 0 <= number <= THREADS_MOST:
         raise BadPlan("not a number of threads", object="threads", found=threads, expected=f"0 to {THREADS_MOST}")
     return number
 

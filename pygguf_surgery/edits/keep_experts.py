@@ -15,6 +15,7 @@ from ..architecture.names import layer_of
 from ..base.errors import BadFile, BadPlan, SurgeryError, Unsupported
 from ..base.words import ranges
 from ..files.lineage import record_cut, set_size_label
+from ..plan_data.choices import parse_mtp
 from ..plan_data.edits import KeepExperts
 from ..plan_data.expressions import Copy, OutputTensor, Remap, Repaired, Slices, Take
 from ..plan_data.outcome import Draft
@@ -53,8 +54,7 @@ def _cut_experts(draft: Draft, edit: KeepExperts, model: Model, repair: Repair |
     out = draft.copy()
     architecture = model.architecture
     try:
-        if edit.mtp not in ("keep", "drop"):
-            raise BadPlan("no such choice", object="mtp", found=repr(edit.mtp), expected='"keep" or "drop"')
+        parse_mtp(edit.mtp)
         dropped = _drop_mtp(architecture, out) if edit.mtp == "drop" else range(0)
         found = layout(architecture, [t.name for t in out.tensors], getter(out.metadata))
         if not found.layers:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+from ..base.checks import as_whole_number, choice, whole_number
 from ..base.errors import BadPlan
 from ..base.words import columns
 from .expressions import Group
@@ -29,7 +30,8 @@ class Keep(dict[int, tuple[int, ...]]):
     """layer -> ascending ids of the experts to keep: the same number in every layer, unless the budget was global.
 
     metric: the name of what chose them. order: the same ids best first, for layers that map tokens to expert ids.
-    scores: layer -> E scores; empty where the user named the experts.
+    scores: layer -> E scores; empty where the user named the experts. mtp: what becomes of the MTP layers, "keep" or
+    "drop", where Plan.keep_experts is told nothing else.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class Keep(dict[int, tuple[int, ...]]):
         scores: Mapping[int, Any] = {},
         seen: Seen = Seen(),
         everywhere: Mapping[int, int] = {},
+        mtp: str = "keep",
     ):
         super().__init__(kept)
         self.metric = metric
         self.order = dict(order)
         self.scores = dict(scores)
         self.seen = seen
+        self.mtp = mtp
         self._everywhere = dict(everywhere)
 
     def mass(self, layer: int) -> float | None:
@@ -110,18 +114,30 @@ def scores_to_json(scores: Mapping[int, Any]) -> dict[str, list[float]]:
     return {str(layer): [float(x) for x in values] for layer, values in scores.items()}
 
 
+def parse_mtp(mtp: str) -> str:
+    """What becomes of the MTP layers: "keep" treats them like the rest, "drop" removes them."""
+    return choice(mtp, ("keep", "drop"), "mtp")
+
+
+def plain_ids(layer: object, values: object) -> tuple[int, ...]:
+    """Ids of experts as a user names them, ascending, where it is not known yet how many experts there are. BadPlan for
+    what is no list of whole numbers, or has one twice."""
+    where = f"layer {layer}"
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise BadPlan("not a list of expert ids", object=where, found=repr(values)[:80])
+    ids = sorted(whole_number(i, where) for i in values)
+    if twice := [a for a, b in pairwise(ids) if a == b]:
+        raise BadPlan(f"expert {twice[0]} is kept twice", object=where)
+    return tuple(ids)
+
+
 def expert_ids(layer: int, values: list[Any], experts: int, path: str | None, kind: str) -> tuple[int, ...]:
     where, ids = f"{kind}.{layer}", set()
     for x in values:
-        try:
-            i = -1 if isinstance(x, bool) else operator.index(x)
-        except TypeError:
-            i = -1
-        if not 0 <= i < experts:
+        i = as_whole_number(x)
+        if i is None or not 0 <= i < experts:
             raise BadPlan(
-                f"expert {x!r:.80} out of range"
-                if isinstance(x, int) and not isinstance(x, bool)
-                else "not an expert id",
+                "not an expert id" if i is None else f"expert {x!r:.80} out of range",
                 path=path,
                 object=where,
                 found=repr(x)[:80],
@@ -135,11 +151,13 @@ def expert_ids(layer: int, values: list[Any], experts: int, path: str | None, ki
 
 class Groups(dict[int, tuple[Group, ...]]):
     """layer -> groups by ascending centroid, the same number in every layer; for Plan.merge_experts. metric: the name
-    of what chose them."""
+    of what chose them. mtp: as in Keep."""
 
-    def __init__(self, groups: Mapping[int, tuple[Group, ...]], metric: str, notes: Sequence[str] = ()):
+    def __init__(
+        self, groups: Mapping[int, tuple[Group, ...]], metric: str, notes: Sequence[str] = (), mtp: str = "keep"
+    ):
         super().__init__(groups)
-        self.metric, self.notes = metric, tuple(notes)
+        self.metric, self.notes, self.mtp = metric, tuple(notes), mtp
 
     def summary(self) -> str:
         widths = (5, 12, 10, 13)

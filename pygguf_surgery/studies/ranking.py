@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import numbers
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..architecture.experts import Layout
+from ..base.checks import as_whole_number, choice
 from ..base.errors import BadPlan, Unsupported
 from ..base.words import nearest_multiples
 from ..plan_data.choices import Keep, Seen, expert_ids, scores_to_json
@@ -24,7 +24,7 @@ class Ranking:
     """Scores of the experts of each MoE layer, MTP layers included: higher = keep. Made by `rank`.
 
     metric: its name. scores: layer -> float64 array of E scores; empty where the user named the experts. seen: what
-    calibration says beside them.
+    calibration says beside them. mtp: as Plan.keep_experts takes it.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Ranking:
         self._model = model
         self._tables = tables
         self._used = used
+        self.mtp = "keep"
 
     def __repr__(self) -> str:
         return f"<Ranking by {self.metric} of {self._model.experts} experts in {len(self._model.layers)} layers>"
@@ -72,10 +73,9 @@ class Ranking:
         """
         if n is not None and ratio is not None:
             raise BadPlan("give n or ratio, not both", object="keep")
-        if budget not in ("layer", "global"):
-            raise BadPlan("no such budget", object="budget", found=repr(budget), expected='"layer" or "global"')
+        choice(budget, ("layer", "global"), "budget")
         if per_group not in ("auto", True, False):
-            raise BadPlan("no such choice", object="per_group", found=repr(per_group), expected='"auto", True or False')
+            raise BadPlan("unknown choice", object="per_group", found=repr(per_group), expected='"auto", True or False')
         if per_group is False and self._model.groups > 1:
             raise Unsupported(
                 f"the router picks {self._model.groups} groups: a different number of experts in each "
@@ -100,7 +100,7 @@ class Ranking:
             kept[layer] = tuple(sorted(chosen))
             if layer in self._tables:
                 order[layer] = tuple(sorted(chosen, key=best_first(scores)))
-        return Keep(kept, self.metric, order, self.scores, self.seen, everywhere)
+        return Keep(kept, self.metric, order, self.scores, self.seen, everywhere, self.mtp)
 
     def _number(self, n: int | None, ratio: float | None) -> int:
         experts, step = self._model.experts, self._step()
@@ -110,13 +110,12 @@ class Ranking:
                     "not a share of the experts", object="ratio", found=repr(ratio), expected="above 0, at most 1"
                 )
             return min(max(math.floor(ratio * experts / step + 0.5), 1) * step, experts)
-        try:
-            number = operator.index(n)  # type: ignore[arg-type]  # None is not a number either
-        except TypeError:
+        number = as_whole_number(n)
+        if number is None:
             raise BadPlan(
                 "how many experts to keep?", object="keep", found=repr(n), expected="a whole number, or ratio="
-            ) from None
-        if isinstance(n, bool) or not 1 <= number <= experts:
+            )
+        if not 1 <= number <= experts:
             raise BadPlan("cannot keep this number of experts", object="keep", found=n, expected=f"1..{experts}")
         if number % step:
             why = f"{step} groups" if self._model.groups > 1 else f"chunks of {step} experts"
@@ -203,7 +202,7 @@ class Ranking:
                     found=n,
                     expected=f"{len(ids)}, as named for layer {layer}",
                 )
-        return Keep(kept, self.metric, scores=self.scores, seen=self.seen)
+        return Keep(kept, self.metric, scores=self.scores, seen=self.seen, mtp=self.mtp)
 
     def to_json(self) -> str:
         """Text that `rank(model, by=FILE)` accepts."""

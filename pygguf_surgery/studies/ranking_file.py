@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
-import operator
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ..architecture.experts import Layout
+from ..base.checks import as_whole_number
 from ..base.codec import loads
 from ..base.errors import BadPlan
 from ..plan_data.choices import expert_ids
@@ -86,11 +86,8 @@ def _per_layer(kind: str, layers: Any, found: Layout, path: str | None, form: st
 
 
 def _layer(key: Any, kind: str, found: Layout, path: str | None) -> int:
-    try:
-        layer = int(key) if isinstance(key, str) and key.isdecimal() and str(int(key)) == key else operator.index(key)
-    except TypeError:
-        layer = -1
-    if isinstance(key, bool) or layer not in found.layers:
+    layer = int(key) if isinstance(key, str) and key.isdecimal() and str(int(key)) == key else as_whole_number(key)
+    if layer is None or layer not in found.layers:
         raise BadPlan(
             "no layer with experts",
             path=path,

@@ -19,7 +19,7 @@ from ..base.units import MEMORY, human, parse_memory, parse_threads
 from ..files import stats as stats_file
 from ..files.model import Model, Tensor
 from ..files.stats import Stats
-from ..plan_data.choices import Groups
+from ..plan_data.choices import Groups, parse_mtp
 from ..plan_data.expressions import Group
 from . import metrics
 from .ranking import Ranking, best_first
@@ -66,8 +66,7 @@ def group(
         raise Unsupported("experts that share chunk experts cannot be merged", object=model.architecture)
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise BadPlan("not a number of members", object="group_size", found=repr(group_size), expected="at least 1")
-    if mtp not in ("keep", "drop"):
-        raise BadPlan("no such choice", object="mtp", found=repr(mtp), expected='"keep" or "drop"')
+    parse_mtp(mtp)
     _assignment()
     layers = [layer for layer in found.layers if mtp == "keep" or layer not in found.mtp]
     if weights_only and stats is not None:
@@ -102,7 +101,7 @@ def group(
     if blind and not weights_only:
         names = ", ".join(f"blk.{layer}" for layer in blind)
         notes.append(f"{names} (MTP): from the weights alone, as calibration does not run MTP layers")
-    return Groups(groups, name, notes)
+    return Groups(groups, name, notes, mtp)
 
 
 def _checked(model: Model, found: Layout, stats: str | os.PathLike[str] | Stats | None, by: str) -> Stats:

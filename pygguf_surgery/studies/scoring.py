@@ -17,7 +17,7 @@ from ..files import stats as stats_file
 from ..files.imatrix import Imatrix
 from ..files.model import Model
 from ..files.stats import Stats
-from ..plan_data.choices import Seen
+from ..plan_data.choices import Seen, parse_mtp
 from . import metrics
 from .ranking import Ranking
 from .ranking_file import from_file, given
@@ -51,8 +51,7 @@ def rank(
     found = layout(model.architecture, model.tensors, model.metadata.get)
     if not found.layers:
         raise BadPlan("the model has no experts", path=model.path, object=model.architecture or None)
-    if mtp not in ("keep", "drop"):
-        raise BadPlan("no such choice", object="mtp", found=repr(mtp), expected='"keep" or "drop"')
+    parse_mtp(mtp)
     for name, tensor in model.tensors.items():
         if error := check_shape(name, tensor.shape, found):
             raise error
@@ -62,7 +61,7 @@ def rank(
         stats = stats if isinstance(stats, Stats) else stats_file.open_stats(stats)
         metrics.check_stats(stats, model, found)
     if isinstance(by, Mapping):
-        return _with_stats(given(by, "dict", found, by_token, None), stats)
+        return _finished(given(by, "dict", found, by_token, None), stats, mtp)
     if isinstance(by, str) and by in metrics.METRICS:
         layers = [layer for layer in found.layers if mtp == "keep" or layer not in found.mtp]
         opened = _open_imatrix(imatrix)
@@ -78,11 +77,11 @@ def rank(
             unseen = {layer: tuple((s == 0).nonzero()[0].tolist()) for layer, s in scores.items()}
             seen = Seen({layer: ids for layer, ids in unseen.items() if ids}, None, tuple(notes))
         used = most_used(model.architecture, model.metadata.get)
-        return _with_stats(Ranking(by, found, scores=scores, tables=by_token, seen=seen, used=used), stats)
+        return _finished(Ranking(by, found, scores=scores, tables=by_token, seen=seen, used=used), stats, mtp)
     if isinstance(by, os.PathLike) or (
         isinstance(by, str) and (by.endswith(".json") or os.path.basename(by) != by or os.path.isfile(by))
     ):
-        return _with_stats(from_file(os.fspath(by), found, by_token), stats)
+        return _finished(from_file(os.fspath(by), found, by_token), stats, mtp)
     near = nearest(by, metrics.METRICS) if isinstance(by, str) else ()
     raise BadPlan(
         "unknown metric",
@@ -93,8 +92,9 @@ def rank(
     )
 
 
-def _with_stats(ranking: Ranking, stats: Stats | None) -> Ranking:
-    """What the statistics say beside the scores, whoever gave those."""
+def _finished(ranking: Ranking, stats: Stats | None, mtp: str) -> Ranking:
+    """With what the statistics say beside the scores, whoever gave those, and what becomes of the MTP layers."""
+    ranking.mtp = mtp
     if stats is not None:
         ranking.seen = Seen(
             {layer: tuple(ids) for layer, ids in stats.unseen().items()},

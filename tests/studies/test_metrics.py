@@ -136,6 +136,22 @@ def test_mtp_blocks_are_scored_by_aimer(tmp_path):
         assert not pgs.Plan(model).keep_experts(dropped, mtp="drop").check().blockers
 
 
+@pytest.mark.parametrize("by", ["router-norm", {"kept": {layer: [0, 1, 2, 3] for layer in range(4)}}])
+def test_a_choice_carries_what_becomes_of_mtp_layers(tmp_path, by):
+    with pgs.open(moe_models.qwen3next(tmp_path / "mtp.gguf", mtp=True)) as model:
+        keep = pgs.experts.rank(model, by, mtp="drop").keep(4)
+        plan = pgs.Plan(model).keep_experts(keep)
+        assert keep.mtp == "drop" and plan == pgs.Plan(model).keep_experts(keep, mtp="drop")
+        assert not plan.check().blockers and not any(t.name.startswith("blk.4.") for t in plan.check().tensors)
+        assert "no experts named" in str(pgs.Plan(model).keep_experts(keep, mtp="keep").check().blockers[0])
+        assert pgs.Plan(model).keep_experts(dict(keep)) == pgs.Plan(model).keep_experts(dict(keep), mtp="keep")
+        groups = pgs.experts.group(model, 12, weights_only=True, mtp="drop")
+        assert not pgs.Plan(model).merge_experts(groups).check().blockers and groups.mtp == "drop"
+        for bad in (lambda: pgs.experts.rank(model, mtp="cut"), lambda: pgs.Plan(model).keep_experts(keep, mtp=False)):
+            with pytest.raises(pgs.BadPlan, match='mtp: unknown choice .*expected "keep" or "drop"'):
+                bad()
+
+
 # --- the registry ----------------------------------------------------------------------------------------------------
 
 
