@@ -1,4 +1,5 @@
 """What an argument must be."""
+
 import numpy as np
 import pytest
 
@@ -6,9 +7,22 @@ from pygguf_surgery import BadPlan
 from pygguf_surgery.base.checks import as_whole_number, choice, whole_number
 
 
-@pytest.mark.parametrize("x, number", [
-    (0, 0), (-7, -7), (2**80, 2**80), (np.uint8(3), 3), (True, None), (np.bool_(True), None), (1.0, None), ("1", None),
-    (None, None), ([1], None), (np.array([1, 2]), None)])
+@pytest.mark.parametrize(
+    "x, number",
+    [
+        (0, 0),
+        (-7, -7),
+        (2**80, 2**80),
+        (np.uint8(3), 3),
+        (True, None),
+        (np.bool_(True), None),
+        (1.0, None),
+        ("1", None),
+        (None, None),
+        ([1], None),
+        (np.array([1, 2]), None),
+    ],
+)
 def test_whole_numbers(x, number):
     assert as_whole_number(x) == number
     if number is None:

@@ -148,7 +148,7 @@ def test_a_choice_carries_what_becomes_of_mtp_layers(tmp_path, by):
         groups = pgs.experts.group(model, 12, weights_only=True, mtp="drop")
         assert not pgs.Plan(model).merge_experts(groups).check().blockers and groups.mtp == "drop"
         for bad in (lambda: pgs.experts.rank(model, mtp="cut"), lambda: pgs.Plan(model).keep_experts(keep, mtp=False)):
-            with pytest.raises(pgs.BadPlan, match='mtp: unknown choice .*expected "keep" or "drop"'):
+            with pytest.raises(pgs.BadPlan, match=r'mtp: unknown choice .*expected "keep" or "drop"'):
                 bad()
 
 
