@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pygguf_surgery import BadPlan
 from pygguf_surgery.base.codec import decoder, encode, loads
+from support.strategies import ANY_BYTES, FINITE, json_values
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,15 @@ def test_whole_numbers_are_floats_too():
     assert tree.layers == {-1: (1.0, 2.0**80)} and {type(x) for x in (tree.share, *tree.layers[-1])} == {float}
 
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.binary().map(
-    lambda raw: raw.decode("utf-8", "surrogateescape")  # as Python has names of files
-)
-FLOATS = st.floats(allow_nan=False, allow_infinity=False)
-LEAVES = st.builds(Leaf, TEXT, st.lists(st.tuples(TEXT, st.integers()), max_size=3).map(tuple))
+LEAVES = st.builds(Leaf, ANY_BYTES, st.lists(st.tuples(ANY_BYTES, st.integers()), max_size=3).map(tuple))
 TREES = st.builds(
     Tree,
     st.integers(),
-    FLOATS,
+    FINITE,
     st.booleans(),
     LEAVES,
-    st.dictionaries(st.integers(-(10**40), 10**40), st.lists(FLOATS, max_size=3).map(tuple), max_size=3),
-    st.dictionaries(TEXT, TEXT, max_size=3),
+    st.dictionaries(st.integers(-(10**40), 10**40), st.lists(FINITE, max_size=3).map(tuple), max_size=3),
+    st.dictionaries(ANY_BYTES, ANY_BYTES, max_size=3),
     st.none() | LEAVES,
     st.none() | st.integers(),
     st.binary(),
@@ -167,16 +164,7 @@ def test_text_that_is_not_json(text, problem):
     assert str(error.value).startswith(problem)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4) | st.sampled_from(list(FULL)), inner)
-    ),
-    max_leaves=12,
-)
-
-
-@given(JSON)
+@given(json_values(keys=st.text(max_size=4) | st.sampled_from(list(FULL)), max_leaves=12))
 def test_any_json_is_read_or_refused(data):
     try:
         tree = decode(data)
@@ -185,7 +173,7 @@ def test_any_json_is_read_or_refused(data):
     assert decode(to_json(tree)) == tree
 
 
-@given(st.text() | JSON.map(json.dumps))
+@given(st.text() | json_values().map(json.dumps))
 def test_any_text_is_read_or_refused(text):
     try:
         loads(text)

@@ -22,7 +22,7 @@ from support import moe_models
 from support.gguf_bytes import gguf as hand_made
 from support.gguf_bytes import info, kv
 from support.gguf_files import make_gguf, read_gguf
-from support.strategies import values
+from support.strategies import small_models, values
 
 T = gguf.GGUFValueType
 Q = gguf.GGMLQuantizationType
@@ -535,7 +535,6 @@ def test_the_stated_peak_is_within_the_promise(model, memory, threads):
 
 # --- law 2: the engine is what a slow oracle makes ------------------------------------------------------------------
 
-SOURCE_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "MXFP4", "Q4_K", "Q6_K"]
 TARGETS = [
     ("MXFP4_MOE", False),
     ("Q8_0", False),
@@ -550,31 +549,6 @@ TARGETS = [
     ("TQ2_0", True),
     ("Q2_0", True),
 ]
-
-
-@st.composite
-def small_models(draw):
-    """(tensors for make_gguf, experts, layers): a MoE with any types, and rows that some blocks do not divide."""
-    experts, layers = draw(st.integers(2, 9)), draw(st.integers(1, 2))
-    columns = draw(st.sampled_from([32, 64, 96, 256]))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-
-    def tensor(*shape, any_type=True):
-        x = rng.standard_normal(shape, dtype=np.float32)
-        type = draw(st.sampled_from(SOURCE_TYPES)) if any_type else "F32"
-        if type == "F32" or (columns % 256 and type in ("Q4_K", "Q6_K")):
-            return x
-        return pgs.quantize(x, type), Q[type]
-
-    tensors = {"token_embd.weight": tensor(5, columns), "output_norm.weight": tensor(columns, any_type=False)}
-    for i in range(layers):
-        tensors[f"blk.{i}.attn_q.weight"] = tensor(3, columns)
-        tensors[f"blk.{i}.ffn_gate_inp.weight"] = tensor(experts, columns, any_type=False)
-        tensors[f"blk.{i}.ffn_gate_inp.bias"] = tensor(experts, any_type=False)
-        for part in ("gate", "up", "down"):
-            tensors[f"blk.{i}.ffn_{part}_exps.weight"] = tensor(experts, draw(st.integers(1, 3)), columns)
-        tensors[f"blk.{i}.ffn_down_exps.bias"] = tensor(experts, 3, any_type=False)
-    return tensors, experts, layers
 
 
 def decoded(data, type):

@@ -31,7 +31,7 @@ from pygguf_surgery.plan_data.edits import (
 )
 from pygguf_surgery.plan_data.expressions import Copy, Group, Merge, Remap, Repaired, Stack, Take
 from support.json_schema import FOLDER, derived, text_of
-from support.strategies import python_values
+from support.strategies import EDIT, PLAN, json_values
 
 WRITTEN = Path(__file__).parents[1] / "data" / "plans-0.1.0"  # old-*: by versions before, with fewer keys
 SCHEMA = Draft202012Validator(derived()["plan"])
@@ -140,58 +140,6 @@ def test_plans_of_0_1_0_load_unchanged(name):
 
 
 # --- there and back ---------------------------------------------------------------------------------------------------
-
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-PATHS = st.binary(max_size=12).map(os.fsdecode) | TEXT
-FLOATS = st.floats(allow_nan=False, allow_infinity=False)
-IDS = st.lists(st.integers(-1, 600), max_size=4).map(tuple)
-MTP = st.sampled_from(["keep", "drop"])
-GROUP = st.builds(
-    Group, IDS, st.lists(FLOATS, max_size=3).map(tuple), st.lists(st.binary(max_size=9), max_size=3).map(tuple)
-)
-METADATA = python_values(nan=True, max_size=3).map(lambda case: Value(case[1], case[0])) | st.binary(
-    min_size=4, max_size=4
-).map(lambda raw: Value.from_raw("f32", raw))  # every NaN
-
-
-def layers(of):
-    return st.dictionaries(st.integers(-2, 200), of, max_size=3)
-
-
-def tuples(of):
-    return st.lists(of, max_size=3).map(tuple)
-
-
-EDIT = {
-    KeepExperts: st.builds(
-        KeepExperts,
-        layers(IDS),
-        TEXT,
-        MTP,
-        layers(IDS),
-        layers(tuples(FLOATS)),
-        st.none() | st.builds(UseRepair, PATHS, TEXT),
-    ),
-    MergeExperts: st.builds(MergeExperts, layers(tuples(GROUP)), TEXT, MTP),
-    SetMetadata: st.builds(SetMetadata, tuples(st.tuples(TEXT, METADATA))),
-    RemoveMetadata: st.builds(RemoveMetadata, tuples(TEXT)),
-    PruneLayers: st.builds(PruneLayers, IDS),
-    Quantize: st.builds(
-        Quantize,
-        TEXT,
-        st.booleans(),
-        tuples(st.tuples(TEXT, TEXT)),
-        st.booleans(),
-        st.none() | TEXT,
-        st.none() | TEXT,
-        st.booleans(),
-        st.none() | st.builds(UseImatrix, PATHS, TEXT, TEXT, tuples(TEXT), tuples(TEXT)),
-        st.none() | st.integers(),
-        TEXT,
-    ),
-    Split: st.builds(Split, st.none() | st.integers(), st.none() | st.integers(), st.booleans(), st.booleans()),
-}
-PLAN = st.builds(PlanData, PATHS, TEXT, tuples(st.one_of(*EDIT.values())))
 
 
 def test_every_edit_is_drawn():
@@ -345,13 +293,6 @@ def test_the_frame_of_a_plan(data, path):
     assert error.value.object == path and list(SCHEMA.iter_errors(data))
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
-    max_leaves=8,
-)
-
-
 def places(data, here=()):
     """The paths of all that is in JSON."""
     yield here
@@ -370,7 +311,7 @@ def test_a_plan_with_something_else_in_one_place(name, data):
     if isinstance(inside, dict) and data.draw(st.booleans()):
         inside[data.draw(st.text(max_size=4))] = inside.pop(last)
     else:
-        inside[last] = data.draw(JSON)
+        inside[last] = data.draw(json_values())
     try:
         plan = plan_from_json(copy.deepcopy(changed))
     except BadPlan:
@@ -379,7 +320,7 @@ def test_a_plan_with_something_else_in_one_place(name, data):
     assert not list(SCHEMA.iter_errors(changed))
 
 
-@given(JSON)
+@given(json_values())
 def test_any_json_is_refused(data):
     with pytest.raises(BadPlan):
         plan_from_json(data)

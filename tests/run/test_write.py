@@ -19,6 +19,7 @@ from support import moe_models
 from support.gguf_bytes import gguf as hand_made
 from support.gguf_bytes import info, kv
 from support.gguf_files import make_gguf, read_gguf
+from support.strategies import contents_of_files
 
 T = gguf.GGUFValueType
 Q = gguf.GGMLQuantizationType
@@ -37,28 +38,7 @@ def model(folder):
 # --- law 1 ----------------------------------------------------------------------------------------------------------
 
 
-@st.composite
-def files(draw):
-    """(metadata, tensors, alignment) for make_gguf."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    tensors = {}
-    for i in range(draw(st.integers(0, 6))):
-        shape = [*draw(st.lists(st.integers(1, 3), max_size=3)), draw(st.sampled_from([1, 5, 32, 64]))]
-        x = rng.standard_normal(shape, dtype=np.float32)
-        if shape[-1] % 32 == 0 and draw(st.booleans()):
-            type = draw(st.sampled_from([Q.Q8_0, Q.Q4_0, Q.MXFP4, Q.BF16]))
-            x = (gguf.quants.quantize(x, type), type)
-        tensors[f"blk.{i}.x.weight"] = x
-    metadata = {
-        "general.name": (draw(st.text()), T.STRING),
-        "a.i32": (draw(st.integers(-(2**31), 2**31 - 1)), T.INT32),
-        "a.u8s": (draw(st.lists(st.integers(0, 255), min_size=1)), T.ARRAY, T.UINT8),
-        "a.strings": (draw(st.lists(st.text(), min_size=1)), T.ARRAY, T.STRING),
-    }
-    return metadata, tensors, draw(st.sampled_from([None, 32, 64, 256]))
-
-
-@given(files())
+@given(contents_of_files())
 def test_law_1_an_untouched_plan_changes_nothing(folder, parts):
     metadata, tensors, alignment = parts
     path, out = folder / "law1.gguf", folder / "law1-out.gguf"

@@ -1,4 +1,5 @@
-"""What hypothesis draws: values and headers of GGUF files, importance matrices, numbers to encode, choices of types.
+"""What hypothesis draws: values and headers of GGUF files, importance matrices, numbers to encode, choices of types,
+whole files and models, plans, JSON.
 
 A law that holds only away from rounding, overflow or subnormal numbers has a strategy that stays away from them, and
 says so.
@@ -7,12 +8,28 @@ says so.
 from __future__ import annotations
 
 import itertools
+import os
 
+import gguf
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import pygguf_surgery as pgs
 from pygguf_surgery._core import TensorInfo, Value, types
+from pygguf_surgery.plan_data.edits import (
+    KeepExperts,
+    MergeExperts,
+    PlanData,
+    PruneLayers,
+    Quantize,
+    RemoveMetadata,
+    SetMetadata,
+    Split,
+    UseImatrix,
+    UseRepair,
+)
+from pygguf_surgery.plan_data.expressions import Group
 
 # --- GGUF: metadata and tensors ---------------------------------------------------------------------------------------
 
@@ -149,3 +166,119 @@ def ladders(draw):
     costs = list(itertools.accumulate(widths, initial=draw(st.integers(0, 5))))
     errors = [total - x for x in itertools.accumulate((g * w for g, w in zip(gains, widths, strict=True)), initial=0)]
     return costs, [float(e) for e in errors]
+
+
+# --- files and models as make_gguf takes them -------------------------------------------------------------------------
+
+Q, T = gguf.GGMLQuantizationType, gguf.GGUFValueType
+SOURCE_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "MXFP4", "Q4_K", "Q6_K"]
+
+
+@st.composite
+def contents_of_files(draw):
+    """(metadata, tensors, alignment) for make_gguf."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    tensors = {}
+    for i in range(draw(st.integers(0, 6))):
+        shape = [*draw(st.lists(st.integers(1, 3), max_size=3)), draw(st.sampled_from([1, 5, 32, 64]))]
+        x = rng.standard_normal(shape, dtype=np.float32)
+        if shape[-1] % 32 == 0 and draw(st.booleans()):
+            type = draw(st.sampled_from([Q.Q8_0, Q.Q4_0, Q.MXFP4, Q.BF16]))
+            x = (gguf.quants.quantize(x, type), type)
+        tensors[f"blk.{i}.x.weight"] = x
+    metadata = {
+        "general.name": (draw(st.text()), T.STRING),
+        "a.i32": (draw(st.integers(-(2**31), 2**31 - 1)), T.INT32),
+        "a.u8s": (draw(st.lists(st.integers(0, 255), min_size=1)), T.ARRAY, T.UINT8),
+        "a.strings": (draw(st.lists(st.text(), min_size=1)), T.ARRAY, T.STRING),
+    }
+    return metadata, tensors, draw(st.sampled_from([None, 32, 64, 256]))
+
+
+@st.composite
+def small_models(draw):
+    """(tensors for make_gguf, experts, layers): a MoE with any types, and rows that some blocks do not divide."""
+    experts, layers = draw(st.integers(2, 9)), draw(st.integers(1, 2))
+    columns = draw(st.sampled_from([32, 64, 96, 256]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+
+    def tensor(*shape, any_type=True):
+        x = rng.standard_normal(shape, dtype=np.float32)
+        type = draw(st.sampled_from(SOURCE_TYPES)) if any_type else "F32"
+        if type == "F32" or (columns % 256 and type in ("Q4_K", "Q6_K")):
+            return x
+        return pgs.quantize(x, type), Q[type]
+
+    tensors = {"token_embd.weight": tensor(5, columns), "output_norm.weight": tensor(columns, any_type=False)}
+    for i in range(layers):
+        tensors[f"blk.{i}.attn_q.weight"] = tensor(3, columns)
+        tensors[f"blk.{i}.ffn_gate_inp.weight"] = tensor(experts, columns, any_type=False)
+        tensors[f"blk.{i}.ffn_gate_inp.bias"] = tensor(experts, any_type=False)
+        for part in ("gate", "up", "down"):
+            tensors[f"blk.{i}.ffn_{part}_exps.weight"] = tensor(experts, draw(st.integers(1, 3)), columns)
+        tensors[f"blk.{i}.ffn_down_exps.bias"] = tensor(experts, 3, any_type=False)
+    return tensors, experts, layers
+
+
+# --- plans and JSON ---------------------------------------------------------------------------------------------------
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+SHORT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+PATHS = st.binary(max_size=12).map(os.fsdecode) | SHORT
+IDS = st.lists(st.integers(-1, 600), max_size=4).map(tuple)
+MTP = st.sampled_from(["keep", "drop"])
+GROUP = st.builds(
+    Group, IDS, st.lists(FINITE, max_size=3).map(tuple), st.lists(st.binary(max_size=9), max_size=3).map(tuple)
+)
+EVERY_F32 = st.binary(min_size=4, max_size=4).map(lambda raw: Value.from_raw("f32", raw))  # every NaN too
+METADATA = python_values(nan=True, max_size=3).map(lambda case: Value(case[1], case[0])) | EVERY_F32
+
+
+def layers(of):
+    return st.dictionaries(st.integers(-2, 200), of, max_size=3)
+
+
+def tuples(of):
+    return st.lists(of, max_size=3).map(tuple)
+
+
+EDIT = {
+    KeepExperts: st.builds(
+        KeepExperts,
+        layers(IDS),
+        SHORT,
+        MTP,
+        layers(IDS),
+        layers(tuples(FINITE)),
+        st.none() | st.builds(UseRepair, PATHS, SHORT),
+    ),
+    MergeExperts: st.builds(MergeExperts, layers(tuples(GROUP)), SHORT, MTP),
+    SetMetadata: st.builds(SetMetadata, tuples(st.tuples(SHORT, METADATA))),
+    RemoveMetadata: st.builds(RemoveMetadata, tuples(SHORT)),
+    PruneLayers: st.builds(PruneLayers, IDS),
+    Quantize: st.builds(
+        Quantize,
+        SHORT,
+        st.booleans(),
+        tuples(st.tuples(SHORT, SHORT)),
+        st.booleans(),
+        st.none() | SHORT,
+        st.none() | SHORT,
+        st.booleans(),
+        st.none() | st.builds(UseImatrix, PATHS, SHORT, SHORT, tuples(SHORT), tuples(SHORT)),
+        st.none() | st.integers(),
+        SHORT,
+    ),
+    Split: st.builds(Split, st.none() | st.integers(), st.none() | st.integers(), st.booleans(), st.booleans()),
+}
+PLAN = st.builds(PlanData, PATHS, SHORT, tuples(st.one_of(*EDIT.values())))
+
+
+def json_values(*, keys=None, max_leaves=8):
+    """Whatever json.loads may give, and NaN and infinities."""
+    keys = st.text(max_size=4) if keys is None else keys
+    return st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4),
+        max_leaves=max_leaves,
+    )
