@@ -16,6 +16,7 @@ from pygguf_surgery.plan_data.expressions import Group
 from pygguf_surgery.reports.verification import verify
 from pygguf_surgery.studies import ream
 from support import moe_models
+from support.definitions import merged
 from support.gguf_files import make_gguf, read_gguf
 from support.imatrices import imatrix_of
 from support.places import SHARED
@@ -51,26 +52,6 @@ def some_groups(rng, experts, n, neurons, layers=(0, 1)):
     return out
 
 
-def oracle(values, groups, axis):
-    """The definition: c + sum w (x - c) over the members, in float32, one after the other."""
-    out = []
-    for group in groups:
-        total = centroid = None
-        for member, weight, order in zip(group.members, group.weights, group.orders, strict=True):
-            x = values[member]
-            if order:
-                p = np.frombuffer(order, "<u2").astype(np.int64)
-                if "half" in axis:
-                    p = np.concatenate([p, p + len(p)])
-                x = x[..., p] if axis.endswith("columns") else x[p] if axis.endswith("rows") else x
-            if total is None:
-                total = centroid = x
-            else:
-                total = total + np.float32(weight) * (x - centroid)
-        out.append(total)
-    return np.stack(out).astype(np.float32)
-
-
 AXES = {"gate": "rows", "up": "rows", "gate_up": "half rows", "down": "columns"}
 BIAS_AXES = {"gate": "columns", "up": "columns", "gate_up": "half columns", "down": "none"}
 
@@ -92,8 +73,8 @@ def check_output(source, out, groups, type=None):
                     continue
                 part = parts[2].removeprefix("ffn_").removesuffix("_exps")
                 axis = (AXES if parts[3] == "weight" else BIAS_AXES)[part]
-                merged = oracle(tensor.dequantize(), some, axis)
-                expected = pgs.quantize(merged, made.type).reshape(len(some), -1)
+                slices = merged(tensor.dequantize(), some, axis)
+                expected = pgs.quantize(slices, made.type).reshape(len(some), -1)
                 assert type is None or made.type == type or parts[3] == "bias"
                 found = made.bytes().reshape(len(some), -1)
                 if made.type == tensor.type:  # experts alone are copies
@@ -527,7 +508,7 @@ def test_the_importance_matrix_is_merged_too(tmp_path):
         with pgs.open(tmp_path / "out.gguf") as out:
             for name, (sums, counts) in entries.items():
                 layer, part = int(name.split(".")[1]), name.split("_")[1]
-                merged = oracle(model.tensors[name].dequantize(), groups[layer], AXES[part])
+                slices = merged(model.tensors[name].dequantize(), groups[layer], AXES[part])
                 weights = []
                 for g in groups[layer]:
                     total, tokens = np.zeros(32, np.float32), 0.0
@@ -537,7 +518,7 @@ def test_the_importance_matrix_is_merged_too(tmp_path):
                         tokens += counts[e]
                     weights.append(total / np.float32(tokens) if tokens else np.ones(32, np.float32))
                 assert out.tensors[name].type == "Q4_1"
-                expected = pgs.quantize(merged, "Q4_1", imatrix=np.stack(weights))
+                expected = pgs.quantize(slices, "Q4_1", imatrix=np.stack(weights))
                 np.testing.assert_array_equal(out.tensors[name].bytes(), expected.ravel(), err_msg=name)
 
 
@@ -562,8 +543,8 @@ def test_a_type_that_needs_importance_is_a_blocker_where_it_is_encoded_again(tmp
         plan.quantize("COPY", imatrix=matrix, allow_requantize=True).write(tmp_path / "merged.gguf")
         with pgs.open(tmp_path / "merged.gguf") as out:
             tensor, made = model.tensors["blk.0.ffn_up_exps.weight"], out.tensors["blk.0.ffn_up_exps.weight"]
-            merged = oracle(tensor.dequantize(), groups[0], "rows")[:1]
-            expected = pgs.quantize(merged, "IQ2_XS", imatrix=np.ones(256, np.float32)).ravel()
+            slices = merged(tensor.dequantize(), groups[0], "rows")[:1]
+            expected = pgs.quantize(slices, "IQ2_XS", imatrix=np.ones(256, np.float32)).ravel()
             np.testing.assert_array_equal(made.bytes()[: len(expected)], expected)
             np.testing.assert_array_equal(made.bytes()[len(expected) :], tensor.bytes()[2 * len(expected) :])
         pgs.Plan(model).merge_experts(groups).quantize("Q8_0", allow_requantize=True).write(tmp_path / "q8.gguf")

@@ -29,7 +29,7 @@ from pygguf_surgery.plan_data.edits import (
     UseImatrix,
     UseRepair,
 )
-from pygguf_surgery.plan_data.expressions import Group
+from pygguf_surgery.plan_data.expressions import Copy, Group, Merge, Remap, Repaired, Stack, Take
 
 # --- GGUF: metadata and tensors ---------------------------------------------------------------------------------------
 
@@ -282,3 +282,54 @@ def json_values(*, keys=None, max_leaves=8):
         lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4),
         max_leaves=max_leaves,
     )
+
+
+# --- expressions over small arrays ------------------------------------------------------------------------------------
+
+SLICES, NEURONS = 6, 4  # of the tensors "a", "b" and "c", whose slices have as many rows and twice as many columns
+NAMES = st.sampled_from(["a", "b", "c"])
+NUMBERS_OF_SLICES = st.lists(st.integers(0, SLICES - 1), min_size=1, max_size=8)
+
+
+def ids_of_slices(count, *, pads=True):
+    """Of `count` slices some, in any order and more than once, then pads."""
+    real = st.lists(st.integers(0, count - 1), min_size=1, max_size=8)
+    return st.builds(lambda ids, pads: (*ids, *[None] * pads), real, st.integers(0, 2 if pads else 0))
+
+
+@st.composite
+def remaps(draw):
+    """Of the tensor "ids": its rows are two different ids below SLICES. Two or more of them stay."""
+    kept = draw(st.permutations(range(SLICES)))[: draw(st.integers(2, SLICES))]
+    table = tuple(kept.index(i) if i in kept else None for i in range(SLICES))
+    return Remap("ids", table, tuple(draw(st.permutations(range(len(kept))))))
+
+
+@st.composite
+def repairs(draw):
+    rows = draw(NUMBERS_OF_SLICES)
+    return Repaired(draw(NAMES), tuple(rows), tuple(draw(st.permutations(rows))))
+
+
+@st.composite
+def merges(draw):
+    axis = draw(st.sampled_from(["rows", "half rows", "columns", "half columns", "none"]))
+    neurons = (NEURONS if "rows" in axis else 2 * NEURONS) // (2 if "half" in axis else 1)
+    order = st.permutations(range(neurons)).map(lambda p: np.asarray(p, "<u2").tobytes())
+    left, groups = list(draw(st.permutations(range(SLICES)))), []
+    while left:
+        members, left = left[: (n := draw(st.integers(1, 3)))], left[n:]
+        shares = draw(st.lists(st.integers(1, 9), min_size=len(members), max_size=len(members)))
+        orders = (b"", *(draw(st.just(b"") | order) if axis != "none" else b"" for _ in members[1:]))
+        groups.append(Group(tuple(members), tuple(x / sum(shares) for x in shares), orders))
+    return Merge(draw(NAMES), tuple(groups), axis)
+
+
+EXPRESSION = {
+    Copy: st.builds(Copy, st.sampled_from(["a", "vector", "ids"])),
+    Take: st.builds(Take, NAMES | st.just("vector"), ids_of_slices(SLICES), st.sampled_from([0.0, -1e30])),
+    Stack: st.builds(Stack, st.lists(NAMES, min_size=1, max_size=5).map(tuple)),
+    Remap: remaps(),
+    Repaired: repairs(),
+    Merge: merges(),
+}
