@@ -10,7 +10,7 @@ from .words import either
 
 
 def as_whole_number(x: object) -> int | None:
-    """x as an int, if it is a whole number of any kind, numpy's too; a truth value is none."""
+    """x as an int, if it is a whole number of any kind, numpy's too; None for anything else, truth values among it."""
     if isinstance(x, bool):
         return None
     try:

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = make_parser(PROGRAM, argv).parse_args(options_first(argv))
     except SystemExit as stop:  # argparse has printed help or what is wrong
         return int(stop.code or 0)
-    if hasattr(sys.stdout, "reconfigure"):  # a value that the terminal's encoding lacks is no reason to stop
+    if hasattr(sys.stdout, "reconfigure"):  # a character that the terminal's encoding lacks must not stop us
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _run(args)

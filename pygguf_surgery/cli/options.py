@@ -39,12 +39,12 @@ CHOICE: Options = KEEP | BY | STATS | {
                             "their score"),
 }
 MTP: Options = {
-    "--mtp": dict(choices=("keep", "drop"), default="keep", help="multi-token prediction blocks: cut them with the "
+    "--mtp": dict(choices=("keep", "drop"), default="keep", help="multi-token prediction layers: cut them with the "
                   "rest (keep, the default) or remove them (drop)"),
 }
 LAYERS: Options = {
     "--prune-layers": dict(type=numbers, metavar="L0,L1,...",
-                           help="drop these blocks; unlike in llama-quantize everything that counts blocks follows, "
+                           help="drop these layers; unlike in llama-quantize everything that counts layers follows, "
                            "and what cannot is refused"),
 }
 TYPE: Options = {

@@ -121,7 +121,7 @@ def parse_mtp(mtp: str) -> str:
 
 def plain_ids(layer: object, values: object) -> tuple[int, ...]:
     """Ids of experts as a user names them, ascending, where it is not known yet how many experts there are. BadPlan for
-    what is no list of whole numbers, or has one twice."""
+    what is not a list of whole numbers, and for an id twice."""
     where = f"layer {layer}"
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise BadPlan("not a list of expert ids", object=where, found=repr(values)[:80])

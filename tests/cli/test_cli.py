@@ -275,15 +275,33 @@ def test_no_name_in_a_file_commands_the_terminal(run, tmp_path):
     assert r"name          a\x1b[2J\x07\nb" in run("info", path)[1]
 
 
-def test_info_does_not_load_numpy(model):
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["--version"], ["info", "--help"]])
+def test_what_only_reads_headers_does_not_load_numpy(model, arguments):
     script = (
-        "import sys; from pygguf_surgery.cli import main; code = main(['info', sys.argv[1]]);"
-        "sys.exit(code or 'numpy' in sys.modules or 'gguf' in sys.modules)"
+        "import sys; from pygguf_surgery.cli import main; code = main(sys.argv[1:]);"
+        "heavy = {'numpy', 'gguf', 'pygguf_surgery.plan', 'pygguf_surgery.studies'} & set(sys.modules);"
+        "sys.exit(f'{code}: {heavy}' if code or heavy else 0)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, model], capture_output=True, text=True, cwd=os.path.dirname(model)
+        [sys.executable, "-c", script, *arguments, *[model] * (arguments[0] == "info")],
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(model),
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_info_closes_its_file(run, model, monkeypatch):
+    opened = []
+
+    def remember(path):
+        opened.append(open_model(path))
+        return opened[-1]
+
+    monkeypatch.setattr(commands.info, "open_model", remember)
+    assert run("info", model)[0] == 0
+    with pytest.raises(ValueError, match="closed"):
+        opened[0].sources[0].read(0, 4)
 
 
 # --- plan ----------------------------------------------------------------------------------------------------------

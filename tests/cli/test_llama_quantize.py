@@ -140,7 +140,7 @@ def test_help_says_what_differs(run):
             "an existing output needs --force",
             "one that matches nothing is an error",
             "for token_embd too",
-            "unlike in llama-quantize everything that counts blocks follows",
+            "unlike in llama-quantize everything that counts layers follows",
             "an existing key keeps its type",
             "where llama-quantize takes IQ2_XS",
         ):

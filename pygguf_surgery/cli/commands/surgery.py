@@ -113,8 +113,11 @@ def _place_quantize(args: Namespace) -> None:
 
 
 def _describe_or_write(args: Namespace) -> int:
+    from ...base.limits import Limits
     from ...base.progress import as_progress
+    from ...files.companions import Companions
     from ...files.open import open_model
+    from ...gate.check import check
     from ...run.writing import output_paths, write
 
     given = vars(args)
@@ -127,8 +130,8 @@ def _describe_or_write(args: Namespace) -> int:
     if not args.dry_run and not args.force and not shards:  # before the weights are read to choose
         refuse_existing([args.output])
     quiet = is_quiet(args)
-    with open_model(args.input) as model:
-        checked = make_plan(model, args).check(**limits(args))
+    with open_model(args.input) as model, Companions() as companions:
+        checked = check(model, make_plan(model, args).data, Limits.parse(**limits(args)), companions)
         if args.dry_run:
             if args.json:
                 words.print_json(checked.to_json(full=args.full))
@@ -142,7 +145,7 @@ def _describe_or_write(args: Namespace) -> int:
         if not args.force:
             refuse_existing(output_paths(checked, args.output))
         with as_progress(not quiet, "writing") as bar:
-            receipt = write(model, checked, args.output, overwrite=args.force, progress=bar)
+            receipt = write(model, checked, args.output, overwrite=args.force, progress=bar, companions=companions)
     if args.json:
         words.print_json(receipt.to_json())
     elif not quiet:
@@ -350,7 +353,7 @@ QUANTIZE = Positional("QUANTIZE", "arguments",
                       "as llama-quantize takes them: IN [OUT] TYPE [THREADS]. TYPE is a file type by name or "
                       "number, such as Q4_K_M, MXFP4_MOE or COPY; without OUT the output is ggml-model-TYPE.gguf "
                       "beside IN. Unlike llama-quantize an existing output needs --force, the output keeps the order "
-                      "of tensors and alignment, and an architecture that llama.cpp does not know is no error",
+                      "of tensors and alignment, and an architecture that llama.cpp does not know is not an error",
                       "+", "IN [OUT] TYPE [THREADS]")
 EXPERTS: Options = options.CHOICE | {
     "--budget": dict(choices=("layer", "global"), default="layer", help="keep N in each layer (the default), or N "
