@@ -195,7 +195,8 @@ def text_difference(place: str, old: str, new: str) -> Iterator[tuple[str, str]]
 
 def word_difference(place: str, old: str, new: str) -> Iterator[tuple[str, str]]:
     """Of a help text: every word of options and explanations must still be there, whatever the titles between them."""
-    if gone := Counter(reword(old).split()) - Counter(new.split()):
+    words = reword(" ".join(old.split())).split()  # on one line: where it breaks is no matter
+    if gone := Counter(words) - Counter(new.split()):
         yield place, f"gone: {' '.join([*gone][:20])}"
 
 
