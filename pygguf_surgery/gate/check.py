@@ -127,14 +127,9 @@ def _experts_and_layers(draft: Draft, work: _Work) -> Draft:
     first."""
     out = draft.copy()
     for edit in work.data.edits:
-        if isinstance(edit, KeepExperts):
-            after = keep_experts.apply(out, edit, work.context)
-        elif isinstance(edit, MergeExperts):
-            after = merge_experts.apply(out, edit, work.context)
-        elif isinstance(edit, PruneLayers):
-            after = prune_layers.apply(out, edit, work.context)
-        else:
+        if type(edit) not in CUTS:
             continue
+        after = CUTS[type(edit)](out, edit, work.context)
         out.tensors, out.metadata = after.tensors, after.metadata
         out.add(after)
     return out
@@ -195,6 +190,13 @@ def _loadable_keys(draft: Draft, work: _Work) -> Draft:
     ]
     return out
 
+
+# The edits of the pass "experts and layers".
+CUTS: Mapping[type[Edit], Callable[[Draft, Any, Context], Draft]] = {
+    KeepExperts: keep_experts.apply,
+    MergeExperts: merge_experts.apply,
+    PruneLayers: prune_layers.apply,
+}
 
 # In this order. A pass takes the draft so far and gives back the next one with the faults that it found.
 PASSES: tuple[tuple[str, Callable[[Draft, _Work], Draft]], ...] = (

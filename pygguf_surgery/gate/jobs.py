@@ -100,7 +100,7 @@ def _inputs(model: Model, checked: CheckedPlan, companions: Companions) -> Input
 def _job(tensor: OutputTensor, inputs: Inputs, offset: int, file: int) -> Job:
     source_type, target_type = tensor_type(tensor.source_type), tensor_type(tensor.type)
     row = tensor.shape[-1] if tensor.shape else 1
-    if len(tensor.shape) == 1 and isinstance(tensor.expression, Take):
+    if len(tensor.shape) == 1 and tensor.expression.slices is not None:
         if source_type.block != 1 or target_type.block != 1:
             raise Unsupported("a vector of blocks cannot be cut", object=tensor.name, found=tensor.source_type)
         row = 1  # runs are whole rows

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
 from pygguf_surgery import _core
 from pygguf_surgery.base import errors
+from support.places import ROOT
 
 TYPES = {t.name: t for t in _core.types()}
 ENCODED = [name for name, t in TYPES.items() if t.encodes and name != "F32"]
-DECODED = ["F16", "BF16", "Q8_0", "Q4_K", "Q6_K", "MXFP4"]
+# The types that kernels decode: those in the table that all sets are compiled from.
+_TABLE = (ROOT / "csrc" / "quant" / "lanes" / "set.cpp").read_text().replace("\\\n", " ")
+DECODED = re.findall(r"\bX\((\w+), \w+\)", re.search(r"#define PGS_DECODERS\(X\).*", _TABLE)[0])
 
 
 def available(name):
