@@ -7,9 +7,9 @@ import operator
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, cast
 
-from .._core import Header, Source, TensorInfo, Value
+from .._core import Source, TensorInfo, Value
 from .._core import dequantize as decode
 from ..base.errors import BadFile, BadPlan, Unsupported
 from ..base.runs import merge_adjacent
@@ -19,6 +19,22 @@ from ..quant.types import row_bytes, tensor_type, type_of_id
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+class FileHeader(Protocol):
+    """What the parser of a format gives of one file, as the core's Header. data_offset: bytes of the header; the
+    offsets of tensors count from there, and metadata and tensors are in the order of the file."""
+
+    @property
+    def alignment(self) -> int: ...
+    @property
+    def data_offset(self) -> int: ...
+    @property
+    def metadata(self) -> Sequence[tuple[str, Value]]: ...
+    @property
+    def tensors(self) -> Sequence[TensorInfo]: ...
+    @property
+    def warnings(self) -> Sequence[str]: ...
 
 
 class Metadata(Mapping[str, Any]):
@@ -159,7 +175,7 @@ class Tensor:
 class Model:
     """The headers of a model. It owns the open files; a context manager; may be shared by threads. Made by `open`."""
 
-    def __init__(self, sources: list[Source], headers: list[Header], *, metadata_only: bool = False):
+    def __init__(self, sources: list[Source], headers: Sequence[FileHeader], *, metadata_only: bool = False):
         self.sources = sources
         self.paths: list[str] = [source.path for source in sources]
         self.path: str = self.paths[0]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from .._core import Header, Source, Value, read_header
+from .._core import Source, Value, read_header
 from ..base.errors import BadFile
-from .model import Model, read_text
+from .model import FileHeader, Model, read_text
 from .shards import EXAMPLE, parse_shard, shard_names
 
 
@@ -18,7 +18,7 @@ def open_model(path: str | os.PathLike[str], *, strict: bool = False, metadata_o
     """
     opened: list[Source] = []
 
-    def read(shard: str) -> tuple[Source, Header]:
+    def read(shard: str) -> tuple[Source, FileHeader]:
         opened.append(Source(shard))
         return opened[-1], read_header(opened[-1], strict=strict, metadata_only=metadata_only)
 
@@ -86,7 +86,7 @@ def _shard_paths(path: str, count: int) -> list[str]:
     return paths
 
 
-def _check_shards(paths: list[str], headers: list[Header]) -> None:
+def _check_shards(paths: list[str], headers: list[FileHeader]) -> None:
     total = sum(len(header.tensors) for header in headers)
     architecture = None
     for number, (path, header) in enumerate(zip(paths, headers, strict=True)):
