@@ -70,11 +70,6 @@ TYPES: Options = {
                                    help="ggml type of token_embd.weight, before any override"),
     "--leave-output-tensor": dict(action="store_true", help="leave output.weight as it is"),
     "--allow-requantize": dict(action="store_true", help="let tensors that are quantized already be encoded again"),
-    "--quality": dict(choices=("default", "best"), help="best: encode MXFP4 with less error than llama-quantize, "
-                      "weighted by the importance matrix if there is one; default: llama-quantize's bytes"),
-    "--target-size": dict(metavar="SIZE", type=size, help="choose each tensor's type, within the "
-                          "family of TYPE, so that the output has at most this size, such as 22GB"),
-    "--target-bpw": dict(metavar="BITS", type=float, help="the same by bits per weight, such as 4.2"),
 }
 IMATRIX: Options = {
     "--imatrix": dict(metavar="FILE", type=not_empty,
@@ -91,6 +86,13 @@ IMPORTANCE: Options = IMATRIX | {
                               "repeated"),
     "--exclude-weights": dict(action="append", default=[], type=not_empty, metavar="NAME",
                               help="do not use it for tensors whose name contains this; may be repeated"),
+}
+QUALITY: Options = {
+    "--quality": dict(choices=("default", "best"), help="best: encode MXFP4 with less error than llama-quantize, "
+                      "weighted by the importance matrix if there is one; default: llama-quantize's bytes"),
+    "--target-size": dict(metavar="SIZE", type=size, help="choose each tensor's type, within the "
+                          "family of TYPE, so that the output has at most this size, such as 22GB"),
+    "--target-bpw": dict(metavar="BITS", type=float, help="the same by bits per weight, such as 4.2"),
 }
 METADATA: Options = {
     "--set": dict(action="append", default=[], metavar="KEY=VALUE", type=assignment,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,16 +52,25 @@ def load() -> Any:
     return llama_cpp
 
 
+class Watch(Protocol):
+    """What sees the tensors of llama.cpp's graph while a session runs."""
+
+    def wants(self, name: str) -> bool:
+        """Asked about every tensor of the graph."""
+
+    def take(self, name: str, values: NDArray[Any]) -> NDArray[Any] | None:
+        """The values of a tensor that is wanted, shape outermost first: float32, or int32 for ids. An array that is
+        returned takes their place."""
+
+
 class Session:
     """A model loaded by llama.cpp. A context manager; one thread at a time.
 
-    n_ctx: tokens of a window. watch: None, or an object with `wants(name) -> bool`, asked about every tensor of the
-    graph, and `take(name, array)`, called with the values of those, shape outermost first: float32, or int32 for ids.
-    An array that `take` returns takes the place of the values. What it raises ends the run and is raised from it.
+    n_ctx: tokens of a window. watch: sees the graph; what it raises ends the run and is raised from it.
     BadFile for a file that llama.cpp does not load, with what it said.
     """
 
-    def __init__(self, path: str, *, n_ctx: int, threads: int = 0, gpu_layers: int = 0, watch: Any = None):
+    def __init__(self, path: str, *, n_ctx: int, threads: int = 0, gpu_layers: int = 0, watch: Watch | None = None):
         self.llama, self.path, self.n_ctx, self.watch = load(), path, n_ctx, watch
         self._model: Any = None
         self._context: Any = None
@@ -86,7 +95,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open(self, threads: int, gpu_layers: int) -> None:
@@ -216,15 +225,18 @@ class Session:
         if result:
             raise BadFile("llama.cpp could not run a batch", path=self.path, found=self._last_words() or result)
 
-    def _evaluated(self, address: int, ask: bool, _data: Any) -> bool:
+    def _evaluated(self, address: int, ask: bool, _data: object) -> bool:
         """cb_eval: asked about each tensor, then called with those that were wanted; False stops the graph. An
         exception must not cross C: it is kept for _decode."""
+        watch = self.watch
+        if watch is None:
+            return False
         try:
             tensor = _Tensor.from_address(address)
             name = tensor.name.decode(errors="replace")
             if ask:
-                return bool(self._error is None and self.watch.wants(name))
-            replacement = self.watch.take(name, self._values(address, tensor))
+                return self._error is None and watch.wants(name)
+            replacement = watch.take(name, self._values(address, tensor))
             if replacement is not None:
                 self._replace(address, tensor, replacement)
             return True

@@ -131,7 +131,7 @@ def plain_ids(layer: object, values: object) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def expert_ids(layer: int, values: list[Any], experts: int, path: str | None, kind: str) -> tuple[int, ...]:
+def expert_ids(layer: int, values: Sequence[object], experts: int, path: str | None, kind: str) -> tuple[int, ...]:
     where, ids = f"{kind}.{layer}", set()
     for x in values:
         i = as_whole_number(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,9 @@ class Metric:
 
 def _router_norm(given: Given, layers: Sequence[int]) -> Scores:
     reduce = given.reduce
-    alike: dict[Any, dict[int, Tensor]] = {}  # many small tensors: one pass over all of a type and shape
+    alike: dict[
+        tuple[int, tuple[int, ...]], dict[int, Tensor]
+    ] = {}  # many small tensors: one pass over all of a type and shape
     for layer, tensors in reduce.tensors(("ffn_gate_inp.weight",), layers).items():
         if not tensors:
             raise BadFile("a layer with experts and no router", object=f"blk.{layer}.ffn_gate_inp.weight")

@@ -6,7 +6,6 @@ import json
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,7 +129,9 @@ class Ranking:
     def _step(self) -> int:
         return max(self._model.groups, self._model.chunk, 1)
 
-    def _protected(self, protect: Any, super_experts: bool) -> dict[int, set[int]]:
+    def _protected(
+        self, protect: Mapping[int, Iterable[int]] | Iterable[int], super_experts: bool
+    ) -> dict[int, set[int]]:
         fixed: dict[int, set[int]] = {layer: set() for layer in self.scores}
         if not isinstance(protect, Mapping):
             protect = dict.fromkeys(self.scores, tuple(protect)) if protect else {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -31,7 +30,7 @@ def from_file(path: str, found: Layout, tables: tuple[int, ...]) -> Ranking:
     return given(data, "file", found, tables, path)
 
 
-def given(data: Any, metric: str, found: Layout, tables: tuple[int, ...], path: str | None) -> Ranking:
+def given(data: object, metric: str, found: Layout, tables: tuple[int, ...], path: str | None) -> Ranking:
     """{"kept": {"0": [ids]}} or {"scores": {"0": [E numbers]}}, with an optional "metric", or a decision, which has
     both and says which experts stay; nothing else."""
     form = '{"kept": {"0": [ids]}} or {"scores": {"0": [numbers]}}'
@@ -59,12 +58,12 @@ def given(data: Any, metric: str, found: Layout, tables: tuple[int, ...], path: 
     return Ranking(name, found, scores=scores, kept=kept, tables=tables)
 
 
-def _per_layer(kind: str, layers: Any, found: Layout, path: str | None, form: str) -> dict[int, list[Any]]:
+def _per_layer(kind: str, layers: object, found: Layout, path: str | None, form: str) -> dict[int, list[object]]:
     if not isinstance(layers, Mapping):
         raise BadPlan(
             "not layers and their experts", path=path, object=kind, found=type(layers).__name__, expected=form
         )
-    numbers_of: dict[int, Any] = {}
+    numbers_of: dict[int, list[object]] = {}
     for key, values in layers.items():
         layer = _layer(key, kind, found, path)
         if layer in numbers_of:
@@ -85,7 +84,7 @@ def _per_layer(kind: str, layers: Any, found: Layout, path: str | None, form: st
     return {layer: numbers_of[layer] for layer in found.layers if layer in numbers_of}
 
 
-def _layer(key: Any, kind: str, found: Layout, path: str | None) -> int:
+def _layer(key: object, kind: str, found: Layout, path: str | None) -> int:
     layer = int(key) if isinstance(key, str) and key.isdecimal() and str(int(key)) == key else as_whole_number(key)
     if layer is None or layer not in found.layers:
         raise BadPlan(
@@ -98,10 +97,11 @@ def _layer(key: Any, kind: str, found: Layout, path: str | None) -> int:
     return layer
 
 
-def _scores(layer: int, values: list[Any], experts: int, path: str | None) -> list[float]:
+def _scores(layer: int, values: list[object], experts: int, path: str | None) -> list[float]:
     where = f"scores.{layer}"
     if len(values) != experts:
         raise BadPlan("not one score per expert", path=path, object=where, found=len(values), expected=experts)
+    scores = []
     for e, x in enumerate(values):
         if isinstance(x, bool) or not isinstance(x, numbers.Real):
             raise BadPlan(f"the score of expert {e} is not a number", path=path, object=where, found=repr(x)[:80])
@@ -111,4 +111,5 @@ def _scores(layer: int, values: list[Any], experts: int, path: str | None) -> li
             finite = False
         if not finite:
             raise BadPlan(f"the score of expert {e} is not finite", path=path, object=where, found=repr(x)[:80])
-    return [float(x) for x in values]
+        scores.append(float(x))
+    return scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,14 +134,15 @@ def _positive(saliency: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(saliency > 0, saliency, min(0.5, seen.min()) if seen.size else 1.0)
 
 
-def _assignment() -> Callable[..., Any]:
+def _assignment() -> Callable[[NDArray[np.float64]], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """scipy's: the rows, and the column for each, whose sum is the least."""
     try:
         from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
         raise Unsupported(
             "merging experts needs scipy", found=error, hint="pip install 'pygguf-surgery[merge]'"
         ) from None
-    return cast(Callable[..., Any], linear_sum_assignment)
+    return linear_sum_assignment  # type: ignore[no-any-return, unused-ignore]
 
 
 def _cosines(rows: NDArray[np.float64]) -> NDArray[np.float64]:

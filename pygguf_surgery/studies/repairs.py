@@ -235,7 +235,7 @@ def repair(
         windows = windows_of(session, texts, chunks, parse_special)
         replay.learn(session, windows[0].tokens[0])
         work = _Work(model, session, replay, windows, kept, layers, budget, report)
-        work.write(os.fsdecode(out), keep, parse_special, overwrite)
+        work.write(os.fsdecode(out), str(getattr(keep, "metric", "given")), parse_special, overwrite)
     return work.errors
 
 
@@ -345,13 +345,13 @@ class _Work:
         for expert in new:
             yield encode(np.ascontiguousarray(expert), tensor_type(type).id, None, 1, False)
 
-    def write(self, path: str, keep: Any, parse_special: bool, overwrite: bool) -> None:
+    def write(self, path: str, metric: str, parse_special: bool, overwrite: bool) -> None:
         model, texts = self.model, [w.text for w in self.windows]
         metadata = {
             "general.type": Value("expert_repair", "str"),
             PREFIX + "format": Value(FORMAT, "u32"),
             PREFIX + "model.header_sha256": Value(model.header_sha256, "str"),
-            PREFIX + "metric": Value(str(getattr(keep, "metric", "given")), "str"),
+            PREFIX + "metric": Value(metric, "str"),
             PREFIX + "text.sha256": Value([t.sha256 for t in texts], "str[]"),
             PREFIX + "tokens": Value(self.tokens, "u64"),
             PREFIX + "n_ctx": Value(self.session.n_ctx, "u32"),

@@ -142,6 +142,7 @@ def test_the_help_of_prune_has_titles(run):
         "layers",
         "types",
         "importance matrix",
+        "quality and size",
         "metadata",
         "shards",
         "run",

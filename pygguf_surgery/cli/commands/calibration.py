@@ -113,8 +113,8 @@ COMMANDS = (
             "": OUTPUT,
             "choice of experts": CHOICE | IMATRIX | MTP,
             "texts": {"--run": dict(metavar="FILE", help="let llama.cpp run this file of the same model, such as a "
-                                    "quantized one")} | TEXTS,
-            "run": MEMORY | THREADS | IO,
+                                    "quantized one")} | TEXTS | THREADS,
+            "run": MEMORY | IO,
             "output": FORCE | QUIET | JSON,
         },
         {"memory": 4 << 30},

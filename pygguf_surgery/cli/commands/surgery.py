@@ -377,7 +377,8 @@ OUTPUT: Options = options.FORCE | {
     "--dry-run": dict(action="store_true", help="describe what would be written, and write nothing"),
 } | options.QUIET | options.JSON | options.FULL
 
-_TYPES = {"types": options.TYPE | options.TYPES, "importance matrix": options.IMPORTANCE}
+_IMPORTANCE = {"importance matrix": options.IMPORTANCE, "quality and size": options.QUALITY}
+_TYPES = {"types": options.TYPE | options.TYPES, **_IMPORTANCE}
 _OTHERS = {"metadata": options.METADATA, "shards": options.SHARDS}
 COMMANDS = (
     Command(
@@ -397,7 +398,7 @@ COMMANDS = (
     ),
     Command(
         "quantize", "change the types of tensors, with llama-quantize's arguments", quantize, (QUANTIZE,),
-        {"types": options.TYPES, "importance matrix": options.IMPORTANCE, "layers": options.LAYERS, **_OTHERS,
+        {"layers": options.LAYERS, "types": options.TYPES, **_IMPORTANCE, **_OTHERS,
          "run": BUFFER | options.RUN, "output": OUTPUT},
     ),
     Command(
