@@ -21,7 +21,7 @@ from ..files.outputs import check_output
 from ..files.stats import LayerStats, Stats
 from ..llama.session import Session
 from ..llama.taps import Taps, moe_layout
-from ..llama.texts import TextLike, Windows, read_texts, windows_of
+from ..llama.texts import TextLike, Windows, check_windows, read_texts, windows_of
 
 CHECKPOINT_SECONDS = 60
 
@@ -135,6 +135,7 @@ def calibrate(
     Errors: BadPlan for a model without experts or a text shorter than a window, BadFile for a model that llama.cpp does
     not load, Unsupported without llama-cpp-python or where llama.cpp's graph lacks what is recorded.
     """
+    check_windows(n_ctx, chunks, texts)
     if out is not None:
         check_output([path, *texts], out, overwrite=True)  # what is there may be the start of this very run
     texts = read_texts(texts)

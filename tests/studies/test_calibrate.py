@@ -432,14 +432,23 @@ def test_windows_longer_than_a_batch_give_the_same_sums(model, monkeypatch):
         ([TOKENS[:39]], {}, pgs.BadPlan, "too short"),
         ([TOKENS, TOKENS], {}, pgs.BadPlan, "twice"),
         ([np.array([0, 48])], {}, pgs.BadPlan, "not token ids"),
-        ([], {}, pgs.BadPlan, "no text"),
-        ([TOKENS], {"chunks": 0}, pgs.BadPlan, "chunks"),
-        ([TOKENS], {"n_ctx": 2}, pgs.BadPlan, "n_ctx"),
     ],
 )
 def test_what_cannot_be_run_is_refused(model, texts, options, error, match):
     with pytest.raises(error, match=match):
         pgs.experts.calibrate(model, texts, **{"n_ctx": 40, **options})
+
+
+@pytest.mark.parametrize(
+    "texts, options, match",
+    [([], {}, "no text"), ([TOKENS], {"chunks": 0}, "chunks"), ([TOKENS], {"n_ctx": 2}, "n_ctx")],
+)
+def test_what_makes_no_sense_is_refused_before_a_file_is_opened(tmp_path, texts, options, match):
+    with pytest.raises(pgs.BadPlan, match=match):
+        pgs.experts.calibrate(tmp_path / "none.gguf", texts, **{"n_ctx": 40, **options})
+    with pgs.open(moe_models.qwen3moe(tmp_path / "m.gguf")) as opened, pytest.raises(pgs.BadPlan, match=match):
+        kept = {0: [0, 1], 1: [0, 1]}
+        pgs.experts.repair(opened, kept, texts, tmp_path / "r.gguf", **{"n_ctx": 40, **options})
 
 
 @pytest.mark.parity
