@@ -144,7 +144,7 @@ def statistics() -> Any:
 
 @job
 def repaired() -> Any:
-    """Expression FromRepair: as it is, encoded, cut again; and repairs that do not fit."""
+    """Expression Repaired: as it is, encoded, cut again; and repairs that do not fit."""
     kept = {0: (1, 2, 5, 9), 1: (0, 3, 4, 15)}
     path = "moe-qwen3moe.repair.gguf"
     said: dict[str, Any] = {}

@@ -12,7 +12,7 @@ LIST_LONGEST = 32  # printed JSON abbreviates longer arrays
 
 
 def value_for_json(value: Value, full: bool = False) -> Any:
-    """A metadata value for people and scripts (plan_data.value_to_json is the lossless form)."""
+    """A metadata value for people and scripts (plan_data.codec.value_to_json is the lossless form)."""
     if value.type.endswith("[]") and not full and len(value) > LIST_LONGEST:
         return {"type": value.type, "length": len(value), "head": _finite(value.head(LIST_LONGEST))}
     return _finite(value.value)

@@ -1,7 +1,7 @@
 """Dropping layers: a pure function from output tensors and metadata to output tensors and metadata.
 
 llama.cpp tells some layers from others by their position alone. What it would treat otherwise afterwards is refused:
-the tables here say, architecture by architecture, what its code (src/models) makes of a layer's number.
+the tables of architecture/layers.py say what its code makes of a layer's number.
 """
 
 from __future__ import annotations

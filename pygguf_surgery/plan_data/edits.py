@@ -27,7 +27,7 @@ class KeepExperts:
 @dataclass(frozen=True)
 class UseRepair:
     """New down projections of the experts that stay, made by experts.repair. path is absolute; digest is
-    experts.repair_file.Repair.digest."""
+    files.repair.Repair.digest."""
 
     path: str
     digest: str
@@ -62,10 +62,10 @@ class PruneLayers:
 
 @dataclass(frozen=True)
 class UseImatrix:
-    """The importance matrix of a Quantize. path is absolute; digest is imatrix.Imatrix.digest, of its names, shapes,
-    counts and some sums. missing: what a missing entry and an expert never seen come to, one of imatrix.POLICIES.
-    include, exclude: parts of names; an entry is used if it has one of `include`, where there are any, and none of
-    `exclude`."""
+    """The importance matrix of a Quantize. path is absolute; digest is files.imatrix.Imatrix.digest, of its names,
+    shapes, counts and some sums. missing: what a missing entry and an expert never seen come to, one of
+    files.imatrix.POLICIES. include, exclude: parts of names; an entry is used if it has one of `include`, where there
+    are any, and none of `exclude`."""
 
     path: str
     digest: str
@@ -78,7 +78,7 @@ class UseImatrix:
 class Quantize:
     """type: a llama-quantize file type ("MXFP4_MOE"), or any ggml type with pure. overrides: (pattern, ggml type or
     "copy"), first match wins. output_type, token_embedding_type: a ggml type or None. max_bytes: a larger output is not
-    written. quality: of quantize.QUALITIES."""
+    written. quality: one of quant.arrays.QUALITIES."""
 
     type: str
     pure: bool = False

@@ -234,8 +234,8 @@ def _each(*groups: tuple[Sequence[str], str]) -> dict[str, str]:
 
 
 # A rule is (condition, {file type: type}). Of the rules of a category whose condition holds the last that has the file
-# type decides, the default type where none has. Conditions: _Walk.conditions. "more_bits" is llama.cpp's choice of
-# layers that get more: the first eighth, the last eighth, and every third between.
+# type decides, the default type where none has. Conditions: _Walk.true, _Walk._place. "more_bits" is llama.cpp's choice
+# of layers that get more: the first eighth, the last eighth, and every third between.
 Rules = Sequence[tuple[str, Mapping[str, str]]]
 
 _FFN_GATE_UP: Rules = (("middle", {"IQ3_XS": "IQ3_XXS"}),)
