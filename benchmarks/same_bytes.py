@@ -48,6 +48,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 REWORDED: tuple[tuple[str, str], ...] = (
     ("is no multiple of", "is not a multiple of"),
     ("not a JSON file: ", "not JSON: "),
+    ("MTP blocks to drop", "MTP layers to drop"),
 )
 
 VOLATILE = ("seconds", "peak_memory_bytes of demo")  # keys of JSON, or a key of the JSON of one command
