@@ -54,7 +54,7 @@ FIXED_BYTES = 24 << 20
 
 @dataclass(frozen=True)
 class _Work:
-    """What the passes look at. uncut: the metadata before any expert or layer was dropped."""
+    """What the passes look at beside the draft. before: the metadata of the source."""
 
     context: Context
     data: PlanData
