@@ -7,6 +7,7 @@ there were. Opening a file reads its names and counts; the sums, maybe hundreds 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -98,7 +99,7 @@ class Imatrix:
         known = _KNOWN.pop((source.identity, self.digest), None) or _Known()
         _KNOWN[source.identity, self.digest] = known  # the one used last is the last
         while len(_KNOWN) > _KNOWN_MOST:
-            del _KNOWN[next(iter(_KNOWN))]
+            _KNOWN.pop(next(iter(_KNOWN)), None)
         self._scans, self._means = known.scans, known.means
 
     def __repr__(self) -> str:
@@ -173,10 +174,16 @@ class Imatrix:
     # --- what is wrong with them ------------------------------------------------------------------------------------
 
     def problem(self, name: str) -> SurgeryError | None:
-        """The first value that is NaN, infinite or negative, as a BadFile. Reads all sums of the entry, once."""
+        """The first value that is NaN, infinite or negative, as a BadFile to raise. Reads all its sums once."""
         entry = self.entries[name]
-        done = next((scan for (other, _), scan in self._scans.items() if other == name), None)
-        return (done or self._scan(name, entry.size // len(entry.counts))).problem
+        done = next((scan for (other, _), scan in list(self._scans.items()) if other == name), None)
+        found = (done or self._scan(name, entry.size // len(entry.counts))).problem
+        if found is None:
+            return None
+        # What was scanned outlives this object and is shared: an error that was raised would hold on to its frames.
+        error = copy.copy(found)
+        error.path = self.path
+        return error
 
     def zero_rows(self, name: str, row_elements: int) -> list[int]:
         """Rows that were counted and are all zero: no quantizer can weigh with them. Reads all sums, once."""

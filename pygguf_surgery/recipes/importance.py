@@ -281,7 +281,7 @@ def _counted(errors: Sequence[SurgeryError]) -> list[SurgeryError]:
         n = often.get(error.problem, 1)
         if n > 1:
             often[error.problem] = 0
-            error = copy.copy(error)  # Imatrix.problem keeps its own
+            error = copy.copy(error)
             error.problem += f" (and {counted(n - 1, 'more tensor')})"
         if n:
             found.append(error)

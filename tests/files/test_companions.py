@@ -4,6 +4,7 @@ checked."""
 import os
 from collections import Counter
 
+import numpy as np
 import pytest
 
 import pygguf_surgery as pgs
@@ -112,3 +113,20 @@ def test_what_cannot_be_opened(tmp_path):
                 companions.imatrix(UseImatrix(path, ""))
         with pytest.raises(FileNotFoundError):
             companions.source(Companion(str(tmp_path / "none"), (0, 0, 0, 0)))
+
+
+def test_a_bad_value_is_an_error_of_each_who_opens_the_file(tmp_path):
+    """What was scanned is kept for all, the errors that were raised are not."""
+    name = "blk.0.ffn_up.weight"
+    entries = {name: ((2, lambda: [np.array([1, -2], np.float32)]), np.array([1.0]))}
+    imatrix_file.write(tmp_path / "a.gguf", entries, datasets=["text"], chunk_count=1, chunk_size=1)
+    os.link(tmp_path / "a.gguf", tmp_path / "b.gguf")
+    errors = []
+    for path in (tmp_path / "a.gguf", tmp_path / "b.gguf", tmp_path / "a.gguf"):
+        with imatrix_file.open_imatrix(path) as imatrix, pytest.raises(BadFile) as e:
+            raise imatrix.problem(name)
+        errors.append(e.value)
+    assert [os.path.basename(error.path) for error in errors] == ["a.gguf", "b.gguf", "a.gguf"]
+    assert {error.object for error in errors} == {name} and len(set(map(id, errors))) == 3
+    with imatrix_file.open_imatrix(tmp_path / "a.gguf") as imatrix:
+        assert imatrix.problem(name).__traceback__ is None
