@@ -12,7 +12,7 @@ except ModuleNotFoundError as _error:
         f"{__path__[0]} holds the sources of pygguf_surgery without its compiled core: start Python in "
         "another folder to use the installed package"
     ) from _error
-from .base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
+from .base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, SurgeryWarning, Unsupported
 from .files.model import Metadata, Model, Tensor
 from .files.open import open_model as open
 from .quant.arrays import dequantize, quantize
@@ -32,6 +32,7 @@ __all__ = [
     "Receipt",
     "SourceChanged",
     "SurgeryError",
+    "SurgeryWarning",
     "Tensor",
     "Unsupported",
     "Value",

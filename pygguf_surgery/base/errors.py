@@ -83,3 +83,8 @@ class OutOfSpace(SurgeryError, OSError):
 
     def __reduce__(self) -> tuple[Callable[..., SurgeryError], tuple[object, ...]]:
         return _rebuild, (type(self), {**self.__dict__, "errno": self.errno})
+
+
+class SurgeryWarning(UserWarning):
+    """Something that the user should know of and that stops nothing: raised with warnings.warn where there is no result
+    that lists its warnings. The command line prints it as it prints those."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TextIO
 
-from ..base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
-from .common import BAD_INPUT, CANNOT, FAILED, INTERRUPTED, USAGE, Usage
+from ..base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, SurgeryWarning, Unsupported
+from .common import BAD_INPUT, CANNOT, FAILED, INTERRUPTED, USAGE, Usage, is_quiet
 from .parser import make_parser, options_first
 from .words import PROGRAM, say
 
@@ -42,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: Namespace) -> int:
     try:
-        code: int = args.handler(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if is_quiet(args) else "always", SurgeryWarning)
+            warnings.showwarning = _show_warning
+            code: int = args.handler(args)
         return code
     except BrokenPipeError:
         raise
@@ -56,6 +61,21 @@ def _run(args: Namespace) -> int:
         where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
         say(f"error: {where}{error.strerror or error}")
         return exit_code(error, getattr(args, "output", None))
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Python's form for those of others, such as numpy's."""
+    if issubclass(category, SurgeryWarning):
+        say(f"warning: {message}")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def exit_code(error: Exception, output: str | None = None) -> int:
