@@ -1,7 +1,7 @@
 """The C++ core, as Python sees it. Shapes are outermost first; `ne` is ggml's order, fastest first."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -243,3 +243,15 @@ def reduce_rows(
 ) -> NDArray[np.float64]:
     """[groups, 2]: sum |w| and sum w^2 of each group of consecutive rows; with weights, [groups, row_elements], the
     second is the sum of weight * w^2."""
+
+class StopFlag:
+    """Tells llama.cpp to stop, through callbacks that need no Python: addresses of functions that take `address` as
+    their user data."""
+
+    abort_callback: ClassVar[int]  # ggml_abort_callback: true once the flag is set
+    progress_callback: ClassVar[int]  # llama_progress_callback: true until then
+    def __init__(self) -> None: ...
+    def set(self) -> None: ...
+    def is_set(self) -> bool: ...
+    @property
+    def address(self) -> int: ...

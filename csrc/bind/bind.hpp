@@ -37,3 +37,4 @@ void bind_gguf(py::module_& m);    // TensorInfo, Header, read_header, encode_he
 void bind_io(py::module_& m);      // Source, Sink
 void bind_quant(py::module_& m);   // types, quantize, dequantize
 void bind_engine(py::module_& m);  // Job, plan_budget, run, reduce_rows
+void bind_stop(py::module_& m);    // StopFlag

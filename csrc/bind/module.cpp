@@ -9,4 +9,5 @@ PYBIND11_MODULE(_core, m) {
     bind_gguf(m);
     bind_quant(m);
     bind_engine(m);
+    bind_stop(m);
 }

@@ -16,11 +16,22 @@ if TYPE_CHECKING:
     from ..plan_data.choices import Keep
 
 # Exit codes, that a script may rely on; 0 is done.
-FAILED, USAGE, BAD_INPUT, CANNOT, INTERRUPTED = 1, 2, 3, 4, 130
+FAILED, USAGE, BAD_INPUT, CANNOT, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: stops what runs as Ctrl-C does."""
 
 
 class Usage(Exception):
     """Options that do not go together: exit code 2."""
+
+
+def stopped(stop: KeyboardInterrupt, what: str) -> int:
+    """Says what a command that was stopped leaves behind; its exit code."""
+    terminated = isinstance(stop, Terminated)
+    words.say(f"{'terminated' if terminated else 'interrupted'}; {what}")
+    return TERMINATED if terminated else INTERRUPTED
 
 
 def is_quiet(args: Namespace) -> bool:

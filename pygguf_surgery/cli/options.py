@@ -113,7 +113,8 @@ SPLIT_BY: Options = {
 SHARDS: Options = SPLIT_BY | {"--keep-split": dict(action="store_true", help="write shards as the input has them")}
 MEMORY: Options = {
     "--memory": dict(default="512MiB", metavar="SIZE", type=size,
-                     help="limit of all buffers (default 512MiB; of repair, which holds the tokens of a layer, 4GiB)"),
+                     help="limit of all buffers (default 512MiB; of calibrate and repair, which hold sums and "
+                     "tokens, 4GiB)"),
 }
 THREADS: Options = {
     "--threads": dict(type=int, default=0, metavar="N", help="worker threads (default: all cores, or PGS_THREADS)"),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .._core import Value
+from .._core import Source, Value, read_header
 from ..base.errors import BadFile, BadPlan, SurgeryError
 from ..base.words import columns
 from .gguf import read_gguf, write_gguf
@@ -31,7 +31,7 @@ class LayerStats:
     count [E]: tokens routed to the expert. gate_sum: sum g. norm_sum: sum ||f||. norm_sq_sum: sum ||f||^2.
     gated_norm_sum: sum g ||f||, which over count is REAP (arXiv 2510.13999). max_activation: max |f|.
     coactivation [E, E]: tokens routed to both. logit_gram [E, E]: sum over all tokens of the products of two router
-    logits. gated_sum [E, width], only with merge_stats: sum g f.
+    logits; both only with pairs. gated_sum [E, width], only with merge_stats: sum g f.
     """
 
     count: NDArray[np.float64]
@@ -40,17 +40,17 @@ class LayerStats:
     norm_sq_sum: NDArray[np.float64]
     gated_norm_sum: NDArray[np.float64]
     max_activation: NDArray[np.float64]
-    coactivation: NDArray[np.float64]
-    logit_gram: NDArray[np.float64]
+    coactivation: NDArray[np.float64] | None = None
+    logit_gram: NDArray[np.float64] | None = None
     gated_sum: NDArray[np.float64] | None = None
     tokens: int = 0
 
     @classmethod
-    def empty(cls, experts: int) -> LayerStats:
+    def empty(cls, experts: int, pairs: bool = True) -> LayerStats:
         import numpy as np
 
         count, gate, norm, norm_sq, gated_norm, most = np.zeros((6, experts))
-        coactivation, logit_gram = np.zeros((2, experts, experts))
+        coactivation, logit_gram = np.zeros((2, experts, experts)) if pairs else (None, None)
         return cls(count, gate, norm, norm_sq, gated_norm, most, coactivation, logit_gram)
 
     def arrays(self) -> dict[str, NDArray[np.float64]]:
@@ -109,6 +109,11 @@ class Stats:
     @property
     def complete(self) -> bool:
         return all(text.done == text.windows for text in self.texts)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether all layers have what is recorded of pairs of experts."""
+        return all(stats.logit_gram is not None for stats in self.layers.values())
 
     def perplexity(self) -> tuple[float, float] | None:
         """(perplexity of the texts, its standard error), or None before the first window."""
@@ -239,6 +244,20 @@ def open_stats(path: str | os.PathLike[str]) -> Stats:
         raise
 
 
+def windows_done(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """(windows that were run, windows in all) of a file of statistics, from its metadata; None for any other file."""
+    try:
+        source = Source(os.fsdecode(path))
+        try:
+            metadata = dict(read_header(source).metadata)
+        finally:
+            source.close()
+        done, total = (sum(metadata[f"{_PREFIX}text.{what}"].value) for what in ("done", "windows"))
+    except (OSError, SurgeryError, LookupError, TypeError):
+        return None
+    return done, total
+
+
 def _read(metadata: Mapping[str, Value], tensors: Mapping[str, NDArray[Any]]) -> Stats:
     import numpy as np
 
@@ -283,7 +302,8 @@ def _read(metadata: Mapping[str, Value], tensors: Mapping[str, NDArray[Any]]) ->
         for item in fields(LayerStats):
             name = f"blk.{layer}.{item.name}"
             array = tensors.get(name)
-            if item.name == "tokens" or (array is None and item.name == "gated_sum"):
+            optional = item.name in ("gated_sum", "coactivation", "logit_gram")
+            if item.name == "tokens" or (array is None and optional):
                 continue
             shape = (experts,) * (2 if item.name in ("coactivation", "logit_gram") else 1)
             if (
@@ -301,6 +321,8 @@ def _read(metadata: Mapping[str, Value], tensors: Mapping[str, NDArray[Any]]) ->
             if not np.isfinite(array).all() or (item.name not in ("logit_gram", "gated_sum") and (array < 0).any()):
                 raise BadFile("statistics that cannot be sums", object=name)
             arrays[item.name] = array
+        if ("coactivation" in arrays) != ("logit_gram" in arrays):
+            raise BadFile("statistics with one half of the pairs", object=f"blk.{layer}")
         stats.layers[layer] = LayerStats(**arrays, tokens=seen)
     return stats
 

@@ -6,16 +6,20 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .._core import thread_count
+from .._core import StopFlag, thread_count
 from ..base.errors import BadFile, Unsupported
 from ..base.units import parse_threads
+from .log import LOG
+from .worker import Stopped, Worker
 
-_BATCH = 512  # tokens per llama_decode: the logits of all of them are in memory at once
+BATCH = 512  # tokens per llama_decode: the logits of all of them are in memory at once
 _SCORE_ROWS = 32  # rows of logits as float64 at a time
 _NUMPY_TYPES = {0: "<f4", 26: "<i4"}  # GGML_TYPE_F32, GGML_TYPE_I32
 
@@ -52,8 +56,16 @@ def load() -> Any:
     return llama_cpp
 
 
+class Losses(NamedTuple):
+    """Of the tokens of a window's second half, which is what llama-perplexity counts."""
+
+    nll: float  # sum of -log p
+    squares: float  # sum of their squares
+    predictions: int
+
+
 class Watch(Protocol):
-    """What sees the tensors of llama.cpp's graph while a session runs."""
+    """What sees the tensors of llama.cpp's graph while a session runs, in the session's own thread."""
 
     def wants(self, name: str) -> bool:
         """Asked about every tensor of the graph."""
@@ -66,7 +78,9 @@ class Watch(Protocol):
 class Session:
     """A model loaded by llama.cpp. A context manager; one thread at a time.
 
-    n_ctx: tokens of a window. watch: sees the graph; what it raises ends the run and is raised from it.
+    n_ctx: tokens of a window. watch: sees the graph, in a thread of the session's own; what it raises ends the run and
+    is raised from it. Ctrl-C, or what else a signal's handler raises, stops llama.cpp at the next tensor that it would
+    compute and is raised as it is; the session is then good for nothing but `close`.
     BadFile for a file that llama.cpp does not load, with what it said.
     """
 
@@ -78,16 +92,12 @@ class Session:
         self._vocabulary: Any = None
         self.n_vocab = 0
         self._error: BaseException | None = None
-        self._previous_log: Any = None
-        self._said: list[str] = []
-        self._log = self.llama.llama_log_callback(
-            lambda _level, text, _data: (
-                self._said.append(text.decode(errors="replace")) if len(self._said) < 2000 else None
-            )
-        )
+        self._said: deque[str] | None = None
         self._callback = self.llama.ggml_backend_sched_eval_callback(self._evaluated)
+        count = thread_count(parse_threads(threads))
+        self._worker = Worker()
         try:
-            self._open(thread_count(parse_threads(threads)), gpu_layers)
+            self._worker.call(lambda: self._open(count, gpu_layers))
         except BaseException:
             self.close()
             raise
@@ -99,21 +109,24 @@ class Session:
         self.close()
 
     def _open(self, threads: int, gpu_layers: int) -> None:
-        llama = self.llama
-        # One log for the whole process: what was set before comes back in close, as ours goes away with this object.
-        self._previous_log = llama.llama_log_callback(), ctypes.c_void_p()
-        llama.llama_log_get(*(ctypes.byref(x) for x in self._previous_log))
-        llama.llama_log_set(self._log, None)
+        llama, stop = self.llama, self._worker.stop
+        self._said = LOG.open(llama)
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        params.progress_callback = llama.llama_progress_callback(StopFlag.progress_callback)
+        params.progress_callback_user_data = stop.address
         self._model = llama.llama_model_load_from_file(os.fsencode(self.path), params)
+        if stop.is_set():
+            raise Stopped
         if not self._model:
             raise BadFile("llama.cpp does not load it", path=self.path, found=self._last_words())
         params = llama.llama_context_default_params()
         params.n_ctx = self.n_ctx
-        params.n_batch = params.n_ubatch = min(self.n_ctx, _BATCH)
+        params.n_batch = params.n_ubatch = min(self.n_ctx, BATCH)
         params.n_threads = params.n_threads_batch = threads
+        params.abort_callback = llama.ggml_abort_callback(StopFlag.abort_callback)
+        params.abort_callback_data = stop.address
         if self.watch is not None:
             self._check_layout()
             params.cb_eval = self._callback
@@ -122,11 +135,13 @@ class Session:
             raise BadFile("llama.cpp cannot run it", path=self.path, found=self._last_words())
         self._vocabulary = llama.llama_model_get_vocab(self._model)
         self.n_vocab = llama.llama_vocab_n_tokens(self._vocabulary)
-        self._batch = llama.llama_batch_init(min(self.n_ctx, _BATCH), 0, 1)
+        self._batch = llama.llama_batch_init(params.n_batch, 0, 1)
+        for i in range(params.n_batch):
+            self._batch.n_seq_id[i], self._batch.seq_id[i][0], self._batch.logits[i] = 1, 0, 1
 
     def _last_words(self) -> str | None:
         errors = [
-            line for line in "".join(self._said).splitlines() if "error" in line.lower() or "fail" in line.lower()
+            line for line in "".join(self._said or ()).splitlines() if "error" in line.lower() or "fail" in line.lower()
         ]
         return errors[0].strip() if errors else None
 
@@ -156,6 +171,10 @@ class Session:
             lib.ggml_free(context)
 
     def close(self) -> None:
+        self._worker.call(self._free, always=True)
+        self._worker.close()
+
+    def _free(self) -> None:
         llama = self.llama
         if self._batch is not None:
             llama.llama_batch_free(self._batch)
@@ -164,15 +183,18 @@ class Session:
         if self._model:
             llama.llama_model_free(self._model)
         self._batch = self._context = self._model = None
-        if self._previous_log is not None:
-            llama.llama_log_set(*self._previous_log)
-            self._previous_log = None
+        if self._said is not None:
+            LOG.close(llama)
+            self._said = None
 
     # --- text -------------------------------------------------------------------------------------------------------
 
     def tokenize(self, text: bytes, parse_special: bool = False) -> NDArray[np.int32]:
         """The tokens of UTF-8 text, with what the model wants before it; special tokens are text unless
         parse_special."""
+        return self._worker.call(lambda: self._tokens(text, parse_special))
+
+    def _tokens(self, text: bytes, parse_special: bool) -> NDArray[np.int32]:
         tokens = (self.llama.llama_token * (len(text) + 16))()
         n = self.llama.llama_tokenize(self._vocabulary, text, len(text), tokens, len(tokens), True, parse_special)
         if n < 0:
@@ -182,12 +204,23 @@ class Session:
 
     # --- running ----------------------------------------------------------------------------------------------------
 
-    def run(self, tokens: NDArray[np.int32]) -> tuple[float, float, int]:
+    def run(self, tokens: NDArray[np.int32], whole: Callable[[Losses], object] | None = None) -> Losses:
         """Runs one window from an empty cache, every token with logits, so that the last layer sees all of them.
 
-        Returns (sum, sum of squares, number) of -log p of the tokens of the window's second half, which is what
-        llama-perplexity counts; as there the first token becomes the beginning-of-text token where the model adds one.
+        As in llama-perplexity the first token becomes the beginning-of-text token where the model adds one. whole:
+        called after the window, in the thread of `watch`; what it does is done to its end, or the window was not whole
+        and it is not called at all.
         """
+
+        def work() -> Losses:
+            losses = self._run(tokens)
+            if whole is not None:
+                whole(losses)
+            return losses
+
+        return self._worker.call(work)
+
+    def _run(self, tokens: NDArray[np.int32]) -> Losses:
         llama = self.llama
         tokens = tokens.copy()
         if llama.llama_vocab_get_add_bos(self._vocabulary):
@@ -195,54 +228,63 @@ class Session:
         llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
         batch, first = self._batch, len(tokens) // 2
         nll, squares, count = 0.0, 0.0, 0
-        for start in range(0, len(tokens), _BATCH):
-            part = tokens[start : start + _BATCH]
+        for start in range(0, len(tokens), BATCH):
+            part = tokens[start : start + BATCH]
             batch.n_tokens = len(part)
-            for i, token in enumerate(part.tolist()):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = (
-                    token,
-                    start + i,
-                    1,
-                    0,
-                    1,
-                )
+            for array, values in ((batch.token, part), (batch.pos, np.arange(start, start + len(part)))):
+                np.ctypeslib.as_array(array, (len(part),))[:] = values
             self._decode(batch)
             # Logits at position p predict token p + 1.
             begin, end = max(start, first), min(start + len(part), len(tokens) - 1)
             if begin < end:
                 logits = np.ctypeslib.as_array(llama.llama_get_logits(self._context), (len(part), self.n_vocab))
-                losses = _losses(logits[begin - start : end - start], tokens[begin + 1 : end + 1])
+                losses = self._losses(logits[begin - start : end - start], tokens[begin + 1 : end + 1])
                 nll, squares, count = nll + losses.sum(), squares + (losses * losses).sum(), count + len(losses)
-        return float(nll), float(squares), count
+        return Losses(float(nll), float(squares), count)
 
     def _decode(self, batch: Any) -> None:
         self._error = None
-        self._said.clear()
+        if self._said is not None:
+            self._said.clear()
         result = self.llama.llama_decode(self._context, batch)
+        if self._worker.stop.is_set():
+            raise Stopped
         if self._error is not None:
             error, self._error = self._error, None
             raise error
         if result:
             raise BadFile("llama.cpp could not run a batch", path=self.path, found=self._last_words() or result)
 
+    def _losses(self, logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[np.float64]:
+        """-log softmax(logits)[target] of each row, in float64."""
+        parts = []
+        for first in range(0, len(logits), _SCORE_ROWS):
+            if self._worker.stop.is_set():
+                raise Stopped
+            z = logits[first : first + _SCORE_ROWS].astype(np.float64)
+            z -= z.max(axis=1, keepdims=True)
+            parts.append(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), targets[first : first + _SCORE_ROWS]])
+        return np.concatenate(parts)
+
     def _evaluated(self, address: int, ask: bool, _data: object) -> bool:
         """cb_eval: asked about each tensor, then called with those that were wanted; False stops the graph. An
-        exception must not cross C: it is kept for _decode."""
+        exception must not cross C: it is kept for _decode. Once the run is to end every tensor is wanted, so that a
+        backend which knows no abort callback comes back soon, and is told to stop."""
         watch = self.watch
-        if watch is None:
-            return False
+        if watch is None or self._error is not None or self._worker.stop.is_set():
+            return ask
         try:
             tensor = _Tensor.from_address(address)
             name = tensor.name.decode(errors="replace")
             if ask:
-                return self._error is None and watch.wants(name)
+                return watch.wants(name)
             replacement = watch.take(name, self._values(address, tensor))
             if replacement is not None:
                 self._replace(address, tensor, replacement)
             return True
-        except BaseException as error:  # KeyboardInterrupt too
-            self._error = self._error or error
-            return False
+        except BaseException as error:
+            self._error = error
+            return ask
 
     def _values(self, address: int, tensor: _Tensor) -> NDArray[Any]:
         """The values of a tensor or of a strided view, copied from wherever they are."""
@@ -272,13 +314,3 @@ class Session:
         if data.size != math.prod(ne) or nb[1:] != tuple(4 * math.prod(ne[:i]) for i in (1, 2, 3)):
             raise Unsupported("a tensor of the graph cannot be replaced", object=tensor.name.decode(errors="replace"))
         self.llama._lib.ggml_backend_tensor_set(address, data.ctypes.data, 0, data.nbytes)
-
-
-def _losses(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[np.float64]:
-    """-log softmax(logits)[target] of each row, in float64."""
-    parts = []
-    for first in range(0, len(logits), _SCORE_ROWS):
-        z = logits[first : first + _SCORE_ROWS].astype(np.float64)
-        z -= z.max(axis=1, keepdims=True)
-        parts.append(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), targets[first : first + _SCORE_ROWS]])
-    return np.concatenate(parts)

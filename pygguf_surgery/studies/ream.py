@@ -119,7 +119,7 @@ def _checked(model: Model, found: Layout, stats: str | os.PathLike[str] | Stats 
         raise BadPlan(
             "not a metric of statistics", object="by", found=repr(by)[:80], expected=", ".join(metrics.names("stats"))
         )
-    if any(s.gated_sum is None for s in stats.layers.values()):
+    if not stats.pairs or any(s.gated_sum is None for s in stats.layers.values()):
         raise BadPlan(
             "the statistics lack what merging needs",
             object="stats",
@@ -154,7 +154,7 @@ def _cosines(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _similarity(stats: stats_file.LayerStats) -> NDArray[np.float64]:
     """[E, E], between 0 and 1, of statistics that have what merging needs."""
-    assert stats.gated_sum is not None  # _checked has seen to it
+    assert stats.gated_sum is not None and stats.logit_gram is not None  # _checked has seen to it
     outputs = _cosines(stats.gated_sum)
     norms = np.sqrt(np.diag(stats.logit_gram))
     scale = np.outer(norms, norms)

@@ -3,7 +3,11 @@
 import hashlib
 import importlib
 import json
+import os
 import re
+import signal
+import time
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -14,6 +18,7 @@ from pygguf_surgery.files import stats as stats_file
 from pygguf_surgery.files.gguf import read_gguf, write_gguf
 from pygguf_surgery.files.stats import LayerStats
 from pygguf_surgery.llama import taps
+from pygguf_surgery.studies import recording
 from support import moe_models
 from support.llama_oracle import TOKENS, Tap
 from support.places import ROOT, SHARED
@@ -24,7 +29,16 @@ TRAINED = SHARED / "models" / "tiny-qwen3next-bf16.gguf"
 SUMS = ("count", "gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "max_activation", "coactivation")
 
 
-# --- fold, against loops ---------------------------------------------------------------------------------------------
+# --- observations, against loops -------------------------------------------------------------------------------------
+
+
+def fold(stats, ids, gates, outputs, logits, *, merge_stats=False):
+    experts = len(stats.count)
+    recording.observe(experts, ids, gates, outputs, logits).add_to(stats, gate_in_input=False)
+    if merge_stats:
+        if stats.gated_sum is None:
+            stats.gated_sum = np.zeros((experts, outputs.shape[2]))
+        recording.add_gated(stats.gated_sum, ids, gates, outputs, gate_in_input=False)
 
 
 def loops(ids, gates, outputs, logits, experts):
@@ -65,7 +79,7 @@ def test_fold_is_the_sum_over_tokens(tokens, experts, used, width):
     found, expected = LayerStats.empty(experts), loops(*parts, experts)
     half = tokens // 2
     for piece in [slice(0, half), slice(half, None)] if half else [slice(None)]:
-        calibration.fold(found, *(p[piece] for p in parts), merge_stats=True)
+        fold(found, *(p[piece] for p in parts), merge_stats=True)
     assert found.tokens == tokens
     for name, array in expected.arrays().items():
         np.testing.assert_allclose(getattr(found, name), array, rtol=2e-6, atol=1e-6, err_msg=name)
@@ -75,7 +89,7 @@ def test_fold_is_the_sum_over_tokens(tokens, experts, used, width):
 def test_activations_beyond_float32_squares_are_finite():
     ids, gates, outputs, logits = batch(0, 4, 4, 1, 3)
     stats = LayerStats.empty(4)
-    calibration.fold(stats, ids, gates, np.full_like(outputs, 1e25), logits)
+    fold(stats, ids, gates, np.full_like(outputs, 1e25), logits)
     np.testing.assert_allclose(stats.norm_sum, stats.count * 1e25 * np.sqrt(3), rtol=1e-6)
 
 
@@ -84,7 +98,7 @@ def test_activations_that_are_not_finite_are_an_error(where):
     ids, gates, outputs, logits = batch(0, 4, 4, 1, 3)
     {"outputs": outputs[2, 0], "gates": gates[2]}[where][...] = np.nan
     with pytest.raises(pgs.BadFile, match=f"in expert {ids[2, 0]}"):
-        calibration.fold(LayerStats.empty(4), ids, gates, outputs, logits)
+        fold(LayerStats.empty(4), ids, gates, outputs, logits)
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -105,7 +119,7 @@ def some_stats(seed=0, *, text="a", experts=6, layers=(1, 3), merge_stats=True):
     )
     for layer in layers:
         stats.layers[layer] = LayerStats.empty(experts)
-        calibration.fold(stats.layers[layer], *batch(seed + layer, 40, experts, 2, 5), merge_stats=merge_stats)
+        fold(stats.layers[layer], *batch(seed + layer, 40, experts, 2, 5), merge_stats=merge_stats)
     return stats
 
 
@@ -196,24 +210,38 @@ def test_without_llama_cpp_python_the_error_says_what_to_install(tmp_path, monke
         pgs.experts.calibrate(moe_models.qwen3moe(tmp_path / "model.gguf"), [b"text"])
 
 
-def test_a_stopped_command_says_what_is_there(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "number, code, word", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_stopped_command_says_what_is_there(tmp_path, monkeypatch, capsys, number, code, word):
     from pygguf_surgery.cli import main
 
     def stopped(path, texts, out, **_):
-        if "late" in out:
-            some_stats().write(out, overwrite=True)
-        raise KeyboardInterrupt
+        if "early" not in out:
+            stats = some_stats()
+            stats.texts[0] = replace(stats.texts[0], done=5 if "whole" in out else 2)
+            stats.write(out, overwrite=True)
+        os.kill(os.getpid(), number)
+        time.sleep(10)
 
     monkeypatch.setattr(calibration, "calibrate", stopped)
-    assert main(["calibrate", "model.gguf", "text", "-o", str(tmp_path / "late.gguf")]) == 130
-    assert "goes on" in capsys.readouterr().err
-    assert main(["calibrate", "model.gguf", "text", "-o", str(tmp_path / "early.gguf")]) == 130
-    assert "nothing was written" in capsys.readouterr().err
+
+    def run(name, *options):
+        code = main(["calibrate", "model.gguf", "text", "-o", str(tmp_path / name), *options])
+        return code, capsys.readouterr().err
+
+    for _ in range(2):
+        assert run("late.gguf")[0] == code
+        assert run("late.gguf", "--force") == (
+            code,
+            f"gguf-surgery: {word}; the same command goes on from the 2 of 5 windows that {tmp_path}/late.gguf has\n",
+        )
+    assert run("early.gguf") == (code, f"gguf-surgery: {word}; nothing was written\n")
     (tmp_path / "early.gguf").write_bytes(b"old")
-    assert main(["calibrate", "model.gguf", "text", "-o", str(tmp_path / "early.gguf"), "--force"]) == 130
-    assert "nothing was written" in capsys.readouterr().err
-    assert main(["calibrate", "model.gguf", "text", "-o", str(tmp_path / "late.gguf"), "--force"]) == 130
-    assert "goes on" in capsys.readouterr().err
+    assert run("early.gguf", "--force") == (code, f"gguf-surgery: {word}; nothing was written\n")
+    assert run("whole.gguf") == (0, "")  # too late
+    some_stats().write(tmp_path / "early.gguf", overwrite=True)
+    assert run("early.gguf", "--force") == (code, f"gguf-surgery: {word}; nothing was written\n")
     assert main(["calibrate", "model.gguf", "-o", str(tmp_path / "x.gguf")]) == 2
 
 
@@ -372,36 +400,73 @@ def model(tmp_path):
 
 
 @pytest.mark.parity
-def test_a_stopped_run_goes_on_where_it_was(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "CHECKPOINT_SECONDS", 0)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("last", [1, 4, 6])
+def test_a_stopped_run_goes_on_where_it_was(model, tmp_path, error, last):
     out, texts = tmp_path / "stats.gguf", [TOKENS, TOKENS[:90]]
+    raised = error("mine")
 
     def stop(done, total):
         assert total == 7
-        if done == 6:
-            raise KeyboardInterrupt
+        if done == last:
+            raise raised
 
     def run(**options):
         return pgs.experts.calibrate(model, texts, out, n_ctx=40, merge_stats=True, threads=1, **options)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error) as caught:
         run(progress=stop)
-    half = pgs.experts.open_stats(out)
-    done = half.texts[0].done
-    assert not half.complete and 1 <= done <= 5 and half.texts[1].done == 0 and half.layers[1].tokens == 40 * done
+    assert caught.value is raised
+    part = pgs.experts.open_stats(out)
+    assert [text.done for text in part.texts] == [min(last, 5), max(last - 5, 0)]
+    assert all(layer.tokens == 40 * last for layer in part.layers.values())
     with pytest.raises(pgs.BadPlan, match="not complete"), pgs.open(model) as opened:
-        pgs.experts.rank(opened, "reap", stats=half)
-    with pytest.raises(pgs.BadPlan, match="another run"):
-        pgs.experts.calibrate(model, texts[:1], out, n_ctx=40, merge_stats=True)
+        pgs.experts.rank(opened, "reap", stats=part)
+    for other in ({"n_ctx": 20}, {"merge_stats": False}, {"merge_stats": False, "pairs": False}):
+        with pytest.raises(pgs.BadPlan, match="another run"):
+            pgs.experts.calibrate(model, texts, out, **{"n_ctx": 40, "merge_stats": True, **other})
     calls = []
-    resumed = run(progress=lambda done, total: calls.append(done))
-    assert calls == list(range(done + 1, 8)) and resumed.complete
-    fresh = pgs.experts.calibrate(model, texts, n_ctx=40, merge_stats=True, threads=1)
+    resumed = run(progress=lambda done, total: calls.append(done), overwrite=last == 4)
+    assert calls == list(range(last + 1, 8)) and resumed.complete
+    fresh = pgs.experts.calibrate(model, texts, tmp_path / "fresh.gguf", n_ctx=40, merge_stats=True, threads=1)
     same(resumed, fresh)
-    same(pgs.experts.open_stats(out), fresh)
+    assert out.read_bytes() == (tmp_path / "fresh.gguf").read_bytes()
     with pytest.raises(FileExistsError):
         run()
     run(overwrite=True)
+    assert out.read_bytes() == (tmp_path / "fresh.gguf").read_bytes()
+
+
+@pytest.mark.parity
+def test_a_window_that_was_not_whole_counts_nowhere(model, tmp_path, monkeypatch):
+    """Older versions could count a part of one: such a file is told from a good one."""
+    out, taken = tmp_path / "stats.gguf", []
+
+    class Stop(Exception):
+        pass
+
+    def take(self, name, values):
+        taken.append(name)
+        if len(taken) == 4 * 2 * 3 + 5:  # 4 tensors of 2 layers, the fourth window, in the second layer
+            raise Stop
+        recording_take(self, name, values)
+
+    recording_take = recording.Recorder.take
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(recording.Recorder, "take", take)
+        pgs.experts.calibrate(model, [TOKENS], out, n_ctx=40, threads=1)
+    part = pgs.experts.open_stats(out)
+    assert part.texts[0].done == 3 and {layer.tokens for layer in part.layers.values()} == {120}
+    same(
+        pgs.experts.calibrate(model, [TOKENS], out, n_ctx=40, threads=1),
+        pgs.experts.calibrate(model, [TOKENS], n_ctx=40, threads=1),
+    )
+    part.layers[1].tokens += 40
+    part.write(out, overwrite=True)
+    with pytest.raises(pgs.BadPlan, match="part of a window"):
+        pgs.experts.calibrate(model, [TOKENS], out, n_ctx=40)
+    pgs.experts.calibrate(model, [TOKENS], out, n_ctx=40, overwrite=True)
+    assert pgs.experts.open_stats(out).complete
 
 
 @pytest.mark.parity
@@ -418,7 +483,7 @@ def test_windows_longer_than_a_batch_give_the_same_sums(model, monkeypatch):
     from pygguf_surgery.llama import session as llama
 
     whole = pgs.experts.calibrate(model, [TOKENS], n_ctx=80, threads=1)
-    monkeypatch.setattr(llama, "_BATCH", 32)
+    monkeypatch.setattr(llama, "BATCH", 32)
     parts = pgs.experts.calibrate(model, [TOKENS], n_ctx=80, threads=1)
     assert parts.nll == pytest.approx(whole.nll, rel=1e-5) and parts.predictions == whole.predictions == 2 * 39
     for name in SUMS:

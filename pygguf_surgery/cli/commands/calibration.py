@@ -8,11 +8,12 @@ from argparse import Namespace
 from ...files.outputs import check_output
 from .. import words
 from ..command import Command, Options, Positional
-from ..common import INTERRUPTED, Usage, choose, needs_number
+from ..common import Usage, choose, needs_number, stopped
 from ..options import CHOICE, FORCE, IMATRIX, IO, JSON, MEMORY, MTP, QUIET, THREADS
 
 
 def calibrate(args: Namespace) -> int:
+    from ...files.stats import windows_done
     from ...studies.calibration import calibrate
 
     path, *texts = args.arguments
@@ -27,17 +28,21 @@ def calibrate(args: Namespace) -> int:
             n_ctx=args.ctx,
             chunks=args.chunks,
             merge_stats=args.merge_stats,
+            pairs=not args.no_pairs,
             parse_special=args.parse_special,
+            memory=args.memory,
             threads=args.threads,
             gpu_layers=args.gpu_layers,
             overwrite=args.force,
             progress=not args.quiet,
         )
-    except KeyboardInterrupt:
-        if _identity(args.output) in (None, before):
+    except KeyboardInterrupt as stop:
+        done, total = windows_done(args.output) or (0, 0)
+        if done == total > 0 and _identity(args.output) != before:
+            return 0  # it came too late
+        if not done or done == total:
             raise
-        words.say(f"interrupted; the same command without --force goes on from what {args.output} has")
-        return INTERRUPTED
+        return stopped(stop, f"the same command goes on from the {done} of {total} windows that {args.output} has")
     if args.json:
         words.print_json(stats.to_json())
     elif not args.quiet:
@@ -103,9 +108,12 @@ TEXTS: Options = {
 COMMANDS = (
     Command(
         "calibrate", "run texts through a model and record what its experts do", calibrate, (MODEL_AND_TEXTS,),
-        {"": OUTPUT | TEXTS | THREADS
-         | {"--merge-stats": dict(action="store_true", help="also record what merging needs: larger statistics")}
+        {"": OUTPUT | TEXTS | MEMORY | THREADS
+         | {"--merge-stats": dict(action="store_true", help="also record what merging needs: larger statistics"),
+            "--no-pairs": dict(action="store_true", help="do not record what two experts do together, which only "
+                               "merging needs: much smaller statistics where there are hundreds of experts")}
          | FORCE | QUIET | JSON},
+        {"memory": 4 << 30},
     ),
     Command(
         "repair", "make down projections with which the experts that stay do what all did", repair, (MODEL_AND_TEXTS,),
