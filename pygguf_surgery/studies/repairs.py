@@ -9,22 +9,22 @@ loop; gate and up projections, router and everything else stay as they are.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .._core import Value
+from .._core import TensorInfo, Value, encode_header
 from .._core import quantize as encode
 from ..architecture.experts import GATE_IN_INPUT, most_used
 from ..base.errors import BadFile, BadPlan
 from ..base.progress import Progress, ProgressLike, as_progress
 from ..base.units import MEMORY_MOST, human, parse_size
-from ..files.gguf import write_gguf
 from ..files.model import Model, Tensor
 from ..files.open import open_model
 from ..files.outputs import check_output
+from ..files.partial import Partial, partial_path
 from ..files.repair import FORMAT, PREFIX
 from ..llama.session import Session
 from ..llama.taps import Taps, moe_layout
@@ -37,6 +37,7 @@ MEMORY_DEFAULT = "4GiB"  # of tokens and weights; as the command line says
 # Gram matrices' diagonals. It ends where the tokens that were held back are predicted worse.
 RIDGES = (1e-1, 1e-2, 1e-2, 1e-3, 1e-3, 1e-3)
 HELD_BACK = 10  # one in so many windows decides which sweep was the best
+_ALIGNMENT = 32  # of its tensors
 _DROPPED = -1e30  # router logit of an expert that the cut has not
 
 
@@ -210,6 +211,8 @@ def repair(
     the layers that are worked on at once, beside llama.cpp's own; each pass over the text runs it twice.
     MTP layers, which llama.cpp does not run, keep their down projections. progress: True, or a callable(windows done,
     windows in all).
+    out: until all layers are finished they are kept in OUT.partial; a run that was stopped goes on from there when it
+    is called again in the same way. What another run left there needs `overwrite`.
     Errors: as in `calibrate`, and BadPlan if the tokens of one layer do not fit `memory`.
     """
     check_windows(n_ctx, chunks, texts)
@@ -222,24 +225,32 @@ def repair(
         ids = kept.get(layer, ())
         if list(ids) != sorted(set(ids)) or not ids or ids[0] < 0 or ids[-1] >= found.experts:
             raise BadPlan("not ascending ids of experts", object=f"keep {layer}", found=repr(ids)[:80])
-    check_output([*model.paths, *texts, run], out, overwrite)
-    texts = read_texts(texts)
+    inputs = [*model.paths, *texts, run]
+    check_output(inputs, out, overwrite)
+    check_output(inputs, partial_path(out), overwrite=True)
+    read = read_texts(texts)
+    runs, run_sha256 = model.path, model.header_sha256
     if run is not None:
-        _check_twin(model, run, found.experts, layers)
+        runs, run_sha256 = os.fsdecode(run), _check_twin(model, run, found.experts, layers)
     replay = _Replay(model.architecture, layers, found.experts, {layer: kept[layer] for layer in layers})
-    runs = os.fsdecode(run) if run is not None else model.path
     with (
         as_progress(progress, "repairing", "windows") as report,
         Session(runs, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, watch=replay) as session,
     ):
-        windows = windows_of(session, texts, chunks, parse_special)
+        windows = windows_of(session, read, chunks, parse_special)
+        del read
         replay.learn(session, windows[0].tokens[0])
         work = _Work(model, session, replay, windows, kept, layers, budget, report)
-        work.write(os.fsdecode(out), str(getattr(keep, "metric", "given")), parse_special, overwrite)
-    return work.errors
+        header, offsets, size = work.layout(str(getattr(keep, "metric", "given")), parse_special, run_sha256)
+        with Partial(out, header, size, len(layers), overwrite=overwrite) as file:
+            work.run(file, offsets)
+            errors = {layer: (float(a), float(b)) for layer, (a, b) in zip(layers, file.journal(), strict=True)}
+            file.complete()
+    return errors
 
 
-def _check_twin(model: Model, path: str | os.PathLike[str], experts: int, layers: Sequence[int]) -> None:
+def _check_twin(model: Model, path: str | os.PathLike[str], experts: int, layers: Sequence[int]) -> str:
+    """The digest of its header; BadPlan if it is not the same model."""
     with open_model(path) as other:
         found, others = moe_layout(other)
         for what, a, b in (
@@ -249,11 +260,12 @@ def _check_twin(model: Model, path: str | os.PathLike[str], experts: int, layers
         ):
             if a != b:
                 raise BadPlan("not the same model", path=other.path, object=what, found=a, expected=b)
+        return other.header_sha256
 
 
 class _Work:
-    """The passes over the text, each for as many layers as fit the memory. Layers are solved when the file that is
-    being written comes to them, so that no more than those are held."""
+    """The passes over the text, each for as many layers as fit the memory, whose tokens are then held and solved one
+    layer after the other."""
 
     def __init__(
         self,
@@ -269,11 +281,8 @@ class _Work:
         self.model, self.session, self.replay, self.windows = model, session, replay, windows
         self.kept, self.layers, self.progress = kept, list(layers), progress
         self.tokens = sum(w.tokens.size for w in windows)
-        self.errors: dict[int, tuple[float, float]] = {}
         self.order, self.held_back = self._order()
         self._step = self._layers_at_once(budget)
-        self._done = 0
-        self._ready: dict[int, Samples] = {}
 
     def down(self, layer: int) -> Tensor:
         return self.model.tensors[f"blk.{layer}.ffn_down_exps.weight"]
@@ -295,30 +304,52 @@ class _Work:
             )
         return (budget - working) // samples
 
-    def pass_over(self, layers: Sequence[int]) -> None:
+    def run(self, file: Partial, offsets: Sequence[int]) -> None:
+        """Solves the layers that the file lacks."""
+        finished = set(file.finished())
+        missing = [i for i in range(len(self.layers)) if i not in finished]
+        total = -(-len(missing) // self._step) * len(self.order)
+        for number, first in enumerate(range(0, len(missing), self._step)):
+            parts = missing[first : first + self._step]
+            samples = self._pass_over([self.layers[i] for i in parts], number * len(self.order), total)
+            for i in parts:
+                layer = self.layers[i]
+                old = self.down(layer).dequantize(experts=list(self.kept[layer]))
+                new, errors = fit(old, samples.pop(layer), self.held_back)
+                if not np.isfinite(errors).all():
+                    raise BadFile("activations beyond what float32 holds", object=f"blk.{layer}")
+                at, type = offsets[i], tensor_type(self._type(layer)).id
+                for expert in new:
+                    data = encode(np.ascontiguousarray(expert), type, None, 1, False)
+                    file.write(at, data)
+                    at += data.nbytes
+                file.finish(i, errors)
+
+    def _pass_over(self, layers: Sequence[int], done: int, total: int) -> dict[int, Samples]:
+        """The tokens of these layers."""
+
         def extra(layer: int, part: str) -> NDArray[np.float32] | None:
             tensor = self.model.tensors.get(f"blk.{layer}.ffn_down_exps.{part}")
             return None if tensor is None else tensor.dequantize()
 
-        experts = self.down(layers[0]).shape[0]
-        self._ready = self.replay.masked = {
+        samples = {
             layer: Samples(
                 self.tokens,
                 self.kept[layer],
-                experts,
+                self.down(layer).shape[0],
                 gate_in_input=self.model.architecture in GATE_IN_INPUT,
                 scales=extra(layer, "scale"),
                 biases=extra(layer, "bias"),
             )
             for layer in layers
         }
-        passes = -(-len(self.layers) // self._step)
-        total = passes * sum(len(w.tokens) for w in self.windows)
-        for window in self.order:
+        self.replay.masked = samples
+        for number, window in enumerate(self.order, 1):
             self.replay.run(self.session, window)
-            self._done += 1
             if self.progress is not None:
-                self.progress(self._done, total)
+                self.progress(done + number, total)
+        self.replay.masked = {}
+        return samples
 
     def _order(self) -> tuple[list[NDArray[np.int32]], int]:
         """All windows, those that are held back last, spread over the texts, which differ from part to part; and how
@@ -335,43 +366,36 @@ class _Work:
         order = [w for i, w in enumerate(every) if i not in back] + [every[i] for i in back]
         return order, len(back) * self.session.n_ctx
 
-    def solve(self, layer: int, type: str) -> Iterator[NDArray[np.uint8]]:
-        if layer not in self._ready:
-            first = self.layers.index(layer)
-            self.pass_over(self.layers[first : first + self._step])
-        samples = self._ready.pop(layer)
-        old = self.down(layer).dequantize(experts=list(self.kept[layer]))
-        new, self.errors[layer] = fit(old, samples, self.held_back)
-        for expert in new:
-            yield encode(np.ascontiguousarray(expert), tensor_type(type).id, None, 1, False)
+    def _type(self, layer: int) -> str:
+        type = self.down(layer).type
+        return type if type in ("F32", "F16", "BF16") else "F32"
 
-    def write(self, path: str, metric: str, parse_special: bool, overwrite: bool) -> None:
+    def layout(self, metric: str, parse_special: bool, run_sha256: str) -> tuple[bytes, list[int], int]:
+        """The header of the file, which says what the down projections depend on, where each tensor begins, and the
+        size of the file. Its last tensor are the errors of each layer, before and after."""
         model, texts = self.model, [w.text for w in self.windows]
         metadata = {
             "general.type": Value("expert_repair", "str"),
             PREFIX + "format": Value(FORMAT, "u32"),
             PREFIX + "model.header_sha256": Value(model.header_sha256, "str"),
+            PREFIX + "run.header_sha256": Value(run_sha256, "str"),
             PREFIX + "metric": Value(metric, "str"),
             PREFIX + "text.sha256": Value([t.sha256 for t in texts], "str[]"),
+            PREFIX + "text.windows": Value([t.windows for t in texts], "u32[]"),
             PREFIX + "tokens": Value(self.tokens, "u64"),
             PREFIX + "n_ctx": Value(self.session.n_ctx, "u32"),
             PREFIX + "parse_special": Value(parse_special, "bool"),
             PREFIX + "layers": Value(list(self.kept), "u32[]"),
             **{f"{PREFIX}{layer}.kept": Value(list(ids), "u32[]") for layer, ids in self.kept.items()},
         }
-        tensors: dict[str, Any] = {}
-        for layer in self.layers:
-            tensor = self.down(layer)
-            type = tensor.type if tensor.type in ("F32", "F16", "BF16") else "F32"
-            tensors[tensor.name] = (
-                lambda layer=layer, type=type: self.solve(layer, type),
-                type,
-                (len(self.kept[layer]), *tensor.shape[1:]),
+        infos = [
+            TensorInfo(
+                self.down(layer).name,
+                (*self.down(layer).ne[:2], len(self.kept[layer])),
+                tensor_type(self._type(layer)).id,
             )
-        # Last, so that all layers are solved when it is asked for.
-        tensors["errors"] = (
-            lambda: [np.array([self.errors[layer] for layer in self.layers])],
-            "F64",
-            (len(self.layers), 2),
-        )
-        write_gguf(path, metadata, tensors, overwrite=overwrite)
+            for layer in self.layers
+        ]
+        infos.append(TensorInfo("errors", (2, len(self.layers)), tensor_type("F64").id))
+        header, offsets, size = encode_header(list(metadata.items()), infos, _ALIGNMENT)
+        return header, list(offsets), size

@@ -343,6 +343,42 @@ def test_layers_in_several_passes_give_the_same(tmp_path):
 
 
 @pytest.mark.parity
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_stopped_repair_goes_on_with_the_layers_that_it_lacks(tmp_path, error):
+    pytest.importorskip("llama_cpp")
+    one = 480 * 4 * (4 * (32 + 1) + 32) + 4 * 480 * 32 + 3 * 4 * 8 * 32 * 32  # of the two layers
+    out, raised = tmp_path / "out.gguf", error("mine")
+    with pgs.open(moe_models.dots1(tmp_path / "model.gguf")) as model:
+
+        def run(out=out, texts=(TOKENS,), **options):
+            return pgs.experts.repair(model, HALF, texts, out, n_ctx=40, memory=one, threads=1, **options)
+
+        def stop_at(number):
+            def stop(done, total):
+                assert total == 24
+                if done == number:
+                    raise raised
+
+            return stop
+
+        whole = run(tmp_path / "whole.gguf")
+        for number, kept in ((5, False), (17, True)):
+            with pytest.raises(error) as caught:
+                run(progress=stop_at(number))
+            assert caught.value is raised and not out.exists()
+            assert (tmp_path / "out.gguf.partial").exists() == kept
+        with pytest.raises(pgs.BadPlan, match="another run"):
+            run(texts=[TOKENS[::-1]])
+        with pytest.raises(pgs.BadPlan, match="one of the inputs"):
+            run(texts=[tmp_path / "out.gguf.partial"])
+        calls = []
+        assert run(progress=lambda *now: calls.append(now)) == whole
+        assert calls == [(done, 12) for done in range(1, 13)]
+        assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+        assert not (tmp_path / "out.gguf.partial").exists()
+
+
+@pytest.mark.parity
 def test_a_quantized_twin_may_run_in_its_place(tmp_path):
     pytest.importorskip("llama_cpp")
     path = moe_models.dots1(tmp_path / "model.gguf")

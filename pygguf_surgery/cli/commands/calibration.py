@@ -61,6 +61,7 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 def repair(args: Namespace) -> int:
     from ...files.open import open_model
+    from ...files.partial import partial_path
     from ...files.repair import open_repair
     from ...studies.repairs import repair
 
@@ -70,22 +71,30 @@ def repair(args: Namespace) -> int:
     if needs_number(args):
         raise Usage("repair needs --keep N or --ratio R (or --by FILE.json with the experts to keep)")
     check_output([path, *texts, args.stats], args.output, args.force)
-    with open_model(path) as model:
-        errors = repair(
-            model,
-            choose(model, args),
-            texts,
-            args.output,
-            run=args.run,
-            n_ctx=args.ctx,
-            chunks=args.chunks,
-            parse_special=args.parse_special,
-            memory=args.memory,
-            threads=args.threads,
-            gpu_layers=args.gpu_layers,
-            overwrite=args.force,
-            progress=not args.quiet,
-        )
+    before = _identity(args.output)
+    try:
+        with open_model(path) as model:
+            errors = repair(
+                model,
+                choose(model, args),
+                texts,
+                args.output,
+                run=args.run,
+                n_ctx=args.ctx,
+                chunks=args.chunks,
+                parse_special=args.parse_special,
+                memory=args.memory,
+                threads=args.threads,
+                gpu_layers=args.gpu_layers,
+                overwrite=args.force,
+                progress=not args.quiet,
+            )
+    except KeyboardInterrupt as stop:
+        if _identity(args.output) != before:
+            return 0  # it came too late
+        if not os.path.exists(partial := partial_path(args.output)):
+            raise
+        return stopped(stop, f"the same command goes on from the layers that {partial} has")
     if args.json:
         words.print_json({"layers": {str(layer): {"before": a, "after": b} for layer, (a, b) in errors.items()}})
     elif not args.quiet:
