@@ -90,11 +90,13 @@ def main() -> None:
         ("ctx", 256),
     ):
         parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--isolate", action="store_true", help="run llama.cpp in child processes")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))
     args = parser.parse_args()
     draw = random.Random(args.seed)
     texts = [os.path.abspath(args.model), os.path.abspath(args.text), "-o", "out.gguf", "--quiet"]
     texts += ["--ctx", str(args.ctx), "--chunks", str(args.chunks), "--threads", str(args.threads)]
+    texts += ["--isolate"] * args.isolate
     commands = {
         "calibrate": ["calibrate", *texts],
         "calibrate --merge-stats": ["calibrate", *texts, "--merge-stats"],

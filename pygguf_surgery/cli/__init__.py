@@ -19,11 +19,16 @@ from .words import PROGRAM, say
 
 
 def program() -> NoReturn:
-    """The program of the shell: from the end of its command on nothing can interrupt it any more."""
+    """The program of the shell: from the end of its command on nothing can interrupt it any more, and it is gone at
+    once. Python and llama.cpp would take longer to tidy up than a run takes to stop."""
     code = main()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    sys.exit(code)
+    with suppress(OSError, ValueError):  # main has written its output, or nobody reads it
+        sys.stdout.flush()
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

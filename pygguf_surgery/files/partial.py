@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _UNFINISHED = b"pgs\0"  # in the place of "GGUF"
 _PAIR = 16
+_PATIENCE = 2.0  # seconds, in which a process that was killed with the run before lets go of it
 
 
 def partial_path(path: str | os.PathLike[str]) -> str:
@@ -47,6 +49,7 @@ class Partial:
             raise
 
     def _open(self) -> int:
+        start = time.monotonic()
         while True:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
@@ -58,8 +61,10 @@ class Partial:
             except FileNotFoundError:
                 pass
             except BlockingIOError:
-                os.close(file)
-                raise BadPlan("another run is writing it", path=self.path) from None
+                if time.monotonic() - start > _PATIENCE:
+                    os.close(file)
+                    raise BadPlan("another run is writing it", path=self.path) from None
+                time.sleep(0.02)
             except BaseException:
                 os.close(file)
                 raise

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import cast
 
 from ..architecture.experts import Layout, most_used
 from ..base.errors import BadFile, BadPlan, SurgeryError
@@ -18,6 +19,7 @@ from ..files.model import Model
 from ..files.open import open_model
 from ..files.outputs import check_output
 from ..files.stats import LayerStats, Stats
+from ..llama.apart import run_apart
 from ..llama.session import BATCH, Losses, Session
 from ..llama.taps import moe_layout
 from ..llama.texts import TextLike, Windows, check_windows, read_texts, windows_of
@@ -40,6 +42,7 @@ def calibrate(
     memory: int | str = MEMORY_DEFAULT,
     threads: int = 0,
     gpu_layers: int = 0,
+    isolate: bool = False,
     overwrite: bool = False,
     progress: ProgressLike = None,
 ) -> Stats:
@@ -51,13 +54,18 @@ def calibrate(
     merge_stats: also the sums that merging needs, [E, width] per layer. pairs: also what two experts do together, two
     times [E, E] per layer, which merging needs too. parse_special: special tokens in the text are such. memory: for the
     sums and a window of what they are made of, beside llama.cpp's own. gpu_layers: how many layers llama.cpp puts on a
-    GPU, -1 for all.
+    GPU, -1 for all. isolate: in a child process, so that a file that makes llama.cpp abort is an error.
     out: where the statistics go, every minute and when the run ends, for whatever reason; only whole windows count. A
     run that was stopped goes on from there when it is called again in the same way. A complete file, or one of another
     run, needs `overwrite`. progress: True, or a callable(windows done, windows in all).
     Errors: BadPlan for a model without experts, a text shorter than a window or too little memory, BadFile for a model
     that llama.cpp does not load, Unsupported without llama-cpp-python or where its graph lacks what is recorded.
     """
+    if isolate:
+        arguments = {name: value for name, value in locals().items() if name not in ("isolate", "progress")}
+        with as_progress(progress, "calibrating", "windows") as report:
+            function = "..studies.calibration:calibrate"
+            return cast(Stats, run_apart(function, arguments, path=os.fsdecode(path), progress=report))
     check_windows(n_ctx, chunks, texts)
     budget = parse_memory(memory)
     if merge_stats and not pairs:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from ..files.open import open_model
 from ..files.outputs import check_output
 from ..files.partial import Partial, partial_path
 from ..files.repair import FORMAT, PREFIX
+from ..llama.apart import run_apart
 from ..llama.session import Session
 from ..llama.taps import Taps, moe_layout
 from ..llama.texts import TextLike, Windows, check_windows, read_texts, windows_of
@@ -198,6 +199,7 @@ def repair(
     memory: int | str = MEMORY_DEFAULT,
     threads: int = 0,
     gpu_layers: int = 0,
+    isolate: bool = False,
     overwrite: bool = False,
     progress: ProgressLike = None,
 ) -> dict[int, tuple[float, float]]:
@@ -206,15 +208,21 @@ def repair(
     layer's output as a share of its squares, on tokens that were held back.
 
     model: the one to be cut, whose weights are the start. run: a file of the same model that llama.cpp runs in its
-    place, such as a quantized one. texts, n_ctx, chunks, parse_special, gpu_layers: as in `calibrate`; as many tokens
-    as can be had, since the fit has kept x F parameters per output (F: width of an expert). memory: for the tokens of
-    the layers that are worked on at once, beside llama.cpp's own; each pass over the text runs it twice.
+    place, such as a quantized one. texts, n_ctx, chunks, parse_special, gpu_layers, isolate: as in `calibrate`; as many
+    tokens as can be had, since the fit has kept x F parameters per output (F: width of an expert). memory: for the
+    tokens of the layers that are worked on at once, beside llama.cpp's own; each pass over the text runs it twice.
     MTP layers, which llama.cpp does not run, keep their down projections. progress: True, or a callable(windows done,
     windows in all).
     out: until all layers are finished they are kept in OUT.partial; a run that was stopped goes on from there when it
     is called again in the same way. What another run left there needs `overwrite`.
     Errors: as in `calibrate`, and BadPlan if the tokens of one layer do not fit `memory`.
     """
+    if isolate:
+        arguments = {name: value for name, value in locals().items() if name not in ("model", "isolate", "progress")}
+        arguments["path"], path = model.path, model.path if run is None else os.fsdecode(run)
+        with as_progress(progress, "repairing", "windows") as report:
+            function = "..studies.repairs:_repair_file"
+            return cast(dict[int, tuple[float, float]], run_apart(function, arguments, path=path, progress=report))
     check_windows(n_ctx, chunks, texts)
     budget = parse_size(memory)
     if not 0 < budget <= MEMORY_MOST:
@@ -247,6 +255,12 @@ def repair(
             errors = {layer: (float(a), float(b)) for layer, (a, b) in zip(layers, file.journal(), strict=True)}
             file.complete()
     return errors
+
+
+def _repair_file(path: str, **arguments: Any) -> dict[int, tuple[float, float]]:
+    """In a child process."""
+    with open_model(path) as model:
+        return repair(model, **arguments)
 
 
 def _check_twin(model: Model, path: str | os.PathLike[str], experts: int, layers: Sequence[int]) -> str:

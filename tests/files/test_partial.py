@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pygguf_surgery as pgs
+from pygguf_surgery.files import partial
 from pygguf_surgery.files.partial import Partial, partial_path
 from support.places import ROOT
 
@@ -105,7 +106,8 @@ def test_a_symbolic_link_in_its_place_is_not_followed(tmp_path):
     assert (tmp_path / "mine").read_bytes() == b"mine"
 
 
-def test_two_runs_at_once(tmp_path):
+def test_two_runs_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(partial, "_PATIENCE", 0.1)
     with open_it(tmp_path / "out") as file:
         with pytest.raises(pgs.BadPlan, match="another run is writing"):
             open_it(tmp_path / "out", overwrite=True)

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+import tracemalloc
 from dataclasses import replace
 
 import gguf
@@ -99,6 +100,65 @@ def test_activations_that_are_not_finite_are_an_error(where):
     {"outputs": outputs[2, 0], "gates": gates[2]}[where][...] = np.nan
     with pytest.raises(pgs.BadFile, match=f"in expert {ids[2, 0]}"):
         fold(LayerStats.empty(4), ids, gates, outputs, logits)
+
+
+@pytest.mark.parametrize("merge_stats, pairs", [(False, True), (True, True), (False, False)])
+def test_memory_needed_is_what_it_takes(merge_stats, pairs):
+    layers, experts, used, width, n_ctx, size = 6, 256, 8, 512, 256, 64
+    stats = {layer: LayerStats.empty(experts, pairs) for layer in range(layers)}
+    parts = dict(zip(("ids", "gates", "outputs", "logits"), batch(0, size, experts, used, width), strict=True))
+
+    def run_window():
+        for _ in range(n_ctx // size):
+            for layer in range(layers):
+                for kind, values in parts.items():
+                    recorder.take(f"{kind}-{layer}", values.copy())
+        recorder.add_window()
+
+    tracemalloc.start()
+    try:
+        recorder = recording.Recorder("test", stats, experts, merge_stats=merge_stats, pairs=pairs)
+        recorder.names = {f"{kind}-{layer}": (kind, layer) for kind in parts for layer in range(layers)}
+        for _ in range(2):
+            run_window()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    empty = sum(
+        array.nbytes for layer in stats.values() for array in LayerStats.empty(experts, pairs).arrays().values()
+    )
+    needed = recording.memory_needed(layers, experts, used, width, n_ctx, size, merge_stats=merge_stats, pairs=pairs)
+    assert 0.5 * needed < peak + empty < needed * 1.1, (peak + empty, needed)
+    assert all(layer.tokens == 2 * n_ctx and (layer.logit_gram is not None) == pairs for layer in stats.values())
+
+
+@pytest.mark.parity
+def test_statistics_without_pairs_rank_and_fit_into_less(model, tmp_path):
+    with_pairs = pgs.experts.calibrate(model, [TOKENS], n_ctx=40, threads=1)
+    out = tmp_path / "stats.gguf"
+    stats = pgs.experts.calibrate(model, [TOKENS], out, n_ctx=40, threads=1, pairs=False)
+    same(pgs.experts.open_stats(out), stats)
+    assert stats.layers[1].coactivation is None and not stats.pairs and with_pairs.pairs
+    with pgs.open(model) as opened:
+        ranked = [pgs.experts.rank(opened, "reap", stats=s).scores for s in (stats, with_pairs)]
+        assert all((ranked[0][layer] == ranked[1][layer]).all() for layer in (1, 2))
+        with pytest.raises(pgs.BadPlan, match="merging needs"):
+            pgs.experts.group(opened, 8, stats=stats)
+    with pytest.raises(pgs.BadPlan, match="merging needs the pairs"):
+        pgs.experts.calibrate(model, [TOKENS], n_ctx=40, merge_stats=True, pairs=False)
+
+
+def test_too_little_memory_is_refused_before_anything_runs(tmp_path, capsys):
+    from pygguf_surgery.cli import main
+
+    path, text = moe_models.qwen3moe(tmp_path / "model.gguf", experts=512), tmp_path / "text"
+    text.write_bytes(b"some text")
+    out = ["-o", str(tmp_path / "stats.gguf")]
+    assert main(["calibrate", str(path), str(text), *out, "--memory", "1MiB"]) == 4
+    assert "at least 64MiB" in capsys.readouterr().err
+    assert main(["calibrate", str(path), str(text), *out, "--memory", "64MiB", "--ctx", "32768"]) == 4
+    said = capsys.readouterr().err
+    assert "do not fit" in said and "--no-pairs" in said and said.count("\n") == 1
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

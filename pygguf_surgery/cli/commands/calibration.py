@@ -33,6 +33,7 @@ def calibrate(args: Namespace) -> int:
             memory=args.memory,
             threads=args.threads,
             gpu_layers=args.gpu_layers,
+            isolate=args.isolate,
             overwrite=args.force,
             progress=not args.quiet,
         )
@@ -86,6 +87,7 @@ def repair(args: Namespace) -> int:
                 memory=args.memory,
                 threads=args.threads,
                 gpu_layers=args.gpu_layers,
+                isolate=args.isolate,
                 overwrite=args.force,
                 progress=not args.quiet,
             )
@@ -113,6 +115,8 @@ TEXTS: Options = {
     "--chunks": dict(type=int, metavar="N", help="at most N windows of each text"),
     "--parse-special": dict(action="store_true", help="special tokens in the text are tokens, not text"),
     "--gpu-layers": dict(type=int, default=0, metavar="N", help="layers that llama.cpp puts on a GPU, -1 for all"),
+    "--isolate": dict(action="store_true", help="run llama.cpp in a child process: a file of unknown origin that it "
+                      "aborts on is then an error"),
 }
 COMMANDS = (
     Command(
