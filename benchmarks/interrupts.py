@@ -55,7 +55,7 @@ def trial(
             _, words = process.communicate()
             delay = time.monotonic() - sent
             wanted = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
-            if process.returncode == 0:
+            if process.returncode == 0 and not words:
                 late += 1
                 break
             if process.returncode != wanted or b"Traceback" in words or b"Exception ignored" in words:

@@ -17,9 +17,8 @@ from typing import IO, Any
 from ..base.errors import BadFile, SurgeryWarning
 from ..base.progress import Progress
 
-# The child finds this very package, whatever its working folder and environment say.
-_CHILD = "import sys; sys.path.insert(0, {folder!r}); from pygguf_surgery.llama.apart import child; child({pipe})"
-_FOLDER = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+# The child finds modules where this process does.
+_CHILD = "import sys; sys.path[:] = {path!r}; from pygguf_surgery.llama.apart import child; child({pipe})"
 
 
 def run_apart(function: str, arguments: Mapping[str, Any], *, path: str, progress: Progress | None = None) -> Any:
@@ -35,7 +34,7 @@ def run_apart(function: str, arguments: Mapping[str, Any], *, path: str, progres
         os.fdopen(ours, "rb") as answers,
         tempfile.TemporaryFile() as said,
         subprocess.Popen(
-            [sys.executable, "-c", _CHILD.format(folder=_FOLDER, pipe=theirs)],
+            [sys.executable, "-c", _CHILD.format(path=[p for p in sys.path if isinstance(p, str)], pipe=theirs)],
             stdin=subprocess.PIPE,
             stdout=said,
             stderr=said,

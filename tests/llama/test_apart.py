@@ -61,11 +61,6 @@ def floods(progress=None):
         progress(0, 1)
 
 
-@pytest.fixture(autouse=True)
-def found(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
-
-
 def apart(name, progress=None, **arguments):
     return run_apart(f"llama.test_apart:{name}", arguments, path="model.gguf", progress=progress)
 
