@@ -50,7 +50,7 @@ def apply(draft: Draft, edit: MergeExperts, context: Context) -> Draft:
             out.block(error)
     if left := merged & {layer_of(t.name) for t in out.tensors}:
         members = {layer: [group.members for group in edit.groups[layer]] for layer in left}
-        record_merge(out.metadata, members, experts)
+        record_merge(context.model, draft.metadata, out.metadata, members, experts)
     return out
 
 

@@ -13,8 +13,8 @@ from ..architecture.keys import getter, like, read_count
 from ..architecture.loader import MAX_EXPERTS, MAX_LAYERS
 from ..architecture.names import layer_of
 from ..base.errors import BadFile, BadPlan
-from ..plan_data.choices import Ids
 from ..plan_data.expressions import Slices
+from ..plan_data.subject import DROPPED, Descent, Ids
 
 if TYPE_CHECKING:
     from .model import Model
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 VERSION = "pgs.version"
 SOURCE_SHA256 = "pgs.source.header_sha256"
 SOURCE_NAME = "pgs.source.name"
+SOURCE_EXPERTS = "pgs.source.experts"
 KEPT_LAYERS = "pgs.layers.kept"
 METRIC = "pgs.experts.metric"
-_EXPERTS = "pgs.experts."
+ORIGIN_SHA256 = "pgs.origin.header_sha256"
+ORIGIN_EXPERTS = "pgs.origin.experts"
+ORIGIN_LAYERS = "pgs.origin.layers"
+_EXPERTS, _ORIGIN = "pgs.experts.", "pgs.origin."
 _OF_LAYER = re.compile(r"pgs\.experts\.([0-9]{1,9})\.(\w+)")  # pgs.experts.N.kept and so on
-
-DROPPED = 0xFFFFFFFF  # in `merged`: in no group
 
 _IDS = ("general.uuid", "general.doi", "general.source.uuid", "general.source.doi")  # of the original, not of this file
 _BASE_MODEL = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
@@ -38,15 +40,17 @@ class Lineage:
     """What the keys say. Layers are numbers in this file; ids of experts are those of the source.
 
     version: of the program that made the file. source_sha256, source_name: the hash of the source's header, its
-    general.name. layers: the source's number of each layer, None where none was dropped. metric: what chose the
-    experts. By layer: kept, ids of its experts, ascending; padded, how many experts of zeros follow them; merged, for
-    each expert of the source the one that it is in, or DROPPED; scores, of all experts of the source. repaired: layers
-    whose down projections are new.
+    general.name. source_experts: of a layer of the source, None where an older version made the file. layers: the
+    source's number of each layer, None where none was dropped. metric: what chose the experts. By layer: kept, ids of
+    its experts, ascending; padded, how many experts of zeros follow them; merged, for each expert of the source the one
+    that it is in, or DROPPED; scores, of all experts of the source. repaired: layers whose down projections are new.
+    origin: where the source was itself cut, what the experts are in the first model of the chain.
     """
 
     version: str | None = None
     source_sha256: str | None = None
     source_name: str | None = None
+    source_experts: int | None = None
     layers: tuple[int, ...] | None = None
     metric: str | None = None
     kept: Ids = field(default_factory=dict)
@@ -54,6 +58,7 @@ class Lineage:
     merged: Ids = field(default_factory=dict)
     scores: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     repaired: frozenset[int] = frozenset()
+    origin: Descent | None = None
 
     # --- the keys ---------------------------------------------------------------------------------------------------
 
@@ -70,8 +75,15 @@ class Lineage:
                 raise BadFile("not an array of whole numbers", object=key)
             return None
 
-        kept: Ids = {}
-        merged: Ids = {}
+        def number(key: str) -> int | None:
+            value = metadata[key].value if key in metadata else None
+            if value is None or (type(value) is int and 0 < value <= MAX_EXPERTS):
+                return value
+            if strict:
+                raise BadFile("not a number of experts", object=key, found=f"{value!r:.80}")
+            return None
+
+        lists: dict[str, Ids] = {word: {} for word in ("kept", "merged", "origin", "origin_merged")}
         padded: dict[int, int] = {}
         scores: dict[int, tuple[float, ...]] = {}
         repaired: set[int] = set()
@@ -79,9 +91,9 @@ class Lineage:
             if (match := _OF_LAYER.fullmatch(key)) is None:
                 continue
             layer, word = int(match[1]), match[2]
-            if word in ("kept", "merged"):
+            if word in lists:
                 if (numbers := ids(key)) is not None:
-                    (kept if word == "kept" else merged)[layer] = numbers
+                    lists[word][layer] = numbers
             elif word == "padded" and type(value.value) is int and 0 < value.value <= MAX_EXPERTS:
                 padded[layer] = value.value
             elif word == "scores" and value.type == "f64[]":
@@ -91,17 +103,28 @@ class Lineage:
         texts = {
             key: str(metadata[key].value) for key in (VERSION, SOURCE_SHA256, SOURCE_NAME, METRIC) if key in metadata
         }
+        origin = None
+        if ORIGIN_SHA256 in metadata:
+            origin = Descent(
+                str(metadata[ORIGIN_SHA256].value),
+                number(ORIGIN_EXPERTS),
+                ids(ORIGIN_LAYERS) if ORIGIN_LAYERS in metadata else None,
+                lists["origin"],
+                lists["origin_merged"],
+            )
         return cls(
             version=texts.get(VERSION),
             source_sha256=texts.get(SOURCE_SHA256),
             source_name=texts.get(SOURCE_NAME),
+            source_experts=number(SOURCE_EXPERTS),
             layers=ids(KEPT_LAYERS) if KEPT_LAYERS in metadata else None,
             metric=texts.get(METRIC),
-            kept=kept,
+            kept=lists["kept"],
             padded=padded,
-            merged=merged,
+            merged=lists["merged"],
             scores=scores,
             repaired=frozenset(repaired),
+            origin=origin,
         )
 
     def write(self, metadata: dict[str, Value]) -> None:
@@ -116,18 +139,29 @@ class Lineage:
         ):
             if text is not None:
                 yield key, Value(text, "str")
+        if self.source_experts is not None:
+            yield SOURCE_EXPERTS, Value(self.source_experts, "u32")
         if self.layers is not None:
             yield KEPT_LAYERS, Value(list(self.layers), "u32[]")
+        origin = Descent() if self.origin is None else self.origin
+        if self.origin is not None:
+            yield ORIGIN_SHA256, Value(origin.header_sha256, "str")
+        if origin.experts is not None:
+            yield ORIGIN_EXPERTS, Value(origin.experts, "u32")
+        if origin.layers is not None:
+            yield ORIGIN_LAYERS, Value(list(origin.layers), "u32[]")
         if self.metric is not None:
             yield METRIC, Value(self.metric, "str")
-        for layer in sorted({*self.kept, *self.padded, *self.merged, *self.scores, *self.repaired}):
+        others = {"merged": self.merged, "origin": origin.kept, "origin_merged": origin.merged}
+        for layer in sorted({*self.kept, *self.padded, *self.scores, *self.repaired}.union(*others.values())):
             prefix = f"{_EXPERTS}{layer}."
             if layer in self.kept:
                 yield prefix + "kept", Value(list(self.kept[layer]), "u32[]")
             if layer in self.padded:
                 yield prefix + "padded", Value(self.padded[layer], "u32")
-            if layer in self.merged:
-                yield prefix + "merged", Value(list(self.merged[layer]), "u32[]")
+            for word, ids in others.items():
+                if layer in ids:
+                    yield prefix + word, Value(list(ids[layer]), "u32[]")
             if layer in self.repaired:
                 yield prefix + "repaired", Value(True, "bool")
             if layer in self.scores:
@@ -145,33 +179,42 @@ class Lineage:
     ) -> Lineage:
         """After one more cut of experts. kept: ids as they are before it, None for experts of zeros; repaired: the
         layers that it repaired. Ids of a first cut are the source's; a second one counts in what the first one left."""
-        now = replace(
+        cut = self.of_source.after_cut(kept)
+        return replace(
             self,
             metric=metric if self.metric in (None, "", metric) else f"{self.metric}, {metric}",
-            kept={layer: self._source_ids(layer, ids) for layer, ids in kept.items()},
+            kept=cut.kept,
+            merged=cut.merged,
             repaired=frozenset(repaired) | self.repaired & kept.keys(),
             scores={} if self.kept else {layer: tuple(scores[layer]) for layer in kept if layer in scores},
-        )
-        return replace(
-            now,
-            padded={layer: n for layer, ids in kept.items() if (n := len(ids) - len(now.kept[layer]))},
-            merged={layer: _follow(self.merged[layer], ids) for layer, ids in kept.items() if layer in self.merged},
+            padded={layer: n for layer, ids in kept.items() if (n := len(ids) - len(cut.kept[layer]))},
+            origin=None if self.origin is None else self.origin.after_cut(kept),
         )
 
-    def _source_ids(self, layer: int, ids: Slices) -> tuple[int, ...]:
-        real = [i for i in ids if i is not None]
-        if layer not in self.kept:
-            return tuple(real)
-        before = self.kept[layer]
-        return tuple(before[i] for i in real if i < len(before))  # a number beyond those is an expert of zeros
+    def after_merge(
+        self, groups: Mapping[int, Sequence[Sequence[int]]], experts: Mapping[int, int], before: Lineage | None = None
+    ) -> Lineage:
+        """After experts became one, of which the cut to the centroids is known: by layer, the members of each group,
+        and how many experts there were, by the numbers that they had before. before: the lineage then."""
+        before = Lineage() if before is None else before
+        merged, origin = {**self.merged, **before.of_source.merge(groups, experts)}, self.origin
+        if origin is not None and before.origin is not None:
+            origin = replace(origin, merged={**origin.merged, **before.origin.merge(groups, experts)})
+        return replace(self, merged=merged, origin=origin)
 
-    def after_merge(self, groups: Mapping[int, Sequence[Sequence[int]]], experts: Mapping[int, int]) -> Lineage:
-        """After experts became one: by layer, the members of each group, and how many experts there were."""
-        merged = dict(self.merged)
-        for layer, members_of in groups.items():
-            group_of = {member: number for number, members in enumerate(members_of) for member in members}
-            merged[layer] = tuple(group_of.get(expert, DROPPED) for expert in range(experts[layer]))
-        return replace(self, merged=merged)
+    # --- what the experts are ---------------------------------------------------------------------------------------
+
+    @property
+    def of_source(self) -> Descent:
+        """What they are in the direct source. Files of older versions do not say how many it had, but for the lists
+        that have an element for each."""
+        experts = self.source_experts or next(map(len, (*self.scores.values(), *self.merged.values())), None)
+        return Descent(self.source_sha256 or "", experts, self.layers, self.kept, self.merged)
+
+    @property
+    def of_origin(self) -> Descent:
+        """What they are in the first model of the chain, as far as the lists can be that."""
+        return (self.of_source if self.origin is None else self.origin).plausible()
 
     # --- a result beside its source ---------------------------------------------------------------------------------
 
@@ -184,8 +227,8 @@ class Lineage:
             layers=None if earlier else self.layers,
             kept={} if earlier else self.kept,
             padded={} if earlier else self.padded,
-            merged={layer: ids for layer, ids in self.merged.items() if layer not in source.merged},
-            repaired=self.repaired - source.repaired,
+            merged={} if earlier else self.merged,
+            repaired=frozenset() if earlier else self.repaired,
         )
 
     def slices(self) -> dict[int, Slices]:
@@ -201,13 +244,7 @@ class Lineage:
         layer = layer_of(tensor)
         if layer not in self.merged or not re.search(r"_exps\.(weight|bias)$", tensor):
             return set()
-        return {expert for expert, n in Counter(self.merged[layer]).items() if n > 1}
-
-
-def _follow(merged: tuple[int, ...], ids: Slices) -> tuple[int, ...]:
-    """id in the source -> id after the merge -> id now."""
-    now = {old: new for new, old in enumerate(ids)}
-    return tuple(now.get(i, DROPPED) for i in merged)
+        return {expert for expert, n in Counter(self.merged[layer]).items() if n > 1 and expert != DROPPED}
 
 
 def source_experts(metadata: Mapping[str, Value]) -> Ids:
@@ -234,11 +271,30 @@ def source_experts(metadata: Mapping[str, Value]) -> Ids:
 def claim_source(model: Model, metadata: dict[str, Value]) -> None:
     """Writes down which source this was cut from, once for all edits of a plan. What the source says of its own source,
     and the ids of the original, go; the source becomes a base model."""
-    if Lineage.of(metadata).source_sha256 != model.header_sha256:
-        for key in [k for k in metadata if k in _IDS or k == KEPT_LAYERS or k.startswith(_EXPERTS)]:
+    lineage, begun = _so_far(model, metadata)
+    if not begun:
+        gone = (*_IDS, SOURCE_EXPERTS, KEPT_LAYERS)
+        for key in [k for k in metadata if k in gone or k.startswith((_EXPERTS, _ORIGIN))]:
             del metadata[key]
         _add_base_model(model, metadata)
-    Lineage(version=__version__, source_sha256=model.header_sha256, source_name=model.name).write(metadata)
+    lineage.write(metadata)
+
+
+def _so_far(model: Model, metadata: Mapping[str, Value]) -> tuple[Lineage, bool]:
+    """The lineage of a draft from this source, and whether its edits so far have written one. Before that the keys are
+    the source's own, of which what its experts are in its origin goes on."""
+    found = Lineage.of(metadata)
+    if found.source_sha256 == model.header_sha256:
+        return found, True
+    experts, origin = model.metadata.get(f"{model.architecture}.expert_count"), found.of_origin
+    start = Lineage(
+        version=__version__,
+        source_sha256=model.header_sha256,
+        source_name=model.name,
+        source_experts=experts if type(experts) is int and 0 < experts <= MAX_EXPERTS else None,
+        origin=origin if origin.changed else None,
+    )
+    return start, False
 
 
 def record_cut(
@@ -259,10 +315,15 @@ def record_cut(
 
 
 def record_merge(
-    metadata: dict[str, Value], groups: Mapping[int, Sequence[Sequence[int]]], experts: Mapping[int, int]
+    model: Model,
+    before: Mapping[str, Value],
+    metadata: dict[str, Value],
+    groups: Mapping[int, Sequence[Sequence[int]]],
+    experts: Mapping[int, int],
 ) -> None:
-    """Writes down, after the cut to the centroids, which experts became one; arguments as in `Lineage.after_merge`."""
-    Lineage.of(metadata).after_merge(groups, experts).write(metadata)
+    """Writes down, after the cut to the centroids, which experts became one. before: the metadata before that cut;
+    groups and experts as in `Lineage.after_merge`."""
+    Lineage.of(metadata).after_merge(groups, experts, _so_far(model, before)[0]).write(metadata)
 
 
 def record_layers(model: Model, metadata: dict[str, Value], kept: Sequence[int]) -> None:
@@ -270,6 +331,8 @@ def record_layers(model: Model, metadata: dict[str, Value], kept: Sequence[int])
     `without_layers` has shortened it."""
     claim_source(model, metadata)
     metadata.setdefault(KEPT_LAYERS, Value(list(kept), "u32[]"))
+    if ORIGIN_SHA256 in metadata:
+        metadata.setdefault(ORIGIN_LAYERS, Value(list(kept), "u32[]"))
 
 
 def without_layers(metadata: Mapping[str, Value], number: Callable[[int], int | None]) -> dict[str, Value]:
@@ -278,7 +341,7 @@ def without_layers(metadata: Mapping[str, Value], number: Callable[[int], int | 
     result: dict[str, Value] = {}
     for key, value in metadata.items():
         match = _OF_LAYER.fullmatch(key)
-        if key == KEPT_LAYERS and value.type.endswith("[]"):
+        if key in (KEPT_LAYERS, ORIGIN_LAYERS) and value.type.endswith("[]"):
             result[key] = like(value, [x for i, x in enumerate(value.value) if number(i) is not None])
         elif match is None:
             result[key] = value
@@ -288,8 +351,8 @@ def without_layers(metadata: Mapping[str, Value], number: Callable[[int], int | 
 
 
 def has_other_layers(metadata: Collection[str]) -> bool:
-    """Whether the keys say that layers were dropped, so that the rest have other numbers than in the source."""
-    return KEPT_LAYERS in metadata
+    """Whether the keys say that layers were dropped, so that the rest have other numbers than in the origin."""
+    return KEPT_LAYERS in metadata or ORIGIN_LAYERS in metadata
 
 
 def _add_base_model(model: Model, metadata: dict[str, Value]) -> None:

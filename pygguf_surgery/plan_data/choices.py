@@ -12,8 +12,8 @@ from ..base.checks import as_whole_number, choice, whole_number
 from ..base.errors import BadPlan
 from ..base.words import columns
 from .expressions import Group
-
-Ids = dict[int, tuple[int, ...]]  # layer -> ascending expert ids
+from .subject import Ids as Ids
+from .subject import Subject
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Keep(dict[int, tuple[int, ...]]):
 
     metric: the name of what chose them. order: the same ids best first, for layers that map tokens to expert ids.
     scores: layer -> E scores; empty where the user named the experts. mtp: what becomes of the MTP layers, "keep" or
-    "drop", where Plan.keep_experts is told nothing else.
+    "drop", where Plan.keep_experts is told nothing else. of: the model whose experts these are, where that is known.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Keep(dict[int, tuple[int, ...]]):
         seen: Seen = Seen(),
         everywhere: Mapping[int, int] = {},
         mtp: str = "keep",
+        of: Subject | None = None,
     ):
         super().__init__(kept)
         self.metric = metric
@@ -50,6 +51,7 @@ class Keep(dict[int, tuple[int, ...]]):
         self.scores = dict(scores)
         self.seen = seen
         self.mtp = mtp
+        self.of = of
         self._everywhere = dict(everywhere)
 
     def mass(self, layer: int) -> float | None:
@@ -105,6 +107,7 @@ class Keep(dict[int, tuple[int, ...]]):
                 "metric": self.metric,
                 "kept": {str(k): list(v) for k, v in self.items()},
                 **({"scores": scores_to_json(self.scores)} if self.scores else {}),
+                **model_to_json(self.of),
             },
             allow_nan=False,
         )
@@ -112,6 +115,10 @@ class Keep(dict[int, tuple[int, ...]]):
 
 def scores_to_json(scores: Mapping[int, Any]) -> dict[str, list[float]]:
     return {str(layer): [float(x) for x in values] for layer, values in scores.items()}
+
+
+def model_to_json(of: Subject | None) -> dict[str, Any]:
+    return {} if of is None else {"model": of.to_json()}
 
 
 def parse_mtp(mtp: str) -> str:

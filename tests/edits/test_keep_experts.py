@@ -70,6 +70,7 @@ def test_every_architecture(files, tmp_path, name):
         "pgs.version": pgs.__version__,
         "pgs.source.header_sha256": digest,
         "pgs.source.name": f"Tiny {architecture}",
+        "pgs.source.experts": experts,
         "pgs.experts.metric": "given",
         **{f"pgs.experts.{layer}.kept": list(ids) for layer, ids in kept.items()},
     }
@@ -482,6 +483,9 @@ def test_provenance_of_an_earlier_cut_is_replaced():
         "pgs.source.name": "",
         "pgs.experts.metric": "aimer",
         "pgs.experts.0.kept": [1, 3],
+        # What it says of the origin goes on; it does not say how many experts that had.
+        "pgs.origin.header_sha256": "f" * 64,
+        "pgs.experts.0.origin": [1, 3],
     }
 
 
