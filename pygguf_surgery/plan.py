@@ -21,6 +21,7 @@ from .edits.context import Context
 from .files.companions import Companions
 from .files.model import Model
 from .files.open import open_model
+from .files.subjects import subject_of
 from .gate.check import check
 from .gate.checked import CheckedPlan
 from .plan_data.choices import parse_mtp, plain_ids
@@ -114,6 +115,9 @@ class Plan:
                 hint=".keep(n) of a ranking chooses them" if hasattr(keep, "keep") else None,
             )
         kept = {whole_number(layer, "layer"): plain_ids(layer, ids) for layer, ids in keep.items()}
+        of = getattr(keep, "of", None)
+        if of is not None and not any(isinstance(e, (KeepExperts, MergeExperts, PruneLayers)) for e in self.data.edits):
+            of.check_same(subject_of(self.model), "the choice of experts is")  # of a second cut it is a later model's
         order = {layer: tuple(ids) for layer, ids in getattr(keep, "order", {}).items()}
         scores = {layer: tuple(map(float, values)) for layer, values in getattr(keep, "scores", {}).items()}
         metric = str(getattr(keep, "metric", "given"))

@@ -15,6 +15,7 @@ from ..architecture.names import layer_of
 from ..base.errors import BadFile, BadPlan, SurgeryError, Unsupported
 from ..base.words import ranges
 from ..files.lineage import record_cut, set_size_label
+from ..files.subjects import subject_of
 from ..plan_data.choices import parse_mtp
 from ..plan_data.edits import KeepExperts
 from ..plan_data.expressions import Copy, OutputTensor, Remap, Repaired, Slices, Take
@@ -45,7 +46,14 @@ def apply(draft: Draft, edit: KeepExperts, context: Context) -> Draft:
             repair = context.companions.repair(edit.repair)
         except SurgeryError as error:
             out.block(error)
+    if repair is not None:
+        try:
+            out.warnings += check_repair(repair, context.model)
+        except SurgeryError as error:  # its ids are those of another model: more of them would be wrong
+            out.block(error)
+            return out
     cut = _cut_experts(draft, edit, context.model, repair)
+    cut.warnings[:0] = out.warnings
     cut.blockers[:0] = out.blockers  # that the repair cannot be read hides nothing else that is wrong
     return cut
 
@@ -73,7 +81,7 @@ def _cut_experts(draft: Draft, edit: KeepExperts, model: Model, repair: Repair |
     out.tensors = [_cut(t, architecture, found, kept, edit.order, out.blockers) for t in out.tensors]
     try:
         if edit.repair is not None and repair is not None:
-            _check_repair(model, kept, repair)
+            _check_repaired(kept, repair)
             out.tensors = [_repaired(before, after, repair) for before, after in zip(uncut, out.tensors, strict=True)]
         _set_metadata(model, architecture, kept, edit, found.mtp, out)
     except SurgeryError as error:
@@ -237,15 +245,28 @@ def _cut(
         return tensor
 
 
-def _check_repair(model: Model, kept: Kept, repair: Repair) -> None:
-    if repair.header_sha256 != model.header_sha256:
+def check_repair(repair: Repair, model: Model) -> list[str]:
+    """BadPlan for the repair of another model, or of another cut of it. What to say of one that was made from another
+    file of the model, such as one in other types."""
+    if repair.header_sha256 == model.header_sha256:
+        return []
+    of, subject = repair.of, subject_of(model)
+    if of is not None:
+        of.check_same(subject, "the repair is", path=repair.path)
+        return [f"the repair is of another file ({of.name or 'no name'}) of the same shape"]
+    if subject.origin.changed:
         raise BadPlan(
-            "the repair is of another file",
+            "the repair is of another file, and does not say of which cut",
             path=repair.path,
             object="repair",
             found=repair.header_sha256[:16],
             expected=model.header_sha256[:16],
+            hint="make it again from this model",
         )
+    return ["the repair is of another file, and does not say of which model"]
+
+
+def _check_repaired(kept: Kept, repair: Repair) -> None:
     for layer, ids in kept.items():
         if repair.kept.get(layer) != ids:
             raise BadPlan(

@@ -15,6 +15,7 @@ from ..architecture.names import layer_of
 from ..base.errors import BadPlan, SurgeryError
 from ..base.words import counted, listed, with_others
 from ..files.lineage import has_other_layers
+from ..files.subjects import subject_of, subject_of_keys
 from ..plan_data.edits import Quantize, UseImatrix
 from ..plan_data.expressions import OutputTensor
 from ..plan_data.outcome import Draft, Faults
@@ -210,7 +211,7 @@ def _weigh(model: Model, edit: Quantize, file_type: mixes.FileType, imatrix: Ima
     """Gives each encoded tensor its importance; what needs one and has none is a blocker."""
     encoded, refused = [t for t in out.tensors if t.encoded], set()
     if imatrix is not None and edit.imatrix is not None:
-        if encoded and not _belongs(imatrix, model, out):
+        if encoded and not (_belongs(imatrix, model, out) and _of_this_cut(imatrix, model, out)):
             return
         found = importance.resolve(imatrix, edit.imatrix, model, encoded)
         out.add(found)
@@ -264,6 +265,25 @@ def _belongs(imatrix: Imatrix, model: Model, faults: Faults) -> bool:
             f"({listed(strangers, 3)})"
         )
     return True
+
+
+def _of_this_cut(imatrix: Imatrix, model: Model, draft: Draft) -> bool:
+    """False, and a blocker, where the importance matrix is of another cut than the source, and than what the plan makes
+    of it."""
+    source = subject_of(model)
+    if imatrix.of is None:
+        if source.origin.changed:
+            draft.note("the importance matrix does not say of which cut it is: taken to be this model's")
+        return True
+    fault = imatrix.of.fault(source)
+    if fault is None:
+        return True
+    result = subject_of_keys(model.architecture, draft.metadata)
+    if imatrix.of.fault(result) is None and imatrix.of.origin.same_layers(source.origin):  # entries are named as there
+        return True
+    fault.problem, fault.path = f"the importance matrix is of {fault.problem}", imatrix.path
+    draft.block(fault)
+    return False
 
 
 def _imatrix_metadata(imatrix: Imatrix, entries: int) -> dict[str, Value]:

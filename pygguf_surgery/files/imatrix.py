@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING
 
 from .._core import Source, TensorInfo, Value, read_header
 from ..base.errors import BadFile, BadPlan, SurgeryError
+from ..plan_data.subject import Subject
 from ..quant.types import tensor_type
 from .gguf import write_gguf
+from .subjects import read_subject, write_subject
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +37,7 @@ CHUNK_SIZE = 512  # tokens of a chunk where a file does not say: the default of 
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _DATASETS, _CHUNK_COUNT, CHUNK_SIZE_KEY = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+_MODEL = "pgs.imatrix.model."
 _PIECE = 16 << 20  # bytes of sums in memory at once
 _DIGESTED = 16  # sums of an entry in the digest
 _COUNTS_MOST = 1 << 20  # rows of an entry: experts or heads
@@ -78,7 +81,8 @@ class Imatrix:
     path: absolute. format: "gguf" or "legacy". datasets: the texts it was made from. chunk_count, chunk_size: how many
     pieces of text, tokens of each (0 where the file does not say). entries: by name, sorted as llama.cpp sorts. digest:
     sha256 of all this with names, sizes, counts, the first sums of each entry and the size of the file. source: the
-    open file. warnings: what is odd and harmless.
+    open file. warnings: what is odd and harmless. of: the model that it is for, which `slice` writes; None where the
+    file does not say, as llama-imatrix's do not.
     """
 
     def __init__(
@@ -90,11 +94,12 @@ class Imatrix:
         chunk_size: int,
         entries: Iterable[Entry],
         warnings: Sequence[str] = (),
+        of: Subject | None = None,
     ):
         self.source, self.path, self.format = source, source.path, format
         self.datasets, self.chunk_count, self.chunk_size = datasets, chunk_count, chunk_size
         self.entries = {e.name: e for e in sorted(entries, key=lambda e: name_bytes(e.name))}
-        self.warnings = list(warnings)
+        self.warnings, self.of = list(warnings), of
         self.digest = self._digest()
         known = _KNOWN.pop((source.identity, self.digest), None) or _Known()
         _KNOWN[source.identity, self.digest] = known  # the one used last is the last
@@ -122,6 +127,7 @@ class Imatrix:
             self.chunk_count,
             self.chunk_size,
             [[e.name, e.size, len(e.counts)] for e in self.entries.values()],
+            *([] if self.of is None else [self.of.to_json()]),
         ]
         digest = hashlib.sha256(json.dumps(head).encode())
         for entry in self.entries.values():
@@ -318,6 +324,11 @@ def _open_gguf(source: Source) -> Imatrix:
                 raise BadFile("sums or counts that are not F32", path=source.path, object=name + suffix)
     if not sums:
         raise BadFile("an importance matrix without entries", path=source.path)
+    try:
+        of = read_subject(metadata, _MODEL)
+    except BadFile as error:
+        error.path = source.path
+        raise
     entries = [_gguf_entry(source, header.data_offset, name, sums[name], counts[name]) for name in sums]
     warnings = list(header.warnings)
     if others:
@@ -330,6 +341,7 @@ def _open_gguf(source: Source) -> Imatrix:
         metadata[CHUNK_SIZE_KEY].value,
         entries,
         warnings,
+        of,
     )
 
 
@@ -450,12 +462,14 @@ def write(
     datasets: Sequence[str] = (),
     chunk_count: int = 0,
     chunk_size: int = CHUNK_SIZE,
+    of: Subject | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a GGUF importance matrix, byte for byte as llama-imatrix writes the same numbers.
 
     entries: name of a tensor -> (sums, counts). sums: float32 of any shape, or (how many, function that returns an
-    iterable of float32 arrays). counts: one number, or one for each of the equal parts of sums. At every instant the
+    iterable of float32 arrays). counts: one number, or one for each of the equal parts of sums. of: the
+    model that it is for, if the file is to say so. At every instant the
     path has the old file or the new one; BadPlan for parts that do not fit, FileExistsError, OutOfSpace, OSError.
     """
     import numpy as np
@@ -484,6 +498,7 @@ def write(
         _DATASETS: Value(list(datasets), "str[]"),
         _CHUNK_COUNT: Value(chunk_count, "u32"),
         CHUNK_SIZE_KEY: Value(chunk_size, "u32"),
+        **write_subject(of, _MODEL),
     }
     write_gguf(path, metadata, tensors, overwrite=overwrite)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 from .._core import Sink
 from ..architecture.experts import expert_rule
 from ..architecture.names import layer_of
-from ..base.errors import BadFile, BadPlan
+from ..base.errors import BadFile, BadPlan, SurgeryWarning
+from ..base.words import either
+from ..plan_data.choices import Keep
+from ..plan_data.subject import Descent, Subject, Wanted
 from .imatrix import CHUNK_SIZE, CHUNK_SIZE_KEY, Imatrix, name_bytes, open_imatrix, write
 from .outputs import check_output
 
@@ -51,6 +55,8 @@ def merge(
     """Adds importance matrices of one model: sums (in float32) and counts add, as do the numbers of chunks; the data
     sets follow each other. An entry that only some have is kept; one count for all rows meets a count for each.
 
+    BadPlan for those of two cuts, where both say of which they are; one that does not say counts as of the same.
+
     A legacy file enters as `convert` would write it, with the others' chunk size (or chunk_size, default 512). BadPlan:
     sizes or chunk sizes differ, the output is an input; BadFile, OSError, OutOfSpace. Memory: 16 MiB for each file.
     """
@@ -70,6 +76,7 @@ def merge(
                 found=other,
                 expected=f"{one}, as in {sizes[one].path}",
             )
+        of = _common_subject(inputs)
         chunk_size = next(iter(sizes), None) or chunk_size or CHUNK_SIZE
         entries = {}
         for name in {name: None for m in inputs for name in m.entries}:
@@ -80,8 +87,26 @@ def merge(
             datasets=[d for m in inputs for d in m.datasets],
             chunk_size=chunk_size,
             chunk_count=sum(m.chunk_count for m in inputs),
+            of=of,
             overwrite=overwrite,
         )
+
+
+def _common_subject(inputs: Sequence[Imatrix]) -> Subject | None:
+    """The model that all are for that say it."""
+    first = next((m.of for m in inputs if m.of is not None), None)
+    if first is None:
+        return None
+    for imatrix in inputs:
+        if imatrix.of is None:
+            warnings.warn(
+                f"{imatrix.path}: does not say of which cut it is: taken for one of the same",
+                SurgeryWarning,
+                stacklevel=3,
+            )
+        else:
+            imatrix.of.check_same(first, "the importance matrix is", path=imatrix.path)
+    return first
 
 
 def _add(inputs: list[Imatrix], name: str, chunk_size: int) -> tuple[Sums, Counts]:
@@ -154,6 +179,10 @@ def convert(
     with open_imatrix(path) as imatrix:
         size = chunk_size or imatrix.chunk_size or CHUNK_SIZE
         if os.fsdecode(output).endswith(".dat"):
+            if imatrix.of is not None:
+                warnings.warn(
+                    f"{imatrix.path}: the older format cannot say of which cut it is", SurgeryWarning, stacklevel=2
+                )
             _write_legacy(imatrix, output, size, overwrite)
             return
         if imatrix.format == "gguf" and size != imatrix.chunk_size:
@@ -164,7 +193,15 @@ def convert(
         chunks = imatrix.chunk_count
         if imatrix.format == "legacy":
             chunks = max(int(counts[0]) for _, counts in entries.values()) // size
-        write(output, entries, datasets=imatrix.datasets, chunk_count=chunks, chunk_size=size, overwrite=overwrite)
+        write(
+            output,
+            entries,
+            datasets=imatrix.datasets,
+            chunk_count=chunks,
+            chunk_size=size,
+            of=imatrix.of,
+            overwrite=overwrite,
+        )
 
 
 def _write_legacy(imatrix: Imatrix, output: str | os.PathLike[str], chunk_size: int, overwrite: bool) -> None:
@@ -207,17 +244,19 @@ def _write_legacy(imatrix: Imatrix, output: str | os.PathLike[str], chunk_size: 
 def slice_experts(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    kept: Mapping[int, Iterable[int]],
+    kept: Mapping[int, Iterable[int]] | Wanted,
     *,
     experts: int | None = None,
     overwrite: bool = False,
 ) -> list[int]:
     """Writes a copy for a model that keeps only some experts. Returns the layers of `kept` that have no entry.
 
-    kept: layer -> ids of the experts to keep. experts: how many there were, for a file with one count for all of them
-    (legacy ones). Only entries of expert tensors (ffn_*_exps, ffn_*_chexps) change. BadPlan: an id out of range or
-    named twice, a layer with experts that `kept` lacks, a part of the experts that share a chunk expert; BadFile,
-    OSError.
+    kept: layer -> ids of the experts to keep, as the importance matrix numbers them; a Keep that says of which model it
+    is, or the cut of a model, is found in an importance matrix of any model of its chain of cuts. experts: how many
+    there were, for a file with one count for all of them (legacy ones). Only entries of expert tensors (ffn_*_exps,
+    ffn_*_chexps) change; the copy says of which cut it is. BadPlan: an id out of range or named twice, a layer with
+    experts that `kept` lacks, a part of the experts that share a chunk expert, an importance matrix of no model of the
+    chain; BadFile, OSError.
     """
     if experts is not None and experts < 1:
         raise BadPlan("not a number of experts", object="experts", found=experts)
@@ -226,6 +265,8 @@ def slice_experts(
         layers = _experts(imatrix)
         if not layers:
             raise BadPlan("an importance matrix without experts", path=imatrix.path)
+        numbers = {layer: experts or number for layer, number in layers.items()}
+        kept, of = _found(imatrix, kept, numbers, experts is not None)
         if missing := [layer for layer in layers if layer not in kept]:
             raise BadPlan(
                 f"layer {missing[0]} is missing",
@@ -239,14 +280,9 @@ def slice_experts(
             sums, counts = _raw(imatrix, name, chunk_size)
             layer, axis = _expert_axis(name)
             if axis is not None and layer in layers:
-                number = experts or layers[layer]
+                number = numbers[layer]
                 if number == 1 and experts is None:
-                    raise BadPlan(
-                        "one count for all experts: it does not say how many there are",
-                        path=imatrix.path,
-                        object=name,
-                        hint="experts= (--experts N)",
-                    )
+                    raise _one_count(imatrix, name)
                 ids = _check_ids(name, kept[layer], number)
                 if axis == "groups":
                     ids, number = _chunk_ids(name, ids, number, len(counts)), len(counts)
@@ -266,9 +302,78 @@ def slice_experts(
             datasets=imatrix.datasets,
             chunk_count=imatrix.chunk_count,
             chunk_size=chunk_size,
+            of=of,
             overwrite=overwrite,
         )
     return [layer for layer in kept if layer not in layers]
+
+
+def _one_count(imatrix: Imatrix, name: str) -> BadPlan:
+    return BadPlan(
+        "one count for all experts: it does not say how many there are",
+        path=imatrix.path,
+        object=name,
+        hint="experts= (--experts N)",
+    )
+
+
+def _found(
+    imatrix: Imatrix, kept: Mapping[int, Iterable[int]] | Wanted, numbers: Mapping[int, int], given: bool
+) -> tuple[Mapping[int, Iterable[int]], Subject | None]:
+    """The ids of the experts to keep as the importance matrix numbers them, and what it is of when it is cut to them.
+    numbers: of the experts of its layers; given: the caller has said how many there are."""
+    if isinstance(kept, Keep) and kept.of is not None:
+        kept = Wanted.of_choice(kept, kept.of)
+    number = max(numbers.values())
+    if not isinstance(kept, Wanted):
+        ids = {layer: tuple(some) for layer, some in kept.items()}
+        cut = {layer: ids[layer] for layer in numbers if layer in ids}
+        return ids, (imatrix.of or Subject(number)).after_cut(cut)
+    if number == 1 and not given:
+        raise _one_count(imatrix, next(name for name in imatrix.entries if _expert_axis(name)[1] == "experts"))
+    try:
+        ways = _readings(imatrix, kept, number)
+        found = [(have.places(wish), have.same_layers(wish)) for have, wish in ways]
+        # Of two models whose layers alone were dropped, that one which has all layers of the importance matrix.
+        found = [way for way in found if numbers.keys() <= way[0].keys()] or found
+        if any(places != found[0][0] for places, _ in found):
+            raise BadPlan(
+                "of which model of the chain of cuts is not known: two have as many experts",
+                hint="slice it by each cut, one after the other",
+            )
+    except BadPlan as error:
+        error.path = imatrix.path
+        raise
+    return found[0][0], kept.model if found[0][1] else None
+
+
+def _readings(imatrix: Imatrix, wanted: Wanted, number: int) -> list[tuple[Descent, Descent]]:
+    """In which numbers the cut can be found in an importance matrix: pairs of what that has and what is wanted, both by
+    the ids of one model. Where it does not say what it is of, its number of experts does."""
+    cut, origin, of = wanted.cut, wanted.model.origin, imatrix.of
+    if of is not None and of.is_known_as(cut.header_sha256):
+        return [(Descent(), cut)]
+    have = Descent() if of is None else of.origin
+    if have.header_sha256 and have.experts and origin.experts and have.experts != origin.experts:
+        raise BadPlan(
+            "the importance matrix is of another model", object="experts", found=have.experts, expected=origin.experts
+        )
+    number = have.experts or number
+    wishes = [origin] if have.header_sha256 else [wish for wish in (origin, cut) if wish.experts == number]
+    wishes = wishes or [wish for wish in (origin, cut) if wish.experts is None]
+    if not wishes:
+        known = [f"{cut.experts} as in the model's source"]
+        if origin.experts != cut.experts:
+            known.append(f"{origin.experts} as in the first model of its chain")
+        raise BadPlan("another number of experts", object="experts", found=number, expected=either(known))
+    if wishes[0].experts is None:
+        warnings.warn(
+            f"{imatrix.path}: taken to be of the file that the model was first cut from: an older version cut it, and "
+            "did not say how many experts there were",
+            SurgeryWarning,
+            stacklevel=4,
+        )
+    return [(have, wish) for wish in wishes]
 
 
 def _expert_axis(name: str) -> tuple[int, str | None]:
@@ -333,10 +438,11 @@ def _cut(sums: Sums, counts: Counts, ids: list[int], experts: int) -> tuple[Sums
 
 def coverage(imatrix: Imatrix) -> dict[str, Any]:
     """What an importance matrix has seen, ready for JSON: "path", "format", "datasets", "chunk_count", "chunk_size",
-    "warnings", "entries": [{"name", "size", "rows", "least", "most"}] (rows are counts of their own, least and most of
-    the tokens that were counted), "layers": [{"layer", "experts", "seen", "least", "most", "never", "tokens"}], never
-    being the ids of the experts that no token reached, tokens those of each expert (the least of its tensors). A legacy
-    file has lost the counts: "least" and "most" are null there, and layers whose experts share one count are left out.
+    "warnings", "model": the one that it says it is of, or null, "entries": [{"name", "size", "rows", "least", "most"}]
+    (rows are counts of their own, least and most of the tokens that were counted), "layers": [{"layer", "experts",
+    "seen", "least", "most", "never", "tokens"}], never being the ids of the experts that no token reached, tokens those
+    of each expert (the least of its tensors). A legacy file has lost the counts: "least" and "most" are null there, and
+    layers whose experts share one count are left out.
     """
     layers = []
     for layer, experts in sorted(_experts(imatrix).items()):
@@ -379,4 +485,5 @@ def coverage(imatrix: Imatrix) -> dict[str, Any]:
         "entries": entries,
         "layers": layers,
         "warnings": list(imatrix.warnings),
+        "model": None if imatrix.of is None else imatrix.of.to_json(),
     }

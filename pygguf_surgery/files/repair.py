@@ -11,9 +11,11 @@ from .._core import Source, read_header
 from ..base.errors import BadFile, SurgeryError
 from ..plan_data.choices import Keep
 from ..quant.types import type_of_id
+from .subjects import read_subject
 
 FORMAT = 1
 PREFIX = "pgs.repair."
+MODEL = "pgs.repair.model."
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class RepairedTensor:
 
 class Repair:
     """An open repair, as a plan takes it. kept: layer -> ids of the experts that it is for, MTP layers included.
-    tensors: by name. errors: {layer: (before, after)}. digest: sha256 of the header and of a part of each tensor."""
+    tensors: by name. errors: {layer: (before, after)}. digest: sha256 of the header and of a part of each tensor. of:
+    the model that it was made from, None in files of older versions; header_sha256 is that model's in all."""
 
     def __init__(self, source: Source):
         self.source, self.path = source, source.path
@@ -53,7 +56,12 @@ class Repair:
                 raise BadFile("missing metadata", path=self.path, object=f"{PREFIX}{layer}.kept")
             self.kept[layer] = tuple(ids)
         self.metric = str(metadata.get(PREFIX + "metric", "given"))
-        self.header_sha256 = str(metadata.get(PREFIX + "model.header_sha256", ""))
+        self.header_sha256 = str(metadata.get(MODEL + "header_sha256", ""))
+        try:
+            self.of = read_subject(dict(header.metadata), MODEL)
+        except BadFile as error:
+            error.path = self.path
+            raise
         self.tensors = {
             info.name: RepairedTensor(
                 type_of_id(info.type).name, tuple(reversed(info.ne)), header.data_offset + info.offset, info.nbytes
@@ -76,7 +84,7 @@ class Repair:
 
     def keep(self) -> Keep:
         """The experts that it is for."""
-        return Keep(self.kept, self.metric)
+        return Keep(self.kept, self.metric, of=self.of)
 
     def summary(self) -> str:
         lines = [

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .._core import Source, Value, read_header
 from ..base.errors import BadFile, BadPlan, SurgeryError
 from ..base.words import columns
+from ..plan_data.subject import Subject
 from .gguf import read_gguf, write_gguf
+from .subjects import read_subject, write_subject
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _PREFIX = "pgs.stats."
+_MODEL = "pgs.stats.model."
 Kind = TypeVar("Kind")
 
 
@@ -82,7 +85,8 @@ class Text:
 @dataclass
 class Stats:
     """Statistics of one model over texts. layers: those that were run, which MTP layers are not. nll, nll_squares,
-    predictions: sums of -log p over the second half of each window, as llama-perplexity counts."""
+    predictions: sums of -log p over the second half of each window, as llama-perplexity counts. of: the model and what
+    its experts are in the one that it was cut from; None in files of older versions."""
 
     header_sha256: str
     architecture: str
@@ -95,6 +99,7 @@ class Stats:
     nll_squares: float = 0.0
     predictions: int = 0
     parse_special: bool = False
+    of: Subject | None = None
 
     def __repr__(self) -> str:
         return (
@@ -153,6 +158,7 @@ class Stats:
             "architecture": self.architecture,
             "name": self.name,
             "header_sha256": self.header_sha256,
+            "model": None if self.of is None else self.of.to_json(),
             "experts": self.experts,
             "n_ctx": self.n_ctx,
             "tokens": self.tokens,
@@ -182,12 +188,14 @@ class Stats:
             self.nll_squares,
             self.predictions,
             self.parse_special,
+            self.of,
         )
         for other in others:
             for what in ("header_sha256", "architecture", "experts", "n_ctx", "parse_special"):
                 mine, theirs = getattr(joined, what), getattr(other, what)
                 if mine != theirs:
                     raise BadPlan("statistics that do not belong together", object=what, found=theirs, expected=mine)
+            joined.of = joined.of or other.of
             if joined.layers.keys() != other.layers.keys():
                 raise BadPlan("statistics of other layers", found=list(other.layers), expected=list(joined.layers))
             if {text.sha256 for text in joined.texts} & {text.sha256 for text in other.texts}:
@@ -225,6 +233,7 @@ class Stats:
             ("predictions", self.predictions, "u64"),
         ):
             keys[_PREFIX + name] = Value(value, kind)
+        keys |= write_subject(self.of, _MODEL)
         tensors = {
             f"blk.{layer}.{name}": np.ascontiguousarray(array, np.float64)
             for layer, stats in self.layers.items()
@@ -238,10 +247,12 @@ def open_stats(path: str | os.PathLike[str]) -> Stats:
     that are not finite."""
     metadata, tensors = read_gguf(path)
     try:
-        return _read(metadata, tensors)
+        stats = _read(metadata, tensors)
+        stats.of = read_subject(metadata, _MODEL)
     except SurgeryError as error:
         error.path = os.fsdecode(path)
         raise
+    return stats
 
 
 def windows_done(path: str | os.PathLike[str]) -> tuple[int, int] | None:

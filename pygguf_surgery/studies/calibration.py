@@ -19,6 +19,7 @@ from ..files.model import Model
 from ..files.open import open_model
 from ..files.outputs import check_output
 from ..files.stats import LayerStats, Stats
+from ..files.subjects import subject_of
 from ..llama.apart import run_apart
 from ..llama.session import BATCH, Losses, Session
 from ..llama.taps import moe_layout
@@ -84,6 +85,7 @@ def calibrate(
             n_ctx,
             {layer: LayerStats.empty(found.experts, pairs) for layer in layers},
             parse_special=parse_special,
+            of=subject_of(model),
         )
         first = model.path
         if out is not None:

@@ -3,6 +3,8 @@ METRICS says all there is to know of each."""
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..architecture.experts import Layout
-from ..base.errors import BadFile, BadPlan, Unsupported
+from ..base.errors import BadFile, BadPlan, SurgeryWarning, Unsupported
 from ..files.imatrix import Imatrix
 from ..files.model import Model, Tensor
-from ..files.stats import LayerStats, Stats
+from ..files.stats import LayerStats, Stats, open_stats
+from ..files.subjects import subject_of
 from .sums import Reduce
 
 Scores = dict[int, NDArray[np.float64]]  # layer -> [E]
@@ -254,6 +257,12 @@ def compute(by: str, given: Given, layers: Sequence[int]) -> tuple[Scores, list[
     model, layout = given.reduce.model, given.reduce.layout
     if used == "stats" and given.stats is not None and given.stats.header_sha256 != model.header_sha256:
         notes.append(f"the statistics are of another file ({given.stats.name or 'no name'}) of the same shape")
+    if used == "imatrix" and given.imatrix is not None:
+        subject = subject_of(model)
+        if given.imatrix.of is not None:
+            given.imatrix.of.check_same(subject, "the importance matrix is", path=given.imatrix.path)
+        elif subject.origin.changed:
+            notes.append("the importance matrix does not say of which cut it is: taken to be this model's")
     scores = metric.function(given, layers)
     missing = [layer for layer in layers if layer not in scores]
     if wrong := [layer for layer in missing if layer not in layout.mtp]:
@@ -270,8 +279,27 @@ def compute(by: str, given: Given, layers: Sequence[int]) -> tuple[Scores, list[
     return {layer: scores[layer] for layer in layers}, notes
 
 
-def check_stats(stats: Stats, model: Model, layout: Layout) -> None:
-    """BadPlan if these statistics cannot be of the model or of a quantized twin of it, or are not complete."""
+def read_stats(stats: str | os.PathLike[str] | Stats, model: Model, layout: Layout) -> Stats:
+    """Statistics, from a file or what `open` returned. BadPlan if they cannot be of the model or of a quantized twin of
+    it, or are not complete. A warning where they do not say whether theirs was cut as the model was."""
+    opened = stats if isinstance(stats, Stats) else open_stats(stats)
+    path = None if isinstance(stats, Stats) else os.fsdecode(stats)
+    try:
+        _check_stats(opened, model, layout)
+    except BadPlan as error:
+        error.path = path
+        raise
+    if opened.of is None and opened.header_sha256 != model.header_sha256 and subject_of(model).origin.changed:
+        warnings.warn(
+            f"{path or 'the statistics'}: an older version made them of another file, and did not say of which cut; "
+            "taken to be of this one",
+            SurgeryWarning,
+            stacklevel=3,
+        )
+    return opened
+
+
+def _check_stats(stats: Stats, model: Model, layout: Layout) -> None:
     for what, found, expected in (
         ("architecture", stats.architecture, model.architecture),
         ("experts", stats.experts, layout.experts),
@@ -279,6 +307,8 @@ def check_stats(stats: Stats, model: Model, layout: Layout) -> None:
     ):
         if found != expected:
             raise BadPlan("the statistics are of another model", object=what, found=found, expected=expected)
+    if stats.of is not None:
+        stats.of.check_same(subject_of(model), "the statistics are", layers=stats.layers)
     if not stats.complete:
         raise BadPlan(
             "the statistics are not complete",

@@ -14,7 +14,8 @@ from ..architecture.experts import Layout
 from ..base.checks import as_whole_number, choice
 from ..base.errors import BadPlan, Unsupported
 from ..base.words import nearest_multiples
-from ..plan_data.choices import Keep, Seen, expert_ids, scores_to_json
+from ..plan_data.choices import Keep, Seen, expert_ids, model_to_json, scores_to_json
+from ..plan_data.subject import Subject
 
 NOTHING_SEEN = Seen()
 
@@ -23,7 +24,7 @@ class Ranking:
     """Scores of the experts of each MoE layer, MTP layers included: higher = keep. Made by `rank`.
 
     metric: its name. scores: layer -> float64 array of E scores; empty where the user named the experts. seen: what
-    calibration says beside them. mtp: as Plan.keep_experts takes it.
+    calibration says beside them. mtp: as Plan.keep_experts takes it. of: the model that was ranked.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Ranking:
         tables: tuple[int, ...] = (),
         seen: Seen = NOTHING_SEEN,
         used: int = 1,
+        of: Subject | None = None,
     ):
         self.metric = metric
         self.scores = dict(scores or {})
@@ -45,6 +47,7 @@ class Ranking:
         self._tables = tables
         self._used = used
         self.mtp = "keep"
+        self.of = of
 
     def __repr__(self) -> str:
         return f"<Ranking by {self.metric} of {self._model.experts} experts in {len(self._model.layers)} layers>"
@@ -99,7 +102,7 @@ class Ranking:
             kept[layer] = tuple(sorted(chosen))
             if layer in self._tables:
                 order[layer] = tuple(sorted(chosen, key=best_first(scores)))
-        return Keep(kept, self.metric, order, self.scores, self.seen, everywhere, self.mtp)
+        return Keep(kept, self.metric, order, self.scores, self.seen, everywhere, self.mtp, self.of)
 
     def _number(self, n: int | None, ratio: float | None) -> int:
         experts, step = self._model.experts, self._step()
@@ -203,13 +206,14 @@ class Ranking:
                     found=n,
                     expected=f"{len(ids)}, as named for layer {layer}",
                 )
-        return Keep(kept, self.metric, scores=self.scores, seen=self.seen, mtp=self.mtp)
+        return Keep(kept, self.metric, scores=self.scores, seen=self.seen, mtp=self.mtp, of=self.of)
 
     def to_json(self) -> str:
         """Text that `rank(model, by=FILE)` accepts."""
         if self._kept is not None:
-            return Keep(self._kept, self.metric, scores=self.scores).to_json()
-        return json.dumps({"metric": self.metric, "scores": scores_to_json(self.scores)}, allow_nan=False)
+            return Keep(self._kept, self.metric, scores=self.scores, of=self.of).to_json()
+        data = {"metric": self.metric, "scores": scores_to_json(self.scores), **model_to_json(self.of)}
+        return json.dumps(data, allow_nan=False)
 
 
 def best_first(scores: Sequence[float] | NDArray[np.float64]) -> Callable[[int], tuple[float, int]]:

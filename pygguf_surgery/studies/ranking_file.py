@@ -13,12 +13,13 @@ from ..base.checks import as_whole_number
 from ..base.codec import loads
 from ..base.errors import BadPlan
 from ..plan_data.choices import expert_ids
+from ..plan_data.subject import Subject
 from .ranking import Ranking
 
 # --- from the user --------------------------------------------------------------------------------------------------
 
 
-def from_file(path: str, found: Layout, tables: tuple[int, ...]) -> Ranking:
+def from_file(path: str, found: Layout, tables: tuple[int, ...], of: Subject) -> Ranking:
     try:
         with open(path, encoding="utf-8") as file:
             data = loads(file.read())
@@ -27,22 +28,30 @@ def from_file(path: str, found: Layout, tables: tuple[int, ...]) -> Ranking:
     except BadPlan as error:
         error.path = path
         raise
-    return given(data, "file", found, tables, path)
+    return given(data, "file", found, tables, path, of)
 
 
-def given(data: object, metric: str, found: Layout, tables: tuple[int, ...], path: str | None) -> Ranking:
+def given(data: object, metric: str, found: Layout, tables: tuple[int, ...], path: str | None, of: Subject) -> Ranking:
     """{"kept": {"0": [ids]}} or {"scores": {"0": [E numbers]}}, with an optional "metric", or a decision, which has
-    both and says which experts stay; nothing else."""
+    both and says which experts stay, and maybe the "model" that this is of; nothing else. of: the model that is to be
+    ranked; BadPlan if it is another one, or another cut of it."""
     form = '{"kept": {"0": [ids]}} or {"scores": {"0": [numbers]}}'
     if not isinstance(data, Mapping):
         raise BadPlan("not a ranking", path=path, found=type(data).__name__, expected=form)
     kinds = [kind for kind in ("kept", "scores") if kind in data]
-    unknown = [key for key in data if key not in ("kept", "scores", "metric")]
+    unknown = [key for key in data if key not in ("kept", "scores", "metric", "model")]
     if not kinds or unknown:
         raise BadPlan("not a ranking", path=path, found=f"keys {', '.join(map(str, data)) or 'none'}", expected=form)
     name = data.get("metric", metric)
     if not isinstance(name, str) or not name:
         raise BadPlan("not a name", path=path, object="metric", found=repr(name)[:80])
+    if "model" in data:
+        try:
+            subject = Subject.from_json(data["model"])
+        except BadPlan as error:
+            error.path = path
+            raise
+        subject.check_same(of, "the ranking is", path=path)
     numbers_of = {kind: _per_layer(kind, data[kind], found, path, form) for kind in kinds}
     scores = kept = None
     if "scores" in numbers_of:
@@ -55,7 +64,7 @@ def given(data: object, metric: str, found: Layout, tables: tuple[int, ...], pat
             layer: expert_ids(layer, values, found.experts, path, "kept")
             for layer, values in numbers_of["kept"].items()
         }
-    return Ranking(name, found, scores=scores, kept=kept, tables=tables)
+    return Ranking(name, found, scores=scores, kept=kept, tables=tables, of=of)
 
 
 def _per_layer(kind: str, layers: object, found: Layout, path: str | None, form: str) -> dict[int, list[object]]:

@@ -16,9 +16,8 @@ from ..architecture.experts import Layout, layout
 from ..base.errors import BadPlan, Unsupported
 from ..base.progress import Progress, ProgressLike, as_progress
 from ..base.units import MEMORY, human, parse_memory, parse_threads
-from ..files import stats as stats_file
 from ..files.model import Model, Tensor
-from ..files.stats import Stats
+from ..files.stats import LayerStats, Stats
 from ..plan_data.choices import Groups, parse_mtp
 from ..plan_data.expressions import Group
 from . import metrics
@@ -112,9 +111,7 @@ def _checked(model: Model, found: Layout, stats: str | os.PathLike[str] | Stats 
             object="stats",
             hint="or weights_only=True (--weights-only)",
         )
-    if not isinstance(stats, Stats):
-        stats = stats_file.open_stats(stats)
-    metrics.check_stats(stats, model, found)
+    stats = metrics.read_stats(stats, model, found)
     if by not in metrics.names("stats"):
         raise BadPlan(
             "not a metric of statistics", object="by", found=repr(by)[:80], expected=", ".join(metrics.names("stats"))
@@ -152,7 +149,7 @@ def _cosines(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     return cosines
 
 
-def _similarity(stats: stats_file.LayerStats) -> NDArray[np.float64]:
+def _similarity(stats: LayerStats) -> NDArray[np.float64]:
     """[E, E], between 0 and 1, of statistics that have what merging needs."""
     assert stats.gated_sum is not None and stats.logit_gram is not None  # _checked has seen to it
     outputs = _cosines(stats.gated_sum)

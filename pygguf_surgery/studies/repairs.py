@@ -25,7 +25,8 @@ from ..files.model import Model, Tensor
 from ..files.open import open_model
 from ..files.outputs import check_output
 from ..files.partial import Partial, partial_path
-from ..files.repair import FORMAT, PREFIX
+from ..files.repair import FORMAT, MODEL, PREFIX
+from ..files.subjects import subject_of, write_subject
 from ..llama.apart import run_apart
 from ..llama.session import Session
 from ..llama.taps import Taps, moe_layout
@@ -274,6 +275,7 @@ def _check_twin(model: Model, path: str | os.PathLike[str], experts: int, layers
         ):
             if a != b:
                 raise BadPlan("not the same model", path=other.path, object=what, found=a, expected=b)
+        subject_of(other).check_same(subject_of(model), "not the same model: it is", path=other.path)
         return other.header_sha256
 
 
@@ -391,7 +393,7 @@ class _Work:
         metadata = {
             "general.type": Value("expert_repair", "str"),
             PREFIX + "format": Value(FORMAT, "u32"),
-            PREFIX + "model.header_sha256": Value(model.header_sha256, "str"),
+            **write_subject(subject_of(model), MODEL),
             PREFIX + "run.header_sha256": Value(run_sha256, "str"),
             PREFIX + "metric": Value(metric, "str"),
             PREFIX + "text.sha256": Value([t.sha256 for t in texts], "str[]"),

@@ -13,10 +13,10 @@ from ..base.progress import ProgressLike, as_progress
 from ..base.units import MEMORY
 from ..base.words import nearest
 from ..files import imatrix as imatrix_file
-from ..files import stats as stats_file
 from ..files.imatrix import Imatrix
 from ..files.model import Model
 from ..files.stats import Stats
+from ..files.subjects import subject_of
 from ..plan_data.choices import Seen, parse_mtp
 from . import metrics
 from .ranking import Ranking
@@ -40,13 +40,14 @@ def rank(
 
     by: the name of a metric, one of METRICS: the README has a table of what each needs and computes. `router-norm` and
     `aimer` need nothing but the weights, the others an importance matrix or statistics of `calibrate`. Or a dict or a
-    JSON file, {"scores": {"0": [E numbers]}} or {"kept": {"0": [ids]}}, with an optional "metric", such as Keep.to_json
-    writes. MTP layers, which calibration does not run, are scored by aimer where its numbers are needed. Sums are in
-    float64; weights are streamed within `memory`, quantized ones decoded first. stats, imatrix: the file or what `open`
-    returned.
+    JSON file, {"scores": {"0": [E numbers]}} or {"kept": {"0": [ids]}}, with an optional "metric" and the "model" that
+    it is of, such as Keep.to_json writes. MTP layers, which calibration does not run, are scored by aimer where its
+    numbers are needed. Sums are in float64; weights are streamed within `memory`, quantized ones decoded first. stats,
+    imatrix: the file or what `open` returned.
     progress: True, or a callable(bytes done, bytes in all); an exception from it stops the run.
-    Errors: BadPlan for a model without experts, an unknown `by`, statistics that are missing or of another model,
-    BadFile for weights that are not finite, Unsupported for what an importance matrix of the old format has lost.
+    Errors: BadPlan for a model without experts, an unknown `by`, statistics that are missing, and for statistics, an
+    importance matrix or a file of another model or another cut of this one; BadFile for weights that are not finite,
+    Unsupported for what an importance matrix of the old format has lost.
     """
     found = layout(model.architecture, model.tensors, model.metadata.get)
     if not found.layers:
@@ -58,10 +59,10 @@ def rank(
     tables = {layer_of(name) for name in model.tensors if (rule := expert_rule(name)) and rule.axis == "values"}
     by_token = tuple(layer for layer in found.layers if layer in tables)
     if stats is not None:
-        stats = stats if isinstance(stats, Stats) else stats_file.open_stats(stats)
-        metrics.check_stats(stats, model, found)
+        stats = metrics.read_stats(stats, model, found)
+    of = subject_of(model)
     if isinstance(by, Mapping):
-        return _finished(given(by, "dict", found, by_token, None), stats, mtp)
+        return _finished(given(by, "dict", found, by_token, None, of), stats, mtp)
     if isinstance(by, str) and by in metrics.METRICS:
         layers = [layer for layer in found.layers if mtp == "keep" or layer not in found.mtp]
         opened = _open_imatrix(imatrix)
@@ -77,11 +78,11 @@ def rank(
             unseen = {layer: tuple((s == 0).nonzero()[0].tolist()) for layer, s in scores.items()}
             seen = Seen({layer: ids for layer, ids in unseen.items() if ids}, None, tuple(notes))
         used = most_used(model.architecture, model.metadata.get)
-        return _finished(Ranking(by, found, scores=scores, tables=by_token, seen=seen, used=used), stats, mtp)
+        return _finished(Ranking(by, found, scores=scores, tables=by_token, seen=seen, used=used, of=of), stats, mtp)
     if isinstance(by, os.PathLike) or (
         isinstance(by, str) and (by.endswith(".json") or os.path.basename(by) != by or os.path.isfile(by))
     ):
-        return _finished(from_file(os.fspath(by), found, by_token), stats, mtp)
+        return _finished(from_file(os.fspath(by), found, by_token, of), stats, mtp)
     near = nearest(by, metrics.METRICS) if isinstance(by, str) else ()
     raise BadPlan(
         "unknown metric",

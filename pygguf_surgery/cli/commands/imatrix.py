@@ -6,7 +6,7 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...base.units import human
 from ...base.words import listed, magnitude, table
@@ -14,6 +14,9 @@ from .. import words
 from ..command import Command, Family, Options, Positional
 from ..common import refuse_existing, warn
 from ..options import FULL, JSON
+
+if TYPE_CHECKING:
+    from ...plan_data.subject import Wanted
 
 _SHOWN = 16  # ids of experts in a line
 
@@ -60,32 +63,40 @@ def convert(args: Namespace) -> int:
     return _written(args.output)
 
 
-def read_kept(path: str) -> Mapping[int, Sequence[int]]:
-    """layer -> ids, of {"kept": {"0": [ids]}} in a JSON file or of what a pruned GGUF says of itself."""
+def read_kept(path: str) -> Mapping[int, Sequence[int]] | Wanted:
+    """layer -> ids, of {"kept": {"0": [ids]}} in a JSON file. The cut of a model, where the file is a pruned GGUF, or a
+    report, which says of which model the ids are."""
     from ...base.errors import BadPlan, SurgeryError
-    from ...files.lineage import source_experts
     from ...files.open import open_model
+    from ...files.subjects import wanted_by
+    from ...plan_data.subject import Subject, Wanted
 
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic == b"GGUF":
         with open_model(path, metadata_only=True) as model:
-            # The imatrix has the layers of the model that was cut, which may have lost some too.
             try:
-                return source_experts(model.metadata.exact())
+                return wanted_by(model)
             except SurgeryError as error:
                 error.path = path
                 raise
     form = '{"kept": {"0": [ids]}}'
     try:
         with open(path, encoding="utf-8") as file:
-            named = json.load(file)["kept"]
+            data = json.load(file)
+        named = data["kept"]
         layers = {int(layer): list(ids) for layer, ids in named.items()}
         if len(layers) < len(named) or any(type(i) is not int for ids in layers.values() for i in ids):
             raise ValueError("not ids of experts")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadPlan(f"not a list of experts: {error}", path=path, expected=form) from None
-    return layers
+    if "model" not in data:
+        return layers
+    try:
+        return Wanted.of_choice(layers, Subject.from_json(data["model"]))
+    except SurgeryError as error:
+        error.path = path
+        raise
 
 
 def _check_output(args: Namespace) -> None:
@@ -113,6 +124,8 @@ def _describe(data: dict[str, Any], nbytes: int) -> str:
         ("text", chunks),
         ("entries", f"{len(data['entries'])} tensors, {magnitude(values)} values"),
     ]
+    if (of := data["model"]) is not None:
+        rows.append(("cut for", f"{of['name'] or 'a model'} of {of['experts']} experts"))
     never = [entry["name"] for entry in data["entries"] if entry["most"] == 0]
     if never:
         rows.append(("never seen", f"{len(never)} tensors: {listed(never, _SHOWN)}"))

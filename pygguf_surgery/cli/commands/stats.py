@@ -22,11 +22,18 @@ def show(args: Namespace) -> int:
 
 
 def merge(args: Namespace) -> int:
+    from ...base.errors import BadPlan
     from ...files.stats import open_stats
 
     check_output(args.inputs, args.output, args.force)
-    first, *others = (open_stats(path) for path in args.inputs)
-    first.merge(*others).write(args.output, overwrite=args.force)
+    joined = open_stats(args.inputs[0])
+    for path in args.inputs[1:]:
+        try:
+            joined = joined.merge(open_stats(path))
+        except BadPlan as error:
+            error.path = path
+            raise
+    joined.write(args.output, overwrite=args.force)
     return 0
 
 

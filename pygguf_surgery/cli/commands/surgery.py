@@ -195,13 +195,17 @@ def _keep_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
             if not args.force:
                 refuse_existing([path])
     quiet = is_quiet(args) or args.json
-    if args.repair is not None and (args.keep, args.ratio, args.by) == (None, None, None):
+    named = args.repair is not None and (args.keep, args.ratio, args.by) == (None, None, None)
+    if named and (word := next((word for word in ("stats", "super_experts") if getattr(args, word)), None)):
+        raise Usage(f"--{word.replace('_', '-')} goes with --keep, --ratio or --by: the repair names the experts")
+    if args.repair is not None:
+        from ...edits.keep_experts import check_repair
         from ...files.repair import open_repair
 
-        if word := next((word for word in ("stats", "super_experts") if getattr(args, word)), None):
-            raise Usage(f"--{word.replace('_', '-')} goes with --keep, --ratio or --by: the repair names the experts")
         opened = open_repair(args.repair)
         opened.close()
+        check_repair(opened, model)  # before weights are read to choose; what it warns of, the plan will
+    if named:
         keep = opened.keep()
         if not quiet:
             words.explain(opened.summary())
