@@ -27,6 +27,12 @@ JOBS = {
     "quantize MXFP4_MOE": ["quantize", "{model}", "{out}", "MXFP4_MOE", "--force", "--quiet"],
     "merge": ["merge", "{model}", "{out}", "--keep", "{most}", "--weights-only", "--force", "--quiet"],
 }
+WINDOWS = ["-o", "{out}", "--ctx", "256", "--chunks", "40", "--threads", "1", "--force", "--quiet"]
+JOBS_WITH_TEXT = {
+    "calibrate": ["calibrate", "{model}", "{text}", *WINDOWS],
+    "calibrate merge": ["calibrate", "{model}", "{text}", "--merge-stats", *WINDOWS],
+    "repair": ["repair", "{model}", "{text}", "--keep", "{half}", *WINDOWS],
+}
 
 
 def timed(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
@@ -58,18 +64,22 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--new-path")
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--jobs", nargs="+", choices=[*JOBS, *JOBS_WITH_TEXT], default=list(JOBS))
+    parser.add_argument("--text", help="for calibrate and repair, which need llama-cpp-python")
     parser.add_argument("--experts", type=int, default=32, help="how many the model has in a layer")
     parser.add_argument("--instructions", action="store_true")
     args = parser.parse_args()
     plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if args.text is None and not JOBS.keys() >= set(args.jobs):
+        parser.error("calibrate and repair need --text")
     sides = [(args.old, plain), (args.new, {**plain, "PYTHONPATH": args.new_path} if args.new_path else plain)]
     with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(args.model))) as folder:
         os.chdir(folder)  # a checkout in the current folder would be the package
         words = {"model": os.path.abspath(args.model), "out": os.path.join(folder, "out.gguf")}
         words |= {"half": str(args.experts // 2), "most": str(args.experts * 3 // 4)}
+        words["text"] = args.text and os.path.abspath(args.text)
         for job in args.jobs:
-            arguments = [word.format(**words) for word in JOBS[job]]
+            arguments = [word.format(**words) for word in (JOBS | JOBS_WITH_TEXT)[job]]
             commands = [([python, "-m", "pygguf_surgery", *arguments], place) for python, place in sides]
             if args.instructions:
                 old, new = (instructions(*command) for command in commands)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 from .._core import StopFlag
 
 Result = TypeVar("Result")
+_LOOK = 0.02  # seconds between two looks for signals that interrupted nothing
 
 
 class Stopped(BaseException):
@@ -36,7 +37,7 @@ class Worker:
         task = _Task(function, always)
         try:
             self._tasks.put(task)
-            task.ended.acquire()
+            task.wait()
         except BaseException:  # Ctrl-C, or whatever the handler of a signal raises
             self.stop.set()
             self._settle()
@@ -59,7 +60,7 @@ class Worker:
             try:
                 last = _Task(lambda: None, always=True)
                 self._tasks.put(last)
-                last.ended.acquire()
+                last.wait()
                 return
             except BaseException:
                 continue
@@ -83,3 +84,8 @@ class _Task:
         self.error: BaseException | None = None
         self.ended = threading.Lock()
         self.ended.acquire()
+
+    def wait(self) -> None:
+        # A signal that comes between Python's look for signals and the wait does not interrupt that: hence the timeout.
+        while not self.ended.acquire(timeout=_LOOK):
+            pass
