@@ -189,14 +189,14 @@ class Session:
 
     # --- text -------------------------------------------------------------------------------------------------------
 
-    def tokenize(self, text: bytes, parse_special: bool = False) -> NDArray[np.int32]:
-        """The tokens of UTF-8 text, with what the model wants before it; special tokens are text unless
-        parse_special."""
-        return self._worker.call(lambda: self._tokens(text, parse_special))
+    def tokenize(self, text: bytes, parse_special: bool = False, first: bool = True) -> NDArray[np.int32]:
+        """The tokens of UTF-8 text, with what the model wants around it unless it is not the `first` part of one;
+        special tokens are text unless parse_special."""
+        return self._worker.call(lambda: self._tokens(text, parse_special, first))
 
-    def _tokens(self, text: bytes, parse_special: bool) -> NDArray[np.int32]:
+    def _tokens(self, text: bytes, parse_special: bool, first: bool) -> NDArray[np.int32]:
         tokens = (self.llama.llama_token * (len(text) + 16))()
-        n = self.llama.llama_tokenize(self._vocabulary, text, len(text), tokens, len(tokens), True, parse_special)
+        n = self.llama.llama_tokenize(self._vocabulary, text, len(text), tokens, len(tokens), first, parse_special)
         if n < 0:
             raise BadFile("llama.cpp cannot tokenize the text", path=self.path)
         ids: NDArray[np.int32] = np.frombuffer(tokens, np.int32)[:n].copy()
