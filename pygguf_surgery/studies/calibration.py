@@ -20,10 +20,11 @@ from ..files.open import open_model
 from ..files.outputs import check_output
 from ..files.stats import LayerStats, Stats
 from ..files.subjects import subject_of
+from ..files.texts import TextLike, read_texts
 from ..llama.apart import run_apart
 from ..llama.session import BATCH, Losses, Session
 from ..llama.taps import moe_layout
-from ..llama.texts import TextLike, Windows, check_windows, read_texts, windows_of
+from ..llama.texts import Windows, check_texts, check_windows, warn_of_context, windows_of
 from .recording import Recorder, memory_needed
 
 CHECKPOINT_SECONDS = 60
@@ -50,8 +51,8 @@ def calibrate(
     """Runs texts through a GGUF model with llama.cpp and records what each expert of each MoE layer did.
 
     The model may be quantized: the statistics also rank the experts of its 16-bit original. texts: paths, bytes of
-    UTF-8, or arrays of token ids. n_ctx: tokens of a window, each from an empty cache. chunks: at most so many windows
-    of each text.
+    UTF-8, or sequences of token ids. n_ctx: tokens of a window, each from an empty cache. chunks: at most so many
+    windows of each text.
     merge_stats: also the sums that merging needs, [E, width] per layer. pairs: also what two experts do together, two
     times [E, E] per layer, which merging needs too. parse_special: special tokens in the text are such. memory: for the
     sums and a window of what they are made of, beside llama.cpp's own. gpu_layers: how many layers llama.cpp puts on a
@@ -59,8 +60,9 @@ def calibrate(
     out: where the statistics go, every minute and when the run ends, for whatever reason; only whole windows count. A
     run that was stopped goes on from there when it is called again in the same way. A complete file, or one of another
     run, needs `overwrite`. progress: True, or a callable(windows done, windows in all).
-    Errors: BadPlan for a model without experts, a text shorter than a window or too little memory, BadFile for a model
-    that llama.cpp does not load, Unsupported without llama-cpp-python or where its graph lacks what is recorded.
+    Errors: BadPlan for a model without experts, a text shorter than a window or too little memory, BadFile for a text
+    that is none or a model that llama.cpp does not load, Unsupported without llama-cpp-python or where its graph lacks
+    what is recorded.
     """
     if isolate:
         arguments = {name: value for name, value in locals().items() if name not in ("isolate", "progress")}
@@ -76,6 +78,8 @@ def calibrate(
     read = read_texts(texts)
     with open_model(path) as model:
         found, layers = moe_layout(model)
+        check_texts(model, read, n_ctx)
+        warn_of_context(model, n_ctx)
         _check_memory(model, found, layers, n_ctx, merge_stats, pairs, budget)
         stats = Stats(
             model.header_sha256,
@@ -96,7 +100,7 @@ def calibrate(
         as_progress(progress, "calibrating", "windows") as report,
         Session(first, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, watch=recorder) as session,
     ):
-        windows = windows_of(session, read, chunks, parse_special)
+        windows = windows_of(session, read, chunks, parse_special, progress)
         del read
         stats.texts = [w.text for w in windows]
         recorder.learn(session, windows[0].tokens[0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -27,10 +28,11 @@ from ..files.outputs import check_output
 from ..files.partial import Partial, partial_path
 from ..files.repair import FORMAT, MODEL, PREFIX
 from ..files.subjects import subject_of, write_subject
+from ..files.texts import TextLike, path_of, read_texts
 from ..llama.apart import run_apart
 from ..llama.session import Session
 from ..llama.taps import Taps, moe_layout
-from ..llama.texts import TextLike, Windows, check_windows, read_texts, windows_of
+from ..llama.texts import Windows, check_texts, check_windows, warn_of_context, windows_of
 from ..plan_data.choices import Keep
 from ..quant.types import tensor_type
 
@@ -234,19 +236,22 @@ def repair(
         ids = kept.get(layer, ())
         if list(ids) != sorted(set(ids)) or not ids or ids[0] < 0 or ids[-1] >= found.experts:
             raise BadPlan("not ascending ids of experts", object=f"keep {layer}", found=repr(ids)[:80])
-    inputs = [*model.paths, *texts, run]
+    inputs = [*model.paths, *map(path_of, texts), run]
     check_output(inputs, out, overwrite)
     check_output(inputs, partial_path(out), overwrite=True)
     read = read_texts(texts)
     runs, run_sha256 = model.path, model.header_sha256
     if run is not None:
         runs, run_sha256 = os.fsdecode(run), _check_twin(model, run, found.experts, layers)
+    with nullcontext(model) if run is None else open_model(run) as running:
+        check_texts(running, read, n_ctx)
+        warn_of_context(running, n_ctx)
     replay = _Replay(model.architecture, layers, found.experts, {layer: kept[layer] for layer in layers})
     with (
         as_progress(progress, "repairing", "windows") as report,
         Session(runs, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, watch=replay) as session,
     ):
-        windows = windows_of(session, read, chunks, parse_special)
+        windows = windows_of(session, read, chunks, parse_special, progress)
         del read
         replay.learn(session, windows[0].tokens[0])
         work = _Work(model, session, replay, windows, kept, layers, budget, report)

@@ -586,7 +586,7 @@ def test_a_dense_model_and_a_file_that_llama_cpp_refuses(tmp_path):
     b = moe_models.Builder("qwen3moe", blocks=1, experts=4, used=2)
     b.moe(0)
     with pytest.raises(pgs.BadFile, match=r"llama\.cpp does not load it"):
-        pgs.experts.calibrate(b.write(tmp_path / "no attention.gguf"), [TOKENS])
+        pgs.experts.calibrate(b.write(tmp_path / "no attention.gguf"), [TOKENS], n_ctx=40)
 
 
 @pytest.mark.parity

@@ -64,6 +64,8 @@ def repair(args: Namespace) -> int:
     from ...files.open import open_model
     from ...files.partial import partial_path
     from ...files.repair import open_repair
+    from ...files.texts import read_texts
+    from ...llama.texts import check_texts, check_windows
     from ...studies.repairs import repair
 
     path, *texts = args.arguments
@@ -71,10 +73,14 @@ def repair(args: Namespace) -> int:
         raise Usage("repair needs a TEXT")
     if needs_number(args):
         raise Usage("repair needs --keep N or --ratio R (or --by FILE.json with the experts to keep)")
-    check_output([path, *texts, args.stats], args.output, args.force)
+    # All this before the weights are read to choose.
+    check_output([path, *texts, args.stats, args.run], args.output, args.force)
+    check_windows(args.ctx, args.chunks, texts)
+    texts = read_texts(texts)
     before = _identity(args.output)
     try:
-        with open_model(path) as model:
+        with open_model(path) as model, open_model(args.run or path) as running:
+            check_texts(running, texts, args.ctx)
             errors = repair(
                 model,
                 choose(model, args),
