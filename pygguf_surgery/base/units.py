@@ -29,6 +29,16 @@ def parse_size(size: int | str) -> int:
     return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
 
 
+def parse_file_size(size: int | str) -> int:
+    """parse_size for the size of a file: BadPlan for a small number without a unit, which was most likely forgotten."""
+    nbytes = parse_size(size)
+    if isinstance(size, str) and not size.strip()[-1].isalpha() and 0 < nbytes < 1_000_000:
+        raise BadPlan(
+            "a size without a unit", object=size, found=f"{nbytes} bytes", hint=f"give a unit, such as {size.strip()}GB"
+        )
+    return nbytes
+
+
 def parse_memory(memory: int | str) -> int:
     """A budget in bytes; BadPlan below the least that works."""
     nbytes = parse_size(memory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..base.words import either
 from .command import Options, Positional
-from .values import assignment, not_empty, numbers, override, override_kv, size, split_size
+from .values import assignment, file_size, not_empty, numbers, override, override_kv, size, split_size
 
 DEFAULT_METRIC = "router-norm"
 IN = Positional("IN", "input", "a GGUF file; of a split model any shard")
@@ -90,7 +90,7 @@ IMPORTANCE: Options = IMATRIX | {
 QUALITY: Options = {
     "--quality": dict(choices=("default", "best"), help="best: encode MXFP4 with less error than llama-quantize, "
                       "weighted by the importance matrix if there is one; default: llama-quantize's bytes"),
-    "--target-size": dict(metavar="SIZE", type=size, help="choose each tensor's type, within the "
+    "--target-size": dict(metavar="SIZE", type=file_size, help="choose each tensor's type, within the "
                           "family of TYPE, so that the output has at most this size, such as 22GB"),
     "--target-bpw": dict(metavar="BITS", type=float, help="the same by bits per weight, such as 4.2"),
 }

@@ -6,7 +6,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 
 from ..base.errors import SurgeryError
-from ..base.units import parse_size
+from ..base.units import parse_file_size, parse_size
 
 
 def not_empty(text: str) -> str:
@@ -68,6 +68,14 @@ def size(text: str) -> int:
         raise ArgumentTypeError(str(error)) from None
 
 
+def file_size(text: str) -> int:
+    """Bytes of 22GB; a small number needs a unit."""
+    try:
+        return parse_file_size(text)
+    except SurgeryError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
 def split_size(text: str) -> int:
-    """llama-gguf-split's 500M and 45G, powers of 1000, and what size() takes."""
-    return size(f"{text}B" if text[:-1].isdecimal() and text[-1:] in "KMG" else text)
+    """llama-gguf-split's 500M and 45G, powers of 1000, and what file_size() takes."""
+    return file_size(f"{text}B" if text[:-1].isdecimal() and text[-1:] in "KMG" else text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..base.errors import BadPlan, Unsupported
 
@@ -11,10 +11,14 @@ if TYPE_CHECKING:
     from ..plan_data.choices import Keep
 
 
-def importance(keep: Keep) -> bytes:
-    """A PNG of a choice of experts: a heat map, layers by experts, of each expert's place among its layer's scores, the
-    dropped ones dimmed (1 is the highest score); beside it the share of the layer's saliency that stays. Unsupported
-    without matplotlib, BadPlan for a choice that has no scores."""
+def check_picture(path: str) -> None:
+    """Before anything is read: BadPlan for a name that is not that of a PNG, Unsupported without matplotlib."""
+    if not path.lower().endswith(".png"):
+        raise BadPlan("a picture is a PNG", path=path, expected="a name that ends in .png")
+    _matplotlib()
+
+
+def _matplotlib() -> tuple[Any, Any]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -22,6 +26,14 @@ def importance(keep: Keep) -> bytes:
         raise Unsupported(
             "pictures need matplotlib", found=error, hint="pip install 'pygguf-surgery[report]'"
         ) from None
+    return FigureCanvasAgg, Figure
+
+
+def importance(keep: Keep) -> bytes:
+    """A PNG of a choice of experts: a heat map, layers by experts, of each expert's place among its layer's scores, the
+    dropped ones dimmed (1 is the highest score); beside it the share of the layer's saliency that stays. Unsupported
+    without matplotlib, BadPlan for a choice that has no scores."""
+    FigureCanvasAgg, Figure = _matplotlib()
     import numpy as np
 
     layers = [layer for layer in keep if layer in keep.scores]

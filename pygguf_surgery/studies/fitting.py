@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ..base.errors import BadPlan, SurgeryError
 from ..base.limits import Limits
 from ..base.progress import Progress, ProgressLike, as_progress
-from ..base.units import human, parse_size
+from ..base.units import human, parse_file_size
 from ..files.companions import Companions
 from ..files.imatrix import Imatrix
 from ..files.model import Model
@@ -193,6 +193,11 @@ def _bpw(plan: CheckedPlan) -> float:
     return 8 * sum(plan.nbytes) / plan.elements if plan.elements else 0.0
 
 
+def check_target(size: int | str | None, bpw: float | None) -> None:
+    """BadPlan for what `fit` would refuse of these before it reads anything."""
+    _Target.parse(size, bpw)
+
+
 @dataclass(frozen=True)
 class _Target:
     name: str
@@ -210,7 +215,7 @@ class _Target:
                 hint='size="22GB" or bpw=4.2',
             )
         if size is not None:
-            nbytes = parse_size(size)
+            nbytes = parse_file_size(size)
             if nbytes <= 0:
                 raise BadPlan("not a size", object="size", found=size, expected="above 0")
             return _Target("size", f"at most {nbytes} bytes ({human(nbytes)})", nbytes, None)

@@ -323,10 +323,9 @@ def test_plan_json_is_the_documented_form(run, model):
 
 
 def test_what_cannot_be_written_can_be_described(run, model, tmp_path):
-    out_path = tmp_path / "out.gguf"
-    code, out, _ = run("prune", model, out_path, "--keep", 1, "--dry-run", "--json")  # 2 are used per token
+    code, out, _ = run("plan", model, "--keep", 1, "--json")  # 2 are used per token
     assert code == 0 and len(json.loads(out)["blockers"]) == 1
-    code, out, err = run("prune", model, out_path, "--keep", 1)
+    code, out, err = run("prune", model, tmp_path / "out.gguf", "--keep", 1)
     assert code == 4 and out == "" and "expert_used_count" in err
     assert os.listdir(tmp_path) == []
 
@@ -336,6 +335,69 @@ def test_a_dry_run_is_the_plan_and_writes_nothing(run, model, tmp_path):
     assert dry == run("plan", model, "--keep", BEST)
     assert dry[0] == 0 and "experts: 8 -> 4" in dry[1]
     assert os.listdir(tmp_path) == []
+
+
+REFUSED = {
+    "a blocker": ("prune", "{model}", "{folder}/out.gguf", "--keep", 1),
+    "two blockers": (
+        "quantize",
+        "{model}",
+        "{folder}/out.gguf",
+        "Q8_0",
+        "--override",
+        "xx=F16",
+        "--override",
+        "yy=F16",
+    ),
+    "an output that exists": ("quantize", "{model}", "{folder}/there.gguf", "Q8_0"),
+    "an output that exists, by the name that it gets": ("quantize", "{folder}/in.gguf", "Q8_0"),
+    "a shard that exists": ("split", "{model}", "{folder}/there", "--split-max-tensors", 100),
+    "an input": ("edit", "{folder}/in.gguf", "{folder}/in.gguf", "--force"),
+    "a companion": (
+        *("quantize", "{model}", "{folder}/imatrix.gguf", "Q8_0"),
+        *("--imatrix", "{folder}/imatrix.gguf", "--force"),
+    ),
+    "no folder": ("join", "{model}", "{folder}/none/out.gguf"),
+    "no folder for a merged one": ("merge", "{model}", "{folder}/none/out.gguf", "--keep", BEST, "--weights-only"),
+    "a file as folder": ("edit", "{model}", "{folder}/there.gguf/out.gguf"),
+    "a folder as output": ("edit", "{model}", "{folder}", "--force"),
+    "a folder by its name": ("edit", "{model}", "{folder}/", "--force"),
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED.values(), ids=REFUSED)
+def test_a_dry_run_ends_as_the_run_that_is_refused(run, model, tmp_path, arguments):
+    os.link(model, tmp_path / "in.gguf")
+    for name in ("there.gguf", "ggml-model-Q8_0.gguf", "there-00001-of-00001.gguf"):
+        (tmp_path / name).write_bytes(b"old")
+    everything_seen(model, tmp_path / "imatrix.gguf")
+    before = {name: os.stat(tmp_path / name).st_mtime_ns for name in os.listdir(tmp_path)}
+    arguments = [str(a).format(model=model, folder=tmp_path) for a in arguments]
+    code, out, err = run(*arguments, "--quiet")
+    assert code == 4 and out == "" and all(": error: " in line for line in err.splitlines())
+    assert err.count("\n") == (2 if "yy=F16" in arguments else 1)
+    for form in ([], ["--json"]):
+        dry_code, dry_out, dry_err = run(*arguments, "--dry-run", "--quiet", *form)
+        assert (dry_code, dry_err) == (4, err)
+        assert json.loads(dry_out)["tensors"] if form else "tensors: " in dry_out
+    assert {name: os.stat(tmp_path / name).st_mtime_ns for name in os.listdir(tmp_path)} == before
+
+
+@pytest.mark.parametrize("closed", ["folder", "file"])
+def test_a_dry_run_sees_what_may_not_be_written(run, model, tmp_path, monkeypatch, closed):
+    """Told by os.access, which says yes to everything where root runs the tests."""
+    (tmp_path / "there.gguf").write_bytes(b"old")
+    shut, access = str(tmp_path / "there.gguf" if closed == "file" else tmp_path), os.access
+    monkeypatch.setattr(os, "access", lambda path, *how: str(path) != shut and access(path, *how))
+    code, out, err = run("edit", model, tmp_path / "there.gguf", "--force", "--dry-run")
+    assert code == 4 and "tensors: " in out and err.endswith(f"error: {shut}: Permission denied\n")
+    assert run("edit", model, tmp_path / "there.gguf", "--force") == (4, "", err)
+    assert run("plan", model)[0] == 0
+
+
+def test_a_dry_run_needs_no_name_for_its_output(run, model):
+    """Where the run could not make one up."""
+    assert run("quantize", model, "--recipe", "mxfp4-moe", "--dry-run")[0] == 0
 
 
 # --- prune, quantize, edit -----------------------------------------------------------------------------------------
@@ -597,6 +659,51 @@ def test_what_cannot_be_written_is_said_before_all_weights_are_read(run, model, 
     for arguments in (["--keep", 1], ["--keep", BEST, "--override", "nothing_here=F16"]):
         code, _, err = run("prune", model, tmp_path / "out.gguf", "--by", "aimer", *arguments)
         assert code == 4 and "error: " in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["prune", "out.gguf", "--keep", BEST, "--plot", name] for name in ("choice.svg", "choice", "png")),
+        ["prune", "out.gguf", "--keep", BEST, "--report", ""],
+        ["prune", "out.gguf", "--keep", BEST, "--type", "Q4_K_M", "--target-bpw", "nan"],
+        ["prune", "out.gguf", "--keep", BEST, "--type", "Q4_K_M", "--target-size", 0],
+        ["quantize", "nowhere/out.gguf", "Q4_K_M", "--target-bpw", 5],
+        ["merge", "model", "--keep", BEST, "--weights-only", "--force"],
+    ],
+)
+def test_what_is_asked_for_is_looked_at_before_any_weights(run, model, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    os.link(model, "model")
+    for room in ("studies.ream.group", "studies.fitting.fit", "studies.scoring.rank"):
+        monkeypatch.setattr(f"pygguf_surgery.{room}", lambda *_, **__: pytest.fail("weights were read"))
+    code, out, err = run(arguments[0], "model", *arguments[1:])
+    assert code == 4 and out == "" and err.count("\n") == 1 and "error: " in err and os.listdir() == ["model"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--report", "out.gguf"],
+        ["--report", "a.png", "--plot", "./a.png"],
+        ["--target-size", "14GB"],
+        ["--target-bpw", "5", "--report", "a.json"],
+    ],
+)
+def test_what_does_not_go_together_is_usage_before_any_weights(run, model, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pygguf_surgery.studies.scoring.rank", lambda *_, **__: pytest.fail("weights were read"))
+    code, out, err = run("prune", model, "out.gguf", "--keep", BEST, "--force", *arguments)
+    assert code == 2 and out == "" and err.count("\n") == 1 and os.listdir() == []
+
+
+@pytest.mark.parametrize("option", ["--target-size", "--split-max-size"])
+@pytest.mark.parametrize("size", ["14", "14.5", " 999999"])
+def test_a_size_without_a_unit_is_asked_about(run, model, tmp_path, option, size):
+    code, _, err = run("quantize", model, tmp_path / "out.gguf", "Q8_0", option, size)
+    assert code == 2 and f"give a unit, such as {size.strip()}GB" in err.replace("\n", " ")
+    assert values.file_size("1000000") == 1_000_000 and values.file_size("500KB") == 500_000
+    assert values.split_size("14K") == 14_000
 
 
 # --- the README ----------------------------------------------------------------------------------------------------

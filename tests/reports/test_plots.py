@@ -53,8 +53,11 @@ def test_from_the_shell(tmp_path, capsys):
     assert main(["plan", path, "--by", str(tmp_path / "kept.json"), "--plot", plot, "--force"]) == 4
 
 
-def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
+def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    path = moe_models.qwen3moe(tmp_path / "in.gguf")
+    monkeypatch.setattr("pygguf_surgery.studies.scoring.rank", lambda *_, **__: pytest.fail("weights were read"))
+    path = str(moe_models.qwen3moe(tmp_path / "in.gguf"))
+    assert main(["prune", path, str(tmp_path / "o.gguf"), "--keep", "8", "--plot", str(tmp_path / "a.PNG")]) == 4
+    assert "pygguf-surgery[report]" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
     with pgs.open(path) as model, pytest.raises(pgs.Unsupported, match=r"pygguf-surgery\[report\]"):
         importance(pgs.experts.rank(model).keep(4))

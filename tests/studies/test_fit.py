@@ -421,6 +421,14 @@ def test_a_second_fit_finds_nothing_to_choose(model):
         Plan(model).quantize("Q4_0").fit(size="1GB").fit(bpw=0.5)
 
 
+def test_a_size_in_text_needs_its_unit(model):
+    plan = Plan(model).quantize("Q4_0")
+    with pytest.raises(BadPlan, match="give a unit, such as 14GB"):
+        plan.fit(size="14")
+    with pytest.raises(BadPlan, match="even the smallest"):  # a number is meant as it is
+        plan.fit(size=14)
+
+
 def test_too_small_names_the_smallest_size(model):
     plan = Plan(model).quantize("Q4_0")
     smallest, _ = limits(plan)

@@ -13,7 +13,9 @@ from ..options import IN, OUT
 from ..values import override
 
 if TYPE_CHECKING:
+    from ...files.companions import Companions
     from ...files.model import Model
+    from ...gate.checked import CheckedPlan
     from ...plan import Plan
     from ...run.writing import Receipt
 
@@ -32,8 +34,15 @@ _EXCLUSIVE = (
 
 
 def plan(args: Namespace) -> int:
+    """Describes also what cannot be written: exit code 0."""
+    from ...files.companions import Companions
+    from ...files.open import open_model
+
     args.dry_run = True
-    return _describe_or_write(args)
+    _check_options(args)
+    with open_model(args.input) as model, Companions() as companions:
+        _describe(_checked(model, args, companions), args)
+    return 0
 
 
 def prune(args: Namespace) -> int:
@@ -101,9 +110,9 @@ def _place_quantize(args: Namespace) -> None:
         if len(rest) > 1 or not rest[0].isdecimal() or len(rest[0]) > 9 or args.threads:
             raise Usage("quantize takes IN [OUT] TYPE [THREADS]")
         args.threads = int(rest[0])
-    if args.output is None and not args.dry_run:
-        if args.type is None:
-            raise Usage("quantize needs an OUT")
+    if args.output is None and args.type is None and not args.dry_run:
+        raise Usage("quantize needs an OUT")
+    if args.output is None and args.type is not None:
         name = f"ggml-model-{mixes.file_type(args.type, args.pure).name}.gguf"
         args.output = os.path.join(os.path.dirname(args.input), name)
     if args.max_buffer_size is not None:
@@ -112,38 +121,61 @@ def _place_quantize(args: Namespace) -> None:
         args.memory = max(args.max_buffer_size << 20, MEMORY_LEAST)
 
 
-def _describe_or_write(args: Namespace) -> int:
-    from ...base.limits import Limits
-    from ...base.progress import as_progress
-    from ...files.companions import Companions
-    from ...files.open import open_model
-    from ...gate.check import check
-    from ...run.writing import output_paths, write
-
+def _check_options(args: Namespace) -> None:
     given = vars(args)
-    shards = bool(_split_by(given))
-    if given.get("no_tensor_first_split") and not shards:
+    if given.get("no_tensor_first_split") and not _split_by(given):
         raise Usage("--no-tensor-first-split goes with --split-max-size or --split-max-tensors")
     for one, other in _EXCLUSIVE:
         if given.get(one) not in (None, False, []) and given.get(other) not in (None, False, []):
             raise Usage(f"--{one.replace('_', '-')} and --{other.replace('_', '-')} exclude each other")
-    if not args.dry_run and not args.force and not shards:  # before the weights are read to choose
-        refuse_existing([args.output])
+    written = {word: os.path.realpath(given[word]) for word in ("output", "report", "plot") if given.get(word)}
+    if len(set(written.values())) != len(written):
+        raise Usage(f"{', '.join(written)}: the same file twice")
+    if given.get("target_size") is not None or given.get("target_bpw") is not None:
+        from ...studies.fitting import check_target
+
+        if args.type is None and args.recipe is None:
+            raise Usage("--target-size and --target-bpw go with a type, which names the family")
+        check_target(args.target_size, args.target_bpw)
+
+
+def _checked(model: Model, args: Namespace, companions: Companions) -> CheckedPlan:
+    from ...base.limits import Limits
+    from ...gate.check import check
+
+    return check(model, make_plan(model, args).data, Limits.parse(**limits(args)), companions)
+
+
+def _describe(checked: CheckedPlan, args: Namespace) -> None:
+    if args.json:
+        words.print_json(checked.to_json(full=args.full))
+    else:
+        words.show(checked.summary())
+
+
+def _describe_or_write(args: Namespace) -> int:
+    """A dry run ends as the run would, where that would be refused."""
+    from ...base.progress import as_progress
+    from ...files.companions import Companions
+    from ...files.open import open_model
+    from ...run.writing import output_paths, write
+
+    _check_options(args)
     quiet = is_quiet(args)
     with open_model(args.input) as model, Companions() as companions:
-        checked = check(model, make_plan(model, args).data, Limits.parse(**limits(args)), companions)
+        if not args.dry_run and not _split_by(vars(args)):  # before the weights are read to choose
+            _check_output(model, [args.output], args)
+        checked = _checked(model, args, companions)
         if args.dry_run:
-            if args.json:
-                words.print_json(checked.to_json(full=args.full))
-            else:
-                words.show(checked.summary())
-            return 0
+            _describe(checked, args)
+        for blocker in checked.blockers:
+            words.say(f"error: {blocker}")
+        if args.output is not None and (args.dry_run or not checked.blockers):
+            _check_output(model, output_paths(checked, args.output), args)
         if checked.blockers:
-            for blocker in checked.blockers:
-                words.say(f"error: {blocker}")
             return CANNOT
-        if not args.force:
-            refuse_existing(output_paths(checked, args.output))
+        if args.dry_run:
+            return 0
         with as_progress(not quiet, "writing") as bar:
             receipt = write(model, checked, args.output, overwrite=args.force, progress=bar, companions=companions)
     if args.json:
@@ -154,6 +186,18 @@ def _describe_or_write(args: Namespace) -> int:
         warn(receipt.warnings)
         words.show(_receipt(receipt))
     return 0
+
+
+def _check_output(model: Model, paths: list[str], args: Namespace) -> None:
+    """Raises what is wrong with the files to be written, first what --force would not help."""
+    from ...files.outputs import check_output
+
+    given = vars(args)
+    inputs = [*model.paths, *(given.get(word) for word in ("imatrix", "stats", "repair", "by"))]
+    for path in paths:
+        check_output(inputs, path, overwrite=True)
+    if not args.force:
+        refuse_existing(paths)
 
 
 def make_plan(model: Model, args: Namespace) -> Plan:
@@ -194,6 +238,10 @@ def _keep_experts(model: Model, plan: Plan, args: Namespace) -> Plan:
             check_output([args.input, args.stats, args.imatrix, args.repair, args.by], path, overwrite=True)
             if not args.force:
                 refuse_existing([path])
+    if args.plot is not None:
+        from ...reports.plots import check_picture
+
+        check_picture(args.plot)
     quiet = is_quiet(args) or args.json
     named = args.repair is not None and (args.keep, args.ratio, args.by) == (None, None, None)
     if named and (word := next((word for word in ("stats", "super_experts") if getattr(args, word)), None)):
@@ -311,8 +359,6 @@ def _fit(plan: Plan, args: Namespace) -> Plan:
     """Prints the choice as overrides that reproduce it."""
     from ...plan_data.edits import Quantize
 
-    if args.type is None and args.recipe is None:
-        raise Usage("--target-size and --target-bpw go with a type, which names the family")
     before = next(edit for edit in plan.data.edits if isinstance(edit, Quantize)).overrides
     plan = plan.fit(size=args.target_size, bpw=args.target_bpw, progress=not is_quiet(args), **limits(args))
     after = next(edit for edit in plan.data.edits if isinstance(edit, Quantize)).overrides
@@ -378,7 +424,8 @@ BUFFER: Options = {
     "--max-buffer-size": dict(metavar="MIB", type=int, help="--memory in MiB; less than 64 is taken as 64"),
 }
 OUTPUT: Options = options.FORCE | {
-    "--dry-run": dict(action="store_true", help="describe what would be written, and write nothing"),
+    "--dry-run": dict(action="store_true", help="describe what would be written, and write nothing; the exit code is "
+                      "that of the run, where it would be refused"),
 } | options.QUIET | options.JSON | options.FULL
 
 _IMPORTANCE = {"importance matrix": options.IMPORTANCE, "quality and size": options.QUALITY}
