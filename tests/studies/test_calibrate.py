@@ -1,26 +1,21 @@
 """Calibration: what is recorded against an independent forward pass in numpy; stops, resumes, errors."""
 
-import hashlib
 import importlib
 import json
-import os
 import re
-import signal
-import time
 import tracemalloc
-from dataclasses import replace
 
 import gguf
 import numpy as np
 import pytest
 
 import pygguf_surgery as pgs
-from pygguf_surgery.files import stats as stats_file
 from pygguf_surgery.files.gguf import read_gguf, write_gguf
 from pygguf_surgery.files.stats import LayerStats
 from pygguf_surgery.llama import taps
 from pygguf_surgery.studies import recording
 from support import moe_models
+from support.expert_stats import batch, fold, same, some_stats
 from support.llama_oracle import TOKENS, Tap
 from support.places import ROOT, SHARED
 
@@ -31,15 +26,6 @@ SUMS = ("count", "gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "max_a
 
 
 # --- observations, against loops -------------------------------------------------------------------------------------
-
-
-def fold(stats, ids, gates, outputs, logits, *, merge_stats=False):
-    experts = len(stats.count)
-    recording.observe(experts, ids, gates, outputs, logits).add_to(stats, gate_in_input=False)
-    if merge_stats:
-        if stats.gated_sum is None:
-            stats.gated_sum = np.zeros((experts, outputs.shape[2]))
-        recording.add_gated(stats.gated_sum, ids, gates, outputs, gate_in_input=False)
 
 
 def loops(ids, gates, outputs, logits, experts):
@@ -61,17 +47,6 @@ def loops(ids, gates, outputs, logits, experts):
             for other in ids[t]:
                 s.coactivation[e, other] += 1
     return s
-
-
-def batch(seed, tokens, experts, used, width):
-    rng = np.random.default_rng(seed)
-    ids = np.stack([rng.permutation(experts)[:used] for _ in range(tokens)]).astype(np.int32)
-    return (
-        ids,
-        rng.random((tokens, used), np.float32),
-        rng.standard_normal((tokens, used, width), np.float32),
-        rng.standard_normal((tokens, experts), np.float32),
-    )
 
 
 @pytest.mark.parametrize("tokens, experts, used, width", [(1, 4, 1, 3), (1, 4, 4, 3), (7, 5, 2, 1), (40, 16, 4, 9)])
@@ -148,48 +123,22 @@ def test_statistics_without_pairs_rank_and_fit_into_less(model, tmp_path):
         pgs.experts.calibrate(model, [TOKENS], n_ctx=40, merge_stats=True, pairs=False)
 
 
-def test_too_little_memory_is_refused_before_anything_runs(tmp_path, capsys):
-    from pygguf_surgery.cli import main
-
-    path, text = moe_models.qwen3moe(tmp_path / "model.gguf", experts=512), tmp_path / "text"
-    text.write_bytes(b"some text")
-    out = ["-o", str(tmp_path / "stats.gguf")]
-    assert main(["calibrate", str(path), str(text), *out, "--memory", "1MiB"]) == 4
-    assert "at least 64MiB" in capsys.readouterr().err
-    assert main(["calibrate", str(path), str(text), *out, "--memory", "64MiB", "--ctx", "32768"]) == 4
-    said = capsys.readouterr().err
-    assert "do not fit" in said and "--no-pairs" in said and said.count("\n") == 1
+def test_too_little_memory_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(calibration, "Session", lambda *_, **__: pytest.fail("a model was loaded"))
+    path = moe_models.qwen3moe(tmp_path / "model.gguf", experts=512)
+    long = {"n_ctx": 32768, "texts": [np.zeros(40000, int)]}
+    with pytest.raises(pgs.BadPlan, match="at least 64MiB"):
+        pgs.experts.calibrate(path, memory="1MiB", **long)
+    with pytest.raises(pgs.BadPlan, match="do not fit") as caught, pytest.warns(pgs.SurgeryWarning, match="longer"):
+        pgs.experts.calibrate(path, memory="64MiB", **long)
+    assert "--no-pairs" in caught.value.hint
+    with pytest.raises(pgs.BadPlan, match="do not fit") as caught, pytest.warns(pgs.SurgeryWarning, match="longer"):
+        pgs.experts.calibrate(path, memory="64MiB", n_ctx=1 << 20, pairs=False, texts=[np.zeros(1 << 20, int)])
+    assert caught.value.hint is None
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
-
-
-def some_stats(seed=0, *, text="a", experts=6, layers=(1, 3), merge_stats=True):
-    stats = stats_file.Stats(
-        "00" * 32,
-        "test",
-        "Test",
-        experts,
-        8,
-        {},
-        [stats_file.Text(hashlib.sha256(text.encode()).hexdigest(), 100, 5, 5)],
-        12.5,
-        30.25,
-        20,
-    )
-    for layer in layers:
-        stats.layers[layer] = LayerStats.empty(experts)
-        fold(stats.layers[layer], *batch(seed + layer, 40, experts, 2, 5), merge_stats=merge_stats)
-    return stats
-
-
-def same(a, b):
-    assert {**vars(a), "layers": None} == {**vars(b), "layers": None} and a.layers.keys() == b.layers.keys()
-    for layer, stats in a.layers.items():
-        other = b.layers[layer]
-        assert stats.tokens == other.tokens and stats.arrays().keys() == other.arrays().keys()
-        for name, array in stats.arrays().items():
-            np.testing.assert_array_equal(array, getattr(other, name))
 
 
 @pytest.mark.parametrize("merge_stats", [False, True])
@@ -268,41 +217,6 @@ def test_without_llama_cpp_python_the_error_says_what_to_install(tmp_path, monke
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(pgs.Unsupported, match=r"pygguf-surgery\[llama\]"):
         pgs.experts.calibrate(moe_models.qwen3moe(tmp_path / "model.gguf"), [b"text"])
-
-
-@pytest.mark.parametrize(
-    "number, code, word", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
-def test_a_stopped_command_says_what_is_there(tmp_path, monkeypatch, capsys, number, code, word):
-    from pygguf_surgery.cli import main
-
-    def stopped(path, texts, out, **_):
-        if "early" not in out:
-            stats = some_stats()
-            stats.texts[0] = replace(stats.texts[0], done=5 if "whole" in out else 2)
-            stats.write(out, overwrite=True)
-        os.kill(os.getpid(), number)
-        time.sleep(10)
-
-    monkeypatch.setattr(calibration, "calibrate", stopped)
-
-    def run(name, *options):
-        code = main(["calibrate", "model.gguf", "text", "-o", str(tmp_path / name), *options])
-        return code, capsys.readouterr().err
-
-    for _ in range(2):
-        assert run("late.gguf")[0] == code
-        assert run("late.gguf", "--force") == (
-            code,
-            f"gguf-surgery: {word}; the same command goes on from the 2 of 5 windows that {tmp_path}/late.gguf has\n",
-        )
-    assert run("early.gguf") == (code, f"gguf-surgery: {word}; nothing was written\n")
-    (tmp_path / "early.gguf").write_bytes(b"old")
-    assert run("early.gguf", "--force") == (code, f"gguf-surgery: {word}; nothing was written\n")
-    assert run("whole.gguf") == (0, "")  # too late
-    some_stats().write(tmp_path / "early.gguf", overwrite=True)
-    assert run("early.gguf", "--force") == (code, f"gguf-surgery: {word}; nothing was written\n")
-    assert main(["calibrate", "model.gguf", "-o", str(tmp_path / "x.gguf")]) == 2
 
 
 def test_no_input_is_ever_replaced(tmp_path, capsys):
@@ -457,76 +371,6 @@ def test_what_llama_perplexity_would_say_comes_along(tmp_path):
 def model(tmp_path):
     pytest.importorskip("llama_cpp")
     return moe_models.dots1(tmp_path / "model.gguf")
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-@pytest.mark.parametrize("last", [1, 4, 6])
-def test_a_stopped_run_goes_on_where_it_was(model, tmp_path, error, last):
-    out, texts = tmp_path / "stats.gguf", [TOKENS, TOKENS[:90]]
-    raised = error("mine")
-
-    def stop(done, total):
-        assert total == 7
-        if done == last:
-            raise raised
-
-    def run(**options):
-        return pgs.experts.calibrate(model, texts, out, n_ctx=40, merge_stats=True, threads=1, **options)
-
-    with pytest.raises(error) as caught:
-        run(progress=stop)
-    assert caught.value is raised
-    part = pgs.experts.open_stats(out)
-    assert [text.done for text in part.texts] == [min(last, 5), max(last - 5, 0)]
-    assert all(layer.tokens == 40 * last for layer in part.layers.values())
-    with pytest.raises(pgs.BadPlan, match="not complete"), pgs.open(model) as opened:
-        pgs.experts.rank(opened, "reap", stats=part)
-    for other in ({"n_ctx": 20}, {"merge_stats": False}, {"merge_stats": False, "pairs": False}):
-        with pytest.raises(pgs.BadPlan, match="another run"):
-            pgs.experts.calibrate(model, texts, out, **{"n_ctx": 40, "merge_stats": True, **other})
-    calls = []
-    resumed = run(progress=lambda done, total: calls.append(done), overwrite=last == 4)
-    assert calls == list(range(last + 1, 8)) and resumed.complete
-    fresh = pgs.experts.calibrate(model, texts, tmp_path / "fresh.gguf", n_ctx=40, merge_stats=True, threads=1)
-    same(resumed, fresh)
-    assert out.read_bytes() == (tmp_path / "fresh.gguf").read_bytes()
-    with pytest.raises(FileExistsError):
-        run()
-    run(overwrite=True)
-    assert out.read_bytes() == (tmp_path / "fresh.gguf").read_bytes()
-
-
-@pytest.mark.parity
-def test_a_window_that_was_not_whole_counts_nowhere(model, tmp_path, monkeypatch):
-    """Older versions could count a part of one: such a file is told from a good one."""
-    out, taken = tmp_path / "stats.gguf", []
-
-    class Stop(Exception):
-        pass
-
-    def take(self, name, values):
-        taken.append(name)
-        if len(taken) == 4 * 2 * 3 + 5:  # 4 tensors of 2 layers, the fourth window, in the second layer
-            raise Stop
-        recording_take(self, name, values)
-
-    recording_take = recording.Recorder.take
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(recording.Recorder, "take", take)
-        pgs.experts.calibrate(model, [TOKENS], out, n_ctx=40, threads=1)
-    part = pgs.experts.open_stats(out)
-    assert part.texts[0].done == 3 and {layer.tokens for layer in part.layers.values()} == {120}
-    same(
-        pgs.experts.calibrate(model, [TOKENS], out, n_ctx=40, threads=1),
-        pgs.experts.calibrate(model, [TOKENS], n_ctx=40, threads=1),
-    )
-    part.layers[1].tokens += 40
-    part.write(out, overwrite=True)
-    with pytest.raises(pgs.BadPlan, match="part of a window"):
-        pgs.experts.calibrate(model, [TOKENS], out, n_ctx=40)
-    pgs.experts.calibrate(model, [TOKENS], out, n_ctx=40, overwrite=True)
-    assert pgs.experts.open_stats(out).complete
 
 
 @pytest.mark.parity
