@@ -26,8 +26,8 @@ from pathlib import Path
 PROGRAM = """import importlib, sys
 calibration = importlib.import_module("pygguf_surgery.studies.calibration")
 calibration.CHECKPOINT_SECONDS = 0.1
-print("ready", flush=True)
 from pygguf_surgery.cli import program
+print("ready", flush=True)
 program()"""
 
 

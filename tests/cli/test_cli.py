@@ -14,9 +14,10 @@ import pytest
 from pygguf_surgery import Value, imatrix
 from pygguf_surgery import open as open_model
 from pygguf_surgery.base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, Unsupported
-from pygguf_surgery.cli import commands, exit_code, main, parser, values
+from pygguf_surgery.cli import commands, main, parser, values
 from pygguf_surgery.cli.command import Family
 from pygguf_surgery.cli.commands.demo_model import DemoShape, write_demo_model
+from pygguf_surgery.cli.shell import exit_code
 from pygguf_surgery.files.gguf import write_gguf
 from support.gguf_files import read_gguf
 from support.places import ROOT
@@ -320,6 +321,21 @@ def test_plan_json_is_the_documented_form(run, model):
     assert by_name["blk.1.ffn_gate_inp.weight"]["action"] == "take"
     assert by_name["output_norm.weight"]["action"] == "copy"
     assert plan["blockers"] == [] and plan["metadata"]["qwen3next.expert_count"] == BEST
+
+
+def test_an_interrupt_while_the_program_is_imported_is_one():
+    code = """
+import sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "pygguf_surgery.cli.parser":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from pygguf_surgery.cli import program
+program()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_what_cannot_be_written_can_be_described(run, model, tmp_path):
