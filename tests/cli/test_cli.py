@@ -324,8 +324,9 @@ def test_plan_json_is_the_documented_form(run, model):
 
 
 def test_an_interrupt_while_the_program_is_imported_is_one():
-    code = """
-import sys
+    code = (
+        f"import sys\nsys.path[:] = {sys.path!r}"
+        + """
 class Interrupt:
     def find_spec(self, name, *_):
         if name == "pygguf_surgery.cli.parser":
@@ -334,7 +335,8 @@ sys.meta_path.insert(0, Interrupt())
 from pygguf_surgery.cli import program
 program()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import pygguf_surgery as pgs
 from pygguf_surgery.files import partial
 from pygguf_surgery.files.partial import Partial, partial_path
-from support.places import ROOT
 
 HEADER = b"GGUF" + bytes(range(60))
 PARTS, EACH = 4, 100
@@ -143,7 +142,7 @@ def test_killed_before_the_first_part(tmp_path, call, number):
     """Whatever it has begun, another run begins anew."""
     code = f"""
 import os, signal, sys
-sys.path[:0] = [{str(ROOT)!r}]
+sys.path[:] = {sys.path!r}
 from pygguf_surgery.files.partial import Partial
 calls, before = [], os.{call}
 def killed(*arguments):
@@ -175,7 +174,7 @@ def test_the_mode_of_the_old_file_stays(tmp_path):
 def test_no_space_is_an_error_before_the_first_byte(tmp_path):
     code = f"""
 import resource, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+sys.path[:] = {sys.path!r}
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 from pygguf_surgery import OutOfSpace
 from pygguf_surgery.files.partial import Partial

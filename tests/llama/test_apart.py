@@ -15,7 +15,6 @@ import pygguf_surgery as pgs
 from pygguf_surgery.files.partial import partial_path
 from pygguf_surgery.llama.apart import run_apart
 from support import moe_models
-from support.places import ROOT
 
 # --- functions that the child runs: it finds them in this module -----------------------------------------------------
 
@@ -108,11 +107,12 @@ def test_an_interrupt_stops_the_child_first(tmp_path):
 
 def test_a_child_does_not_outlive_its_parent(tmp_path):
     code = (
-        "import sys; sys.path[:0] = ['.', 'tests']; from pygguf_surgery.llama.apart import run_apart; "
+        f"import sys; sys.path[:] = {sys.path!r}; from pygguf_surgery.llama.apart import run_apart; "
         f"run_apart('llama.test_apart:waits', {{'path': {str(tmp_path / 'pid')!r}}}, path='')"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    parent = subprocess.Popen([sys.executable, "-c", code])
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert parent.poll() is None
         time.sleep(0.01)
     pid = int((tmp_path / "pid").read_text())
     parent.kill()
