@@ -1,7 +1,7 @@
 """The C++ core, as Python sees it. Shapes are outermost first; `ne` is ggml's order, fastest first."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -248,10 +248,12 @@ class StopFlag:
     """Tells llama.cpp to stop, through callbacks that need no Python: addresses of functions that take `address` as
     their user data."""
 
-    abort_callback: ClassVar[int]  # ggml_abort_callback: true once the flag is set
-    progress_callback: ClassVar[int]  # llama_progress_callback: true until then
     def __init__(self) -> None: ...
     def set(self) -> None: ...
     def is_set(self) -> bool: ...
     @property
     def address(self) -> int: ...
+    @property
+    def abort_callback(self) -> int: ...  # a ggml_abort_callback: true once the flag is set
+    @property
+    def progress_callback(self) -> int: ...  # a llama_progress_callback: true until then

@@ -22,8 +22,8 @@ void bind_stop(py::module_& m) {
         .def("set", [](StopFlag& flag) { flag.set.store(true); })
         .def("is_set", [](const StopFlag& flag) { return flag.set.load(); })
         .def_property_readonly("address", [](StopFlag& flag) { return reinterpret_cast<std::uintptr_t>(&flag); })
-        .def_property_readonly_static("abort_callback",
-                                      [](const py::object&) { return reinterpret_cast<std::uintptr_t>(&is_set); })
-        .def_property_readonly_static("progress_callback",
-                                      [](const py::object&) { return reinterpret_cast<std::uintptr_t>(&goes_on); });
+        .def_property_readonly("abort_callback",
+                               [](const StopFlag&) { return reinterpret_cast<std::uintptr_t>(&is_set); })
+        .def_property_readonly("progress_callback",
+                               [](const StopFlag&) { return reinterpret_cast<std::uintptr_t>(&goes_on); });
 }

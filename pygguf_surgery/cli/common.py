@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import words
 from .options import DEFAULT_METRIC
+from .signals import Terminated, code_of
 
 if TYPE_CHECKING:
     from ..files.model import Model
     from ..plan_data.choices import Keep
 
 # Exit codes, that a script may rely on; 0 is done.
-FAILED, USAGE, BAD_INPUT, CANNOT, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: stops what runs as Ctrl-C does."""
+FAILED, USAGE, BAD_INPUT, CANNOT = 1, 2, 3, 4  # and those of a signal
 
 
 class Usage(Exception):
@@ -29,9 +26,8 @@ class Usage(Exception):
 
 def stopped(stop: KeyboardInterrupt, what: str) -> int:
     """Says what a command that was stopped leaves behind; its exit code."""
-    terminated = isinstance(stop, Terminated)
-    words.say(f"{'terminated' if terminated else 'interrupted'}; {what}")
-    return TERMINATED if terminated else INTERRUPTED
+    words.say(f"{'terminated' if isinstance(stop, Terminated) else 'interrupted'}; {what}")
+    return code_of(stop)
 
 
 def is_quiet(args: Namespace) -> bool:

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import NoReturn, TextIO
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TextIO
 
 from ..base.errors import BadFile, BadPlan, OutOfSpace, SourceChanged, SurgeryError, SurgeryWarning, Unsupported
-from .common import BAD_INPUT, CANNOT, FAILED, USAGE, Terminated, Usage, is_quiet, stopped
+from .common import BAD_INPUT, CANNOT, FAILED, USAGE, Usage, is_quiet, stopped
 from .parser import make_parser, options_first
 from .words import PROGRAM, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 ok, 2 usage, 3 bad input, 4 cannot be done as asked, 130 Ctrl-C,
-    143 SIGTERM, 1 anything else."""
+    """As `cli.main`, which has seen to the signals."""
     argv = sys.argv[1:] if argv is None else argv
     for name in ("stdout", "stderr"):  # closed by the caller: print and argparse would fail, or use the other one
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # as long as the process lives
     try:
-        with _terminated():
-            return _main(argv)
+        return _main(argv)
     except KeyboardInterrupt as stop:
         return stopped(stop, "nothing was written")
 
@@ -47,23 +43,6 @@ def _main(argv: Sequence[str]) -> int:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-
-
-@contextmanager
-def _terminated() -> Iterator[None]:
-    """Makes SIGTERM an exception, where nobody else has something in mind for it."""
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _terminate(_number: int, _frame: object) -> NoReturn:
-    raise Terminated
 
 
 def _run(args: Namespace) -> int:

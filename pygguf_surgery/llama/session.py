@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .._core import StopFlag, thread_count
+from .._core import thread_count
 from ..base.errors import BadFile, Unsupported
 from ..base.units import parse_threads
 from .log import LOG
@@ -114,7 +114,7 @@ class Session:
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
-        params.progress_callback = llama.llama_progress_callback(StopFlag.progress_callback)
+        params.progress_callback = llama.llama_progress_callback(stop.progress_callback)
         params.progress_callback_user_data = stop.address
         self._model = llama.llama_model_load_from_file(os.fsencode(self.path), params)
         if stop.is_set():
@@ -125,7 +125,7 @@ class Session:
         params.n_ctx = self.n_ctx
         params.n_batch = params.n_ubatch = min(self.n_ctx, BATCH)
         params.n_threads = params.n_threads_batch = threads
-        params.abort_callback = llama.ggml_abort_callback(StopFlag.abort_callback)
+        params.abort_callback = llama.ggml_abort_callback(stop.abort_callback)
         params.abort_callback_data = stop.address
         if self.watch is not None:
             self._check_layout()

@@ -323,21 +323,21 @@ def test_plan_json_is_the_documented_form(run, model):
     assert plan["blockers"] == [] and plan["metadata"]["qwen3next.expert_count"] == BEST
 
 
-def test_an_interrupt_while_the_program_is_imported_is_one():
-    code = (
-        f"import sys\nsys.path[:] = {sys.path!r}"
-        + """
+@pytest.mark.parametrize("number, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_the_program_is_imported_ends_it_as_later(number, code):
+    program = f"""
+import os, signal, sys
+sys.path[:] = {sys.path!r}
 class Interrupt:
     def find_spec(self, name, *_):
         if name == "pygguf_surgery.cli.parser":
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.{number})
 sys.meta_path.insert(0, Interrupt())
 from pygguf_surgery.cli import program
 program()
 """
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 
 def test_what_cannot_be_written_can_be_described(run, model, tmp_path):

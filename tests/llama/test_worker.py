@@ -75,8 +75,8 @@ def test_the_callbacks_say_what_the_flag_says():
     import ctypes
 
     flag = StopFlag()
-    abort = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(StopFlag.abort_callback)
-    goes_on = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_float, ctypes.c_void_p)(StopFlag.progress_callback)
+    abort = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(flag.abort_callback)
+    goes_on = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_float, ctypes.c_void_p)(flag.progress_callback)
     assert not flag.is_set() and not abort(flag.address) and goes_on(0.5, flag.address)
     flag.set()
     assert flag.is_set() and abort(flag.address) and not goes_on(0.5, flag.address)
