@@ -112,7 +112,8 @@ def windows_of(
         return session.tokenize(part, parse_special, first)
 
     out = []
-    with as_progress(progress is True, "tokenizing") as report:
+    some = any(isinstance(text.content, bytes) for text in texts)
+    with as_progress(progress is True and some, "tokenizing") as report:
         for text in texts:
             content = text.content
             if isinstance(content, bytes):
