@@ -5,11 +5,16 @@ By default, and under CI, it draws the same examples in every run. PGS_HYPOTHESI
 """
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("support")
+
+# A shell's job in the background has Ctrl-C ignored, and so would the processes of tests that send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _common = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.register_profile("ci", max_examples=60, derandomize=True, **_common)
