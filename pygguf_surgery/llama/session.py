@@ -78,14 +78,25 @@ class Watch(Protocol):
 class Session:
     """A model loaded by llama.cpp. A context manager; one thread at a time.
 
-    n_ctx: tokens of a window. watch: sees the graph, in a thread of the session's own; what it raises ends the run and
-    is raised from it. Ctrl-C, or what else a signal's handler raises, stops llama.cpp at the next tensor that it would
-    compute and is raised as it is; the session is then good for nothing but `close`.
+    n_ctx: tokens of a window. n_cells: of the cache, where something longer is generated. watch: sees the graph, in a
+    thread of the session's own; what it raises ends the run and is raised from it. Ctrl-C, or what else a signal's
+    handler raises, stops llama.cpp at the next tensor that it would compute and is raised as it is; the session is then
+    good for nothing but `close`.
     BadFile for a file that llama.cpp does not load, with what it said.
     """
 
-    def __init__(self, path: str, *, n_ctx: int, threads: int = 0, gpu_layers: int = 0, watch: Watch | None = None):
+    def __init__(
+        self,
+        path: str,
+        *,
+        n_ctx: int,
+        n_cells: int = 0,
+        threads: int = 0,
+        gpu_layers: int = 0,
+        watch: Watch | None = None,
+    ):
         self.llama, self.path, self.n_ctx, self.watch = load(), path, n_ctx, watch
+        self._n_cells = max(n_ctx, n_cells)
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
@@ -122,7 +133,7 @@ class Session:
         if not self._model:
             raise BadFile("llama.cpp does not load it", path=self.path, found=self._last_words())
         params = llama.llama_context_default_params()
-        params.n_ctx = self.n_ctx
+        params.n_ctx = self._n_cells
         params.n_batch = params.n_ubatch = min(self.n_ctx, BATCH)
         params.n_threads = params.n_threads_batch = threads
         params.abort_callback = llama.ggml_abort_callback(stop.abort_callback)
@@ -204,41 +215,48 @@ class Session:
 
     # --- running ----------------------------------------------------------------------------------------------------
 
-    def run(self, tokens: NDArray[np.int32], whole: Callable[[Losses], object] | None = None) -> Losses:
+    def run(
+        self,
+        tokens: NDArray[np.int32],
+        whole: Callable[[Losses], object] | None = None,
+        *,
+        look: Callable[[NDArray[np.float32], NDArray[np.int32]], object] | None = None,
+    ) -> Losses:
         """Runs one window from an empty cache, every token with logits, so that the last layer sees all of them.
 
         As in llama-perplexity the first token becomes the beginning-of-text token where the model adds one. whole:
         called after the window, in the thread of `watch`; what it does is done to its end, or the window was not whole
-        and it is not called at all.
+        and it is not called at all. look: called in that thread too with some of the predictions that count, in order:
+        logits [n, n_vocab], which are llama.cpp's own memory, and the tokens [n] that followed.
         """
 
         def work() -> Losses:
-            losses = self._run(tokens)
+            losses = self._run(tokens, look)
             if whole is not None:
                 whole(losses)
             return losses
 
         return self._worker.call(work)
 
-    def _run(self, tokens: NDArray[np.int32]) -> Losses:
+    def _run(
+        self, tokens: NDArray[np.int32], look: Callable[[NDArray[np.float32], NDArray[np.int32]], object] | None
+    ) -> Losses:
         llama = self.llama
         tokens = tokens.copy()
         if llama.llama_vocab_get_add_bos(self._vocabulary):
             tokens[0] = llama.llama_vocab_bos(self._vocabulary)
         llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
-        batch, first = self._batch, len(tokens) // 2
+        first = len(tokens) // 2
         nll, squares, count = 0.0, 0.0, 0
         for start in range(0, len(tokens), BATCH):
             part = tokens[start : start + BATCH]
-            batch.n_tokens = len(part)
-            for array, values in ((batch.token, part), (batch.pos, np.arange(start, start + len(part)))):
-                np.ctypeslib.as_array(array, (len(part),))[:] = values
-            self._decode(batch)
+            self._fill(part, start)
+            self._decode(self._batch)
             # Logits at position p predict token p + 1.
             begin, end = max(start, first), min(start + len(part), len(tokens) - 1)
             if begin < end:
                 logits = np.ctypeslib.as_array(llama.llama_get_logits(self._context), (len(part), self.n_vocab))
-                losses = self._losses(logits[begin - start : end - start], tokens[begin + 1 : end + 1])
+                losses = self._losses(logits[begin - start : end - start], tokens[begin + 1 : end + 1], look)
                 nll, squares, count = nll + losses.sum(), squares + (losses * losses).sum(), count + len(losses)
         return Losses(float(nll), float(squares), count)
 
@@ -255,16 +273,53 @@ class Session:
         if result:
             raise BadFile("llama.cpp could not run a batch", path=self.path, found=self._last_words() or result)
 
-    def _losses(self, logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[np.float64]:
+    def _losses(
+        self,
+        logits: NDArray[np.float32],
+        targets: NDArray[np.int32],
+        look: Callable[[NDArray[np.float32], NDArray[np.int32]], object] | None,
+    ) -> NDArray[np.float64]:
         """-log softmax(logits)[target] of each row, in float64."""
         parts = []
         for first in range(0, len(logits), _SCORE_ROWS):
             if self._worker.stop.is_set():
                 raise Stopped
-            z = logits[first : first + _SCORE_ROWS].astype(np.float64)
+            rows, following = logits[first : first + _SCORE_ROWS], targets[first : first + _SCORE_ROWS]
+            if look is not None:
+                look(rows, following)
+            z = rows.astype(np.float64)
             z -= z.max(axis=1, keepdims=True)
-            parts.append(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), targets[first : first + _SCORE_ROWS]])
+            parts.append(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), following])
         return np.concatenate(parts)
+
+    def generate(self, tokens: NDArray[np.int32], most: int) -> NDArray[np.int32]:
+        """The most likely continuation of `tokens` (temperature 0; of equals the lowest id), from an empty cache: at
+        most `most` tokens, fewer where the model ends the text. All must fit n_ctx."""
+        return self._worker.call(lambda: self._generate(tokens, most))
+
+    def _generate(self, tokens: NDArray[np.int32], most: int) -> NDArray[np.int32]:
+        llama = self.llama
+        made: list[int] = []
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        at = 0
+        while len(made) < most:
+            for start in range(0, len(tokens), BATCH):
+                self._fill(tokens[start : start + BATCH], at)
+                self._decode(self._batch)
+                at += self._batch.n_tokens
+            last = np.ctypeslib.as_array(llama.llama_get_logits_ith(self._context, -1), (self.n_vocab,))
+            token = int(last.argmax())
+            if llama.llama_vocab_is_eog(self._vocabulary, token):
+                break
+            made.append(token)
+            tokens = np.array([token], np.int32)
+        return np.array(made, np.int32)
+
+    def _fill(self, tokens: NDArray[np.int32], start: int) -> None:
+        """Puts tokens from this position on into the batch."""
+        self._batch.n_tokens = n = len(tokens)
+        np.ctypeslib.as_array(self._batch.token, (n,))[:] = tokens
+        np.ctypeslib.as_array(self._batch.pos, (n,))[:] = np.arange(start, start + n)
 
     def _evaluated(self, address: int, ask: bool, _data: object) -> bool:
         """cb_eval: asked about each tensor, then called with those that were wanted; False stops the graph. An
