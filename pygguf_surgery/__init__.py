@@ -18,7 +18,7 @@ from .files.open import open_model as open
 from .quant.arrays import dequantize, quantize
 
 if TYPE_CHECKING:
-    from . import experts, imatrix
+    from . import experts, imatrix, report
     from .plan import Plan
     from .run.writing import Receipt
 
@@ -42,9 +42,10 @@ __all__ = [
     "imatrix",
     "open",
     "quantize",
+    "report",
 ]
 # Loaded when asked for, so that a program that only reads files starts at once.
-_LAZY = {"Plan": ".plan", "Receipt": ".run.writing", "experts": ".experts", "imatrix": ".imatrix"}
+_LAZY = {"Plan": ".plan", "Receipt": ".run.writing", "experts": ".experts", "imatrix": ".imatrix", "report": ".report"}
 
 
 def __getattr__(name: str) -> Any:

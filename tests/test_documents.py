@@ -37,7 +37,7 @@ def test_named_paths_and_links_exist(document):
 
 def test_the_site_shows_every_public_name():
     public = {f"pygguf_surgery.{name}" for name in pgs.__all__} - {"pygguf_surgery.__version__"}
-    for module in (pgs.experts, pgs.imatrix):
+    for module in (pgs.experts, pgs.imatrix, pgs.report):
         public.remove(module.__name__)
         public |= {f"{module.__name__}.{name}" for name in module.__all__}
     assert public == set(re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))

@@ -101,7 +101,7 @@ class Session:
         self._context: Any = None
         self._batch: Any = None
         self._vocabulary: Any = None
-        self.n_vocab = 0
+        self.n_vocab = self._batch_size = 0
         self._error: BaseException | None = None
         self._said: deque[str] | None = None
         self._callback = self.llama.ggml_backend_sched_eval_callback(self._evaluated)
@@ -134,7 +134,7 @@ class Session:
             raise BadFile("llama.cpp does not load it", path=self.path, found=self._last_words())
         params = llama.llama_context_default_params()
         params.n_ctx = self._n_cells
-        params.n_batch = params.n_ubatch = min(self.n_ctx, BATCH)
+        params.n_batch = params.n_ubatch = self._batch_size = min(self.n_ctx, BATCH)
         params.n_threads = params.n_threads_batch = threads
         params.abort_callback = llama.ggml_abort_callback(stop.abort_callback)
         params.abort_callback_data = stop.address
@@ -303,8 +303,8 @@ class Session:
         llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
         at = 0
         while len(made) < most:
-            for start in range(0, len(tokens), BATCH):
-                self._fill(tokens[start : start + BATCH], at)
+            for start in range(0, len(tokens), self._batch_size):
+                self._fill(tokens[start : start + self._batch_size], at)
                 self._decode(self._batch)
                 at += self._batch.n_tokens
             last = np.ctypeslib.as_array(llama.llama_get_logits_ith(self._context, -1), (self.n_vocab,))

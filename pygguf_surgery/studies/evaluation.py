@@ -75,7 +75,7 @@ def perplexity(
             for path in firsts
         ]
         windows = windows_of(sessions[0], read, chunks, parse_special, progress)
-        _check_tokens(sessions, read, windows, parse_special)
+        _check_tokens(sessions, read, parse_special)
         runs = [_Run(os.fsdecode(path), session, len(read)) for path, session in zip(paths, sessions, strict=True)]
         parent = None if baseline is None else runs[0]
         _run(runs, parent, windows, report)
@@ -115,18 +115,16 @@ def _vocabulary(model: Model) -> object:
     return [model.metadata.get(key) for key in keys]
 
 
-def _check_tokens(
-    sessions: Sequence[Session], texts: Sequence[GivenText], windows: Sequence[Windows], parse_special: bool
-) -> None:
-    """That the models are asked to predict the same numbers of tokens, and begin texts alike."""
+def _check_tokens(sessions: Sequence[Session], texts: Sequence[GivenText], parse_special: bool) -> None:
+    """That the models are asked to predict the same tokens."""
     first = sessions[0]
-    sample = next(
-        (t.content[:4096].decode(errors="ignore").encode() for t in texts if isinstance(t.content, bytes)), b""
-    )
+    samples = [t.content[:4096].decode(errors="ignore").encode() for t in texts if isinstance(t.content, bytes)]
     for other in sessions[1:]:
-        if other.n_vocab != first.n_vocab or not np.array_equal(
-            first.tokenize(sample, parse_special), other.tokenize(sample, parse_special)
-        ):
+        alike = all(
+            np.array_equal(first.tokenize(sample, parse_special), other.tokenize(sample, parse_special))
+            for sample in samples
+        )
+        if other.n_vocab != first.n_vocab or not alike:
             raise BadPlan("another vocabulary", path=other.path, expected=f"that of {first.path}")
 
 
