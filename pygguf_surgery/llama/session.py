@@ -64,6 +64,17 @@ class Losses(NamedTuple):
     predictions: int
 
 
+Look = Callable[[NDArray[np.float32], NDArray[np.int32]], NDArray[np.float64]]
+
+
+def losses_of(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[np.float64]:
+    """-log softmax(logits)[target] of each row, in float64."""
+    z = logits.astype(np.float64)
+    z -= z.max(axis=1, keepdims=True)
+    losses: NDArray[np.float64] = np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), targets]
+    return losses
+
+
 class Watch(Protocol):
     """What sees the tensors of llama.cpp's graph while a session runs, in the session's own thread."""
 
@@ -216,18 +227,14 @@ class Session:
     # --- running ----------------------------------------------------------------------------------------------------
 
     def run(
-        self,
-        tokens: NDArray[np.int32],
-        whole: Callable[[Losses], object] | None = None,
-        *,
-        look: Callable[[NDArray[np.float32], NDArray[np.int32]], object] | None = None,
+        self, tokens: NDArray[np.int32], whole: Callable[[Losses], object] | None = None, *, look: Look = losses_of
     ) -> Losses:
         """Runs one window from an empty cache, every token with logits, so that the last layer sees all of them.
 
         As in llama-perplexity the first token becomes the beginning-of-text token where the model adds one. whole:
         called after the window, in the thread of `watch`; what it does is done to its end, or the window was not whole
         and it is not called at all. look: called in that thread too with some of the predictions that count, in order:
-        logits [n, n_vocab], which are llama.cpp's own memory, and the tokens [n] that followed.
+        logits [n, n_vocab], which are llama.cpp's own memory, and the tokens [n] that followed; returns their losses.
         """
 
         def work() -> Losses:
@@ -238,9 +245,7 @@ class Session:
 
         return self._worker.call(work)
 
-    def _run(
-        self, tokens: NDArray[np.int32], look: Callable[[NDArray[np.float32], NDArray[np.int32]], object] | None
-    ) -> Losses:
+    def _run(self, tokens: NDArray[np.int32], look: Look) -> Losses:
         llama = self.llama
         tokens = tokens.copy()
         if llama.llama_vocab_get_add_bos(self._vocabulary):
@@ -273,23 +278,13 @@ class Session:
         if result:
             raise BadFile("llama.cpp could not run a batch", path=self.path, found=self._last_words() or result)
 
-    def _losses(
-        self,
-        logits: NDArray[np.float32],
-        targets: NDArray[np.int32],
-        look: Callable[[NDArray[np.float32], NDArray[np.int32]], object] | None,
-    ) -> NDArray[np.float64]:
-        """-log softmax(logits)[target] of each row, in float64."""
+    def _losses(self, logits: NDArray[np.float32], targets: NDArray[np.int32], look: Look) -> NDArray[np.float64]:
         parts = []
         for first in range(0, len(logits), _SCORE_ROWS):
             if self._worker.stop.is_set():
                 raise Stopped
-            rows, following = logits[first : first + _SCORE_ROWS], targets[first : first + _SCORE_ROWS]
-            if look is not None:
-                look(rows, following)
-            z = rows.astype(np.float64)
-            z -= z.max(axis=1, keepdims=True)
-            parts.append(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), following])
+            rows = slice(first, first + _SCORE_ROWS)
+            parts.append(look(logits[rows], targets[rows]))
         return np.concatenate(parts)
 
     def generate(self, tokens: NDArray[np.int32], most: int) -> NDArray[np.int32]:

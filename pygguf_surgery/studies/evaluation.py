@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -12,16 +13,19 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from .._core import thread_count
 from ..base.errors import BadPlan
 from ..base.progress import Progress, ProgressLike, as_progress
+from ..base.units import parse_threads
 from ..files.model import Model
 from ..files.open import open_model
 from ..files.stats import perplexity as perplexity_of
 from ..files.texts import GivenText, TextLike, read_texts
 from ..llama.apart import run_apart
-from ..llama.session import Losses, Session
+from ..llama.session import Look, Losses, Session, losses_of
 from ..llama.texts import Windows, check_texts, check_windows, warn_of_context, windows_of
 
+_BLOCK = 1 << 17  # float64 numbers that are worked on at once
 LOOP_PROMPTS, LOOP_PROMPT, LOOP_TOKENS, LOOP_GRAM = 8, 64, 256, 4  # prompts, their tokens, tokens made, n of n-grams
 
 
@@ -78,7 +82,8 @@ def perplexity(
         _check_tokens(sessions, read, parse_special)
         runs = [_Run(os.fsdecode(path), session, len(read)) for path, session in zip(paths, sessions, strict=True)]
         parent = None if baseline is None else runs[0]
-        _run(runs, parent, windows, report)
+        pool = stack.enter_context(ThreadPoolExecutor(thread_count(parse_threads(threads))))
+        _run(runs, parent, windows, _Rows(pool), report)
         if loops:
             prompts = _prompts(windows)
             for run in runs:
@@ -187,58 +192,103 @@ class _Run:
         }
 
 
-def _run(runs: Sequence[_Run], parent: _Run | None, windows: Sequence[Windows], report: Progress | None) -> None:
+def _run(
+    runs: Sequence[_Run], parent: _Run | None, windows: Sequence[Windows], rows: _Rows, report: Progress | None
+) -> None:
     total, done = len(runs) * sum(len(part.tokens) for part in windows), 0
     for text, part in enumerate(windows):
         for window in part.tokens:
-            logits: list[NDArray[np.float32]] = []
+            kept: list[_Predictions] = []  # of the parent
             for run in runs:
+                look: Look = rows.losses
                 if run is parent:
-                    keep = _Keeper(logits)
-                    losses = run.session.run(window, look=keep)
-                elif parent is None:
-                    losses = run.session.run(window)
-                else:
-                    losses = run.session.run(window, look=_Comparison(logits, run.distances[text]))
-                run.sums[text].add(losses)
+                    look = _Keeper(rows, kept)
+                elif parent is not None:
+                    look = _Comparison(rows, kept, run.distances[text])
+                run.sums[text].add(run.session.run(window, look=look))
                 done += 1
                 if report is not None:
                     report(done, total)
 
 
+class _Rows:
+    """Does something to rows of logits in blocks that fit a processor's cache, by several threads; what it comes to is
+    the same for any number of them."""
+
+    def __init__(self, pool: ThreadPoolExecutor):
+        self._pool = pool
+
+    def map(self, function: Callable[..., tuple[NDArray[Any], ...]], *arrays: NDArray[Any]) -> list[NDArray[Any]]:
+        """function's results for blocks of the rows of all arrays, joined."""
+        step = max(1, _BLOCK // arrays[0].shape[1])
+        blocks = [[array[i : i + step] for array in arrays] for i in range(0, len(arrays[0]), step)]
+        parts = list(self._pool.map(lambda block: function(*block), blocks))
+        return [np.concatenate(several) for several in zip(*parts, strict=True)]
+
+    def losses(self, logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[np.float64]:
+        return self.map(lambda z, t: (losses_of(z, t),), logits, targets)[0]
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """The parent's, of some rows. normalizers: log of the sum of exp(logits) of each row."""
+
+    logits: NDArray[np.float32]
+    normalizers: NDArray[np.float64]
+
+
 class _Keeper:
     """Copies the parent's logits of a window."""
 
-    def __init__(self, logits: list[NDArray[np.float32]]):
-        self._logits = logits
+    def __init__(self, rows: _Rows, kept: list[_Predictions]):
+        self._rows, self._kept = rows, kept
 
-    def __call__(self, logits: NDArray[np.float32], _: NDArray[np.int32]) -> None:
-        self._logits.append(logits.copy())
+    def __call__(self, logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[np.float64]:
+        normalizers = self._rows.map(lambda z: (_normalizers(z.astype(np.float64)),), logits)[0]
+        self._kept.append(_Predictions(logits.copy(), normalizers))
+        losses: NDArray[np.float64] = normalizers - logits[np.arange(len(targets)), targets]
+        return losses
 
 
 class _Comparison:
     """Compares logits, as they come, with the parent's of the same rows."""
 
-    def __init__(self, parent: Sequence[NDArray[np.float32]], found: _Distances):
-        self._parent, self._found = iter(parent), found
+    def __init__(self, rows: _Rows, kept: Sequence[_Predictions], found: _Distances):
+        self._rows, self._kept, self._found = rows, iter(kept), found
 
-    def __call__(self, logits: NDArray[np.float32], targets: NDArray[np.int32]) -> None:
-        theirs = next(self._parent)
-        rows = np.arange(len(targets))
-        p, q = (z.astype(np.float64) for z in (theirs, logits))
-        for z in (p, q):
-            z -= z.max(axis=1, keepdims=True)
-        weights = np.exp(p)
-        total = weights.sum(axis=1)
-        log_p, log_q = np.log(total), np.log(np.exp(q).sum(axis=1))
-        nll_p, nll_q = log_p - p[rows, targets], log_q - q[rows, targets]
-        p -= q
-        kld = np.einsum("ij,ij->i", weights, p) / total - log_p + log_q
+    def __call__(self, logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[np.float64]:
+        parent = next(self._kept)
+        kld, theirs, mine, same = self._rows.map(_distances, logits, targets, parent.logits, parent.normalizers)
         found = self._found
         found.kld.append(kld)
-        found.same_top += int((theirs.argmax(axis=1) == logits.argmax(axis=1)).sum())
-        found.delta_p_squares += float(np.square(np.exp(-nll_q) - np.exp(-nll_p)).sum())
-        found.products += float((nll_p * nll_q).sum())
+        found.same_top += int(same.sum())
+        found.delta_p_squares += float(np.square(np.exp(-mine) - np.exp(-theirs)).sum())
+        found.products += float((theirs * mine).sum())
+        return mine
+
+
+def _normalizers(z: NDArray[np.float64]) -> NDArray[np.float64]:
+    most = z.max(axis=1)
+    total: NDArray[np.float64] = np.log(np.exp(z - most[:, None]).sum(axis=1)) + most
+    return total
+
+
+def _distances(
+    logits: NDArray[np.float32],
+    targets: NDArray[np.int32],
+    parent: NDArray[np.float32],
+    normalizers: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """KLD from the parent, both models' losses, and whether the most likely token is the same, of each row."""
+    rows = np.arange(len(targets))
+    q = logits.astype(np.float64)
+    q -= _normalizers(q)[:, None]
+    p = parent.astype(np.float64)
+    p -= normalizers[:, None]
+    losses = -p[rows, targets], -q[rows, targets]
+    same = parent.argmax(axis=1) == logits.argmax(axis=1)
+    np.subtract(p, q, out=q)
+    return np.einsum("ij,ij->i", np.exp(p, out=p), q), *losses, same
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------

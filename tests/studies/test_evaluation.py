@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,23 +104,25 @@ def test_a_model_is_no_way_from_itself(pair):
 
 
 @given(st.integers(2, 40), st.integers(2, 30), st.integers(0, 2**32 - 1))
-def test_distances_do_not_depend_on_the_pieces_in_which_logits_come(rows, vocabulary, seed):
+def test_distances_depend_neither_on_pieces_nor_on_threads(rows, vocabulary, seed):
     rng = np.random.default_rng(seed)
     p, q = (10 * rng.standard_normal((2, rows, vocabulary))).astype(np.float32)
     followed = rng.integers(0, vocabulary, rows)
 
-    def distances(step):
+    def distances(step, threads, block):
         parent, found = [], evaluation._Distances()
-        keep, at = evaluation._Keeper(parent), range(0, rows, step)
-        for i in at:
-            keep(p[i : i + step], followed[i : i + step])
-        compare = evaluation._Comparison(parent, found)
-        for i in at:
-            compare(q[i : i + step], followed[i : i + step])
-        return found
+        with ThreadPoolExecutor(threads) as pool, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluation, "_BLOCK", block)
+            by_rows = evaluation._Rows(pool)
+            keep, at = evaluation._Keeper(by_rows, parent), range(0, rows, step)
+            losses = [keep(p[i : i + step], followed[i : i + step]) for i in at]
+            compare = evaluation._Comparison(by_rows, parent, found)
+            losses += [compare(q[i : i + step], followed[i : i + step]) for i in at]
+        return found, np.concatenate(losses)
 
-    whole, pieces = distances(rows), distances(7)
-    np.testing.assert_allclose(np.concatenate(pieces.kld), whole.kld[0], rtol=1e-9, atol=1e-12)
+    (whole, losses), (pieces, other) = distances(rows, 1, 1 << 20), distances(7, 3, 40)
+    np.testing.assert_array_equal(np.concatenate(pieces.kld), whole.kld[0])
+    np.testing.assert_array_equal(losses, other)
     assert (whole.kld[0] > -1e-9).all() and pieces.same_top == whole.same_top
     log_p, log_q = (z - np.log(np.exp(z.astype(float)).sum(axis=1, keepdims=True)) for z in (p.astype(float), q))
     np.testing.assert_allclose(whole.kld[0], (np.exp(log_p) * (log_p - log_q)).sum(axis=1), rtol=1e-6, atol=1e-9)
