@@ -1,7 +1,10 @@
-"""Reports on models: how well they predict."""
+"""Reports: what a model, or what a plan makes of one, needs to run (memory), what fits into a machine (solve), how well
+models predict texts (perplexity)."""
 
 from __future__ import annotations
 
+from .reports.memory import memory
+from .reports.solutions import solve
 from .studies.evaluation import perplexity
 
-__all__ = ["perplexity"]
+__all__ = ["memory", "perplexity", "solve"]

@@ -168,8 +168,8 @@ def test_importing_the_package_is_light():
 
 def test_public_names():
     assert sorted(n for n in pygguf_surgery.__all__) == sorted(
-        "open Model Tensor Metadata Plan Receipt Value quantize dequantize experts imatrix SurgeryError BadFile "
-        "BadPlan Unsupported SourceChanged OutOfSpace SurgeryWarning report __version__".split()
+        "open Model Tensor Metadata Plan Receipt Value quantize dequantize experts imatrix report SurgeryError BadFile "
+        "BadPlan Unsupported SourceChanged OutOfSpace SurgeryWarning __version__".split()
     )
     assert all(getattr(pygguf_surgery, name) is not None for name in pygguf_surgery.__all__)
     assert set(pygguf_surgery.__all__) <= set(dir(pygguf_surgery))

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from .command import Command, Family, Options
-from .commands import calibration, demo, imatrix, info, perplexity, stats, surgery, verify
+from .commands import calibration, demo, imatrix, info, memory, perplexity, stats, surgery, verify
 from .values import not_empty
 
 # In the order of the help. A command is added here and in a module of commands/.
 COMMANDS: tuple[Command | Family, ...] = (
     info.COMMAND,
+    memory.COMMAND,
     *surgery.COMMANDS,
     verify.COMMAND,
     *calibration.COMMANDS,
