@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .command import Command, Family, Options
-from .commands import calibration, demo, imatrix, info, memory, perplexity, stats, surgery, verify
+from .commands import calibration, compare, demo, imatrix, info, memory, perplexity, stats, surgery, verify
 from .values import not_empty
 
 # In the order of the help. A command is added here and in a module of commands/.
@@ -16,6 +16,7 @@ COMMANDS: tuple[Command | Family, ...] = (
     memory.COMMAND,
     *surgery.COMMANDS,
     verify.COMMAND,
+    compare.COMMAND,
     *calibration.COMMANDS,
     perplexity.COMMAND,
     demo.COMMAND,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,20 +15,16 @@ from ..architecture.names import layer_of, local_name
 from ..base.runs import merge_adjacent
 from ..files.model import Model, Tensor
 from ..plan_data.expressions import Slices
-from ..quant.types import row_bytes
-
-CHUNK = 1 << 16  # elements in work at a time: their float64 copies stay in the cache
-
-Kept = Mapping[int, Slices]  # layer -> old expert ids, in the order of the result
-Layers = Sequence[int] | None  # number in the source of each layer; None: the same as the new one
+from ..quant.types import row_bytes, tensor_type
+from .numbering import Kept, Layers
 
 
-def source_name(name: str, layers: Layers) -> str:
-    """The name that a tensor of the result has in the source."""
+def source_name(name: str, layers: Layers) -> str | None:
+    """The name that a tensor of the result has in the source; None where that lacks the layer."""
     layer = layer_of(name)
     if layers is None or layer is None or layer >= len(layers):
         return name
-    return f"blk.{layers[layer]}.{local_name(name)}"
+    return None if layers[layer] is None else f"blk.{layers[layer]}.{local_name(name)}"
 
 
 @dataclass
@@ -50,6 +45,8 @@ class Origin:
 
     def read(self, begin: int, nbytes: int) -> NDArray[np.uint8]:
         """uint8 [nbytes] from byte `begin` of the whole."""
+        if len(self.runs) == 1 and (source := self.runs[0].source) is not None:
+            return self.model.sources[source].read(self.runs[0].offset + begin, nbytes)
         out = np.empty(nbytes, np.uint8)
         done = 0
         k = bisect_right(self.starts, begin) - 1
@@ -74,6 +71,8 @@ def whole(model: Model, tensor: Tensor) -> Origin:
 def origin_of(result: Tensor, source: Model, kept: Kept, layers: Layers = None) -> Origin | str:
     """Where `result` comes from in `source`, or in a few words why that cannot be said."""
     name = source_name(result.name, layers)
+    if name is None:
+        return "the source lacks its layer"
     tensor = source.tensors.get(name)
     if tensor is None:
         return "the source has no tensor of this name" + (f" ({name})" if name != result.name else "")
@@ -87,6 +86,8 @@ def origin_of(result: Tensor, source: Model, kept: Kept, layers: Layers = None) 
     real = [i for i in slices if i is not None]
     if len(slices) != result.shape[0] or not all(0 <= i < tensor.shape[0] for i in real):
         return f"{len(slices)} kept experts do not give its shape {result.shape} from {tensor.shape}"
+    if len(tensor.shape) == 1 and tensor_type(tensor.type).block > 1:
+        return f"its type {tensor.type} has several experts in a block"
     size = tensor.nbytes // tensor.shape[0]
     runs = [Run(tensor.source, tensor.offset + first * size, n * size) for first, n in merge_adjacent(real)]
     if len(real) < len(slices):
@@ -105,15 +106,6 @@ def _slices(name: str, source: Model, kept: Kept) -> Slices | None:
         return tuple(ids)
     size = max(1, source.get("experts_per_group", 1))
     return tuple(dict.fromkeys(None if i is None else i // size for i in ids))
-
-
-def chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of pieces of about CHUNK elements."""
-    if tensor.elements:
-        width = tensor.ne[0] if tensor.ne else 1
-        rows, step = tensor.elements // width, max(1, CHUNK // width)
-        for first in range(0, rows, step):
-            yield first, min(step, rows - first)
 
 
 def decode_rows(origin: Origin, tensor: Tensor, first: int, n: int) -> NDArray[np.float32]:

@@ -773,7 +773,7 @@ def test_the_readme_s_shell_examples_run(run, model, tmp_path, monkeypatch):
     os.mkdir("shards")
     lines = re.findall(r"^    gguf-surgery (.*)$", README.read_text().replace("\\\n", " "), re.MULTILINE)
     lines = [line for line in lines if not re.search("stats|repair", line)]  # those need llama.cpp: test_calibrate.py
-    assert len(lines) == 9
+    assert len(lines) == 10
     for line in lines:
         for written, here in (
             ("model.gguf", model),
@@ -782,5 +782,6 @@ def test_the_readme_s_shell_examples_run(run, model, tmp_path, monkeypatch):
             ("--split-max-size 45G", "--split-max-size 45K"),
         ):
             line = line.replace(written, here)
-        code, _, err = run(*shlex.split(line), *(["--force"] if "out.gguf" in line and "verify" not in line else []))
+        writes = "out.gguf" in line and not line.startswith(("verify", "compare"))
+        code, _, err = run(*shlex.split(line), *(["--force"] if writes else []))
         assert code == 0, (line, err)

@@ -533,7 +533,7 @@ def test_verify_and_compare_find_the_source_of_each_layer(tmp_path, name):
     assert report.good, [str(p) for p in report.problems]
     assert report.equal_tensors == report.tensors and report.removed
     with pgs.open(str(source)) as a, pgs.open(str(target)) as b:
-        assert {t["max_error"] for t in compare(a, b)["tensors"]} == {0.0}
+        assert {t.sums.largest for t in compare(a, b).tensors} == {0.0}
 
 
 def test_verify_sees_a_list_that_lies(tmp_path):

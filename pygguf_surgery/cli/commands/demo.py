@@ -70,7 +70,7 @@ def _demo(args: Namespace, folder: str) -> dict[str, Any]:
                 "seconds": seconds,
                 "peak_memory_bytes": peak,
                 "receipt": receipt.to_json(),
-                **compare(source, result),
+                **compare(source, result, memory=args.memory, threads=args.threads).to_json(),
             }
             say(_summary(source, result, type, by))
     say(_roles(data["roles"]))
