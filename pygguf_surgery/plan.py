@@ -330,16 +330,26 @@ class Plan:
         threads: int = 0,
         io: str = "auto",
         progress: ProgressLike = False,
+        measure: bool = False,
     ) -> Receipt:
         """Check, then write the file at `path` (of a split plan its shards): whole, or not at all. Raises the first
         blocker.
 
         memory bounds all buffers of the run (at least 64MiB). threads: 0 is PGS_THREADS or all CPUs. io: how the input
-        is read, "auto" | "mmap" | "pread" | "direct". progress: True, or a callable(done_bytes, total_bytes).
+        is read, "auto" | "mmap" | "pread" | "direct". progress: True, or a callable(done_bytes, total_bytes). measure:
+        then compare the result with the source, by the plan's importance matrix, as report.compare does: both are read
+        once more; Receipt.quality has the numbers. The file is complete before, and stays whatever the comparison ends
+        with.
         """
         with Companions() as companions:
             checked = check(self.model, self.data, Limits.parse(memory, threads, io), companions)
-            return write(self.model, checked, path, overwrite=overwrite, progress=progress, companions=companions)
+            receipt = write(self.model, checked, path, overwrite=overwrite, progress=progress, companions=companions)
+            if measure:
+                from .reports.comparison import compare_written
+
+                found = compare_written(self.model, checked, receipt.path, companions, progress)
+                receipt = replace(receipt, quality=found.to_json())
+            return receipt
 
     def to_json(self) -> str:
         """Lossless and versioned; for Plan.from_json."""

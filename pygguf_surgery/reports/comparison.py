@@ -21,9 +21,13 @@ from ..base.limits import Limits
 from ..base.progress import Progress, ProgressLike, as_progress
 from ..base.units import MEMORY
 from ..base.words import counted, decimals, listed, table
+from ..files.companions import Companions
 from ..files.imatrix import Imatrix, open_imatrix
 from ..files.lineage import Lineage
 from ..files.model import Model, Tensor
+from ..files.open import open_model
+from ..gate.checked import CheckedPlan
+from ..plan_data.edits import Quantize
 from ..quant.types import row_bytes
 from .numbering import Kept, numbering, of_lineage
 from .origin import source_name
@@ -358,6 +362,18 @@ def compare(
     for quality in tensors:
         roles[quality.role].pool(quality)
     return Comparison(rows, tensors, sorted(roles.values(), key=lambda r: ROLES.index(r.role)), unmatched)
+
+
+def compare_written(
+    model: Model, checked: CheckedPlan, path: str, companions: Companions, progress: ProgressLike = None
+) -> Comparison:
+    """The file (or first shard) that a plan has written beside its source, within the plan's limits and by its
+    importance matrix."""
+    uses = [edit.imatrix for edit in checked.data.edits if isinstance(edit, Quantize)]
+    imatrix = next((companions.imatrix(use) for use in uses if use is not None), None)
+    limits = checked.limits
+    with open_model(path) as result:
+        return compare(model, result, imatrix=imatrix, threads=limits.threads, memory=limits.memory, progress=progress)
 
 
 def _measure(

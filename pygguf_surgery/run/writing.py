@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Receipt:
     """What a run did. path: the file, or the first shard; paths: all files. actions: how many tensors were copied,
-    taken, encoded, ..."""
+    taken, encoded, ... quality: of `measure`, how far the result is from the source, as docs/schema/compare says."""
 
     path: str
     paths: list[str]
@@ -36,6 +36,7 @@ class Receipt:
     actions: dict[str, int]
     warnings: list[str]
     notes: list[str]
+    quality: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

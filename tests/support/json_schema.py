@@ -51,6 +51,8 @@ class Schema:
 
     def of(self, kind):
         origin, args = typing.get_origin(kind), typing.get_args(kind)
+        if kind is typing.Any:
+            return {}
         if kind in SCALARS:
             return {"type": SCALARS[kind]}
         if kind in SPECIAL or dataclasses.is_dataclass(kind):

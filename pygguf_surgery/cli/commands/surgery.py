@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import options, words
 from ..command import Command, Options, Positional
-from ..common import CANNOT, Usage, choose, is_quiet, limits, needs_number, refuse_existing, warn, write_beside
+from ..common import CANNOT, Usage, choose, is_quiet, limits, needs_number, refuse_existing, stopped, warn, write_beside
 from ..options import IN, OUT
 from ..values import override
 
@@ -178,13 +178,25 @@ def _describe_or_write(args: Namespace) -> int:
             return 0
         with as_progress(not quiet, "writing") as bar:
             receipt = write(model, checked, args.output, overwrite=args.force, progress=bar, companions=companions)
+        if not args.json and not quiet:
+            for text in receipt.notes:
+                words.say(text)
+            warn(receipt.warnings)
+            words.show(_receipt(receipt))
+        if getattr(args, "measure", False):
+            from dataclasses import replace
+
+            from ...reports.comparison import compare_written
+
+            try:
+                found = compare_written(model, checked, receipt.path, companions, not quiet)
+            except KeyboardInterrupt as stop:
+                return stopped(stop, f"{receipt.path} is complete, and not measured")
+            receipt = replace(receipt, quality=found.to_json())
+            if not args.json and not quiet:
+                words.show("\n" + found.summary())
     if args.json:
         words.print_json(receipt.to_json())
-    elif not quiet:
-        for text in receipt.notes:
-            words.say(text)
-        warn(receipt.warnings)
-        words.show(_receipt(receipt))
     return 0
 
 
@@ -427,6 +439,10 @@ OUTPUT: Options = options.FORCE | {
     "--dry-run": dict(action="store_true", help="describe what would be written, and write nothing; the exit code is "
                       "that of the run, where it would be refused"),
 } | options.QUIET | options.JSON | options.FULL
+MEASURED: Options = {
+    "--measure": dict(action="store_true", help="then compare the result with the input, as `compare` does: reads both "
+                      "once more"),
+} | OUTPUT
 
 _IMPORTANCE = {"importance matrix": options.IMPORTANCE, "quality and size": options.QUALITY}
 _TYPES = {"types": options.TYPE | options.TYPES, **_IMPORTANCE}
@@ -440,21 +456,21 @@ COMMANDS = (
     Command(
         "prune", "drop experts; quantize and edit metadata in the same pass", prune, (IN, OUT),
         {"choice of experts": EXPERTS, "layers": options.LAYERS, **_TYPES, **_OTHERS, "run": options.RUN,
-         "output": OUTPUT},
+         "output": MEASURED},
     ),
     Command(
         "merge", "merge experts; quantize and edit metadata in the same pass", merge, (IN, OUT),
         {"choice of experts": GROUPS, "layers": options.LAYERS, **_TYPES, **_OTHERS, "run": options.RUN,
-         "output": OUTPUT},
+         "output": MEASURED},
     ),
     Command(
         "quantize", "change the types of tensors, with llama-quantize's arguments", quantize, (QUANTIZE,),
         {"layers": options.LAYERS, "types": options.TYPES, **_IMPORTANCE, **_OTHERS,
-         "run": BUFFER | options.RUN, "output": OUTPUT},
+         "run": BUFFER | options.RUN, "output": MEASURED},
     ),
     Command(
         "edit", "set and remove metadata, drop layers, copy the rest", edit, (IN, OUT),
-        {"layers": options.LAYERS, **_OTHERS, "run": options.RUN, "output": OUTPUT},
+        {"layers": options.LAYERS, **_OTHERS, "run": options.RUN, "output": MEASURED},
     ),
     Command("split", "write shards, as llama-gguf-split does", split, (IN, OUT),
             {"shards": options.SPLIT_BY, "run": options.RUN, "output": OUTPUT}),
