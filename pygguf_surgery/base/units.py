@@ -8,6 +8,7 @@ from .checks import as_whole_number
 from .errors import BadPlan
 
 MEMORY = "512MiB"  # default budget of a run's buffers: enough to keep 16 threads and the disk busy
+MEMORY_OF_TEXTS = "4GiB"  # the same of what is held of texts while llama.cpp runs them: sums, tokens of layers
 MEMORY_LEAST = 64 << 20
 MEMORY_MOST = 1 << 62
 THREADS_MOST = 1024  # as in the core

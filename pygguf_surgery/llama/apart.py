@@ -11,6 +11,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import IO, Any
 
@@ -46,8 +47,12 @@ def run_apart(function: str, arguments: Mapping[str, Any], *, path: str, progres
         try:
             os.close(theirs)
             assert process.stdin is not None
-            pickle.dump((function, dict(arguments), progress is not None), process.stdin)
-            process.stdin.flush()
+            try:
+                pickle.dump((function, dict(arguments), progress is not None), process.stdin)
+                process.stdin.flush()
+            except BrokenPipeError:  # it has ended already: what it said tells why
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
             result = _listen(answers, progress)
         except BaseException:
             answers.close()  # or the child may wait until it is heard

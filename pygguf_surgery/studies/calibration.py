@@ -13,7 +13,7 @@ from typing import cast
 from ..architecture.experts import Layout, most_used
 from ..base.errors import BadFile, BadPlan, SurgeryError
 from ..base.progress import Progress, ProgressLike, as_progress
-from ..base.units import human, parse_memory
+from ..base.units import MEMORY_OF_TEXTS, human, parse_memory
 from ..files import stats as stats_file
 from ..files.model import Model
 from ..files.open import open_model
@@ -28,7 +28,6 @@ from ..llama.texts import Windows, check_texts, check_windows, warn_of_context, 
 from .recording import Recorder, memory_needed
 
 CHECKPOINT_SECONDS = 60
-MEMORY_DEFAULT = "4GiB"  # as the command line says
 
 
 def calibrate(
@@ -41,7 +40,7 @@ def calibrate(
     merge_stats: bool = False,
     pairs: bool = True,
     parse_special: bool = False,
-    memory: int | str = MEMORY_DEFAULT,
+    memory: int | str = MEMORY_OF_TEXTS,
     threads: int = 0,
     gpu_layers: int = 0,
     isolate: bool = False,

@@ -21,7 +21,7 @@ from .._core import quantize as encode
 from ..architecture.experts import GATE_IN_INPUT, most_used
 from ..base.errors import BadFile, BadPlan
 from ..base.progress import Progress, ProgressLike, as_progress
-from ..base.units import MEMORY_MOST, human, parse_size
+from ..base.units import MEMORY_MOST, MEMORY_OF_TEXTS, human, parse_size
 from ..files.model import Model, Tensor
 from ..files.open import open_model
 from ..files.outputs import check_output
@@ -36,7 +36,6 @@ from ..llama.texts import Windows, check_texts, check_windows, warn_of_context, 
 from ..plan_data.choices import Keep
 from ..quant.types import tensor_type
 
-MEMORY_DEFAULT = "4GiB"  # of tokens and weights; as the command line says
 # One sweep over the experts with each, from a strong pull to the old weights to a weak one; relative to the mean of the
 # Gram matrices' diagonals. It ends where the tokens that were held back are predicted worse.
 RIDGES = (1e-1, 1e-2, 1e-2, 1e-3, 1e-3, 1e-3)
@@ -199,7 +198,7 @@ def repair(
     n_ctx: int = 512,
     chunks: int | None = None,
     parse_special: bool = False,
-    memory: int | str = MEMORY_DEFAULT,
+    memory: int | str = MEMORY_OF_TEXTS,
     threads: int = 0,
     gpu_layers: int = 0,
     isolate: bool = False,

@@ -13,6 +13,7 @@ import pytest
 
 import pygguf_surgery as pgs
 from pygguf_surgery.files.partial import partial_path
+from pygguf_surgery.llama import apart as apart_module
 from pygguf_surgery.llama.apart import run_apart
 from support import moe_models
 
@@ -83,6 +84,12 @@ def test_a_child_that_dies_is_an_error_with_what_it_said(how):
     with pytest.raises(pgs.BadFile, match="aborts") as caught:
         apart("dies", how=how)
     assert caught.value.found == "GGML_ASSERT(n_expert > 0) failed" and caught.value.path == "model.gguf"
+
+
+def test_a_child_that_does_not_start_is_an_error_with_what_it_said(monkeypatch):
+    monkeypatch.setattr(apart_module, "_CHILD", "import sys; sys.exit('error: no room {pipe}')")
+    with pytest.raises(pgs.BadFile, match="no room"):
+        apart("twice", number=1, array=np.zeros(1 << 20))
 
 
 def test_an_interrupt_stops_the_child_first(tmp_path):

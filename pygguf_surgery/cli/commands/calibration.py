@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from typing import Any
 
+from ...base.units import MEMORY_OF_TEXTS
 from ...files.outputs import check_output
 from .. import words
 from ..command import Command, Options, Positional
@@ -25,17 +27,11 @@ def calibrate(args: Namespace) -> int:
             path,
             texts,
             args.output,
-            n_ctx=args.ctx,
-            chunks=args.chunks,
             merge_stats=args.merge_stats,
             pairs=not args.no_pairs,
-            parse_special=args.parse_special,
             memory=args.memory,
-            threads=args.threads,
-            gpu_layers=args.gpu_layers,
-            isolate=args.isolate,
             overwrite=args.force,
-            progress=not args.quiet,
+            **run_of_texts(args),
         )
     except KeyboardInterrupt as stop:
         done, total = windows_done(args.output) or (0, 0)
@@ -49,6 +45,19 @@ def calibrate(args: Namespace) -> int:
     elif not args.quiet:
         words.show(stats.summary())
     return 0
+
+
+def run_of_texts(args: Namespace) -> dict[str, Any]:
+    """How texts are run, as the library takes it: the options TEXTS, THREADS and QUIET."""
+    return {
+        "n_ctx": args.ctx,
+        "chunks": args.chunks,
+        "parse_special": args.parse_special,
+        "threads": args.threads,
+        "gpu_layers": args.gpu_layers,
+        "isolate": args.isolate,
+        "progress": not args.quiet,
+    }
 
 
 def _identity(path: str) -> tuple[int, int] | None:
@@ -87,15 +96,9 @@ def repair(args: Namespace) -> int:
                 texts,
                 args.output,
                 run=args.run,
-                n_ctx=args.ctx,
-                chunks=args.chunks,
-                parse_special=args.parse_special,
                 memory=args.memory,
-                threads=args.threads,
-                gpu_layers=args.gpu_layers,
-                isolate=args.isolate,
                 overwrite=args.force,
-                progress=not args.quiet,
+                **run_of_texts(args),
             )
     except KeyboardInterrupt as stop:
         if _identity(args.output) != before:
@@ -132,7 +135,7 @@ COMMANDS = (
             "--no-pairs": dict(action="store_true", help="do not record what two experts do together, which only "
                                "merging needs: much smaller statistics where there are hundreds of experts")}
          | FORCE | QUIET | JSON},
-        {"memory": 4 << 30},
+        {"memory": MEMORY_OF_TEXTS},
     ),
     Command(
         "repair", "make down projections with which the experts that stay do what all did", repair, (MODEL_AND_TEXTS,),
@@ -144,7 +147,7 @@ COMMANDS = (
             "run": MEMORY | IO,
             "output": FORCE | QUIET | JSON,
         },
-        {"memory": 4 << 30},
+        {"memory": MEMORY_OF_TEXTS},
     ),
 )
 # fmt: on

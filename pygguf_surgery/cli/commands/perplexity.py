@@ -12,26 +12,14 @@ from .. import words
 from ..command import Command, Options, Positional
 from ..common import Usage
 from ..options import JSON, QUIET, THREADS
-from .calibration import TEXTS
+from .calibration import TEXTS, run_of_texts
 
 
 def perplexity(args: Namespace) -> int:
     from ...studies.evaluation import perplexity
 
     models, texts = _told_apart(args.arguments)
-    result = perplexity(
-        models,
-        texts,
-        baseline=args.baseline,
-        n_ctx=args.ctx,
-        chunks=args.chunks,
-        parse_special=args.parse_special,
-        loops=args.loops,
-        threads=args.threads,
-        gpu_layers=args.gpu_layers,
-        isolate=args.isolate,
-        progress=not args.quiet,
-    )
+    result = perplexity(models, texts, baseline=args.baseline, loops=args.loops, **run_of_texts(args))
     if args.json:
         words.print_json(result)
     else:
